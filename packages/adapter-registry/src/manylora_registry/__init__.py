@@ -1,0 +1,1 @@
+"""Immutable, verified adapter versions with aliases, history and lineage."""

@@ -1,0 +1,118 @@
+"""Typed YAML files: frozen models, unknown keys refused, every mistake reported at once.
+
+Recipes, gateway configs and evaluation suites are all read through here, so that a user meets
+one form of error whichever file is wrong.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from manylora_registry.errors import ConfigError, Problem
+
+
+class ConfigModel(BaseModel):
+    """A section of a config file: frozen, unknown keys refused, docstrings under the fields."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+Model = TypeVar("Model", bound=ConfigModel)
+
+
+def load_config(path: Path, model: type[Model], overrides: Sequence[str] = ()) -> Model:
+    """Reads the YAML file at `path` as a `model`.
+
+    `overrides` are `dotted.path=VALUE` strings, VALUE in YAML; a number in the path indexes a list.
+
+    Raises:
+        ConfigError: with every mistake of the file, each with its path and line.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(path, [Problem("", f"cannot be read: {error}")]) from error
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        data: Any = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = None if mark is None else mark.line + 1
+        what = getattr(error, "problem", None) or str(error)
+        raise ConfigError(path, [Problem("", f"is not YAML: {what}", line)]) from error
+    if not isinstance(data, dict):
+        raise ConfigError(path, [Problem("", "must be a mapping of keys to values")])
+    problems = [problem for entry in overrides if (problem := _override(data, entry)) is not None]
+    if problems:
+        raise ConfigError(path, problems)
+    try:
+        return model.model_validate(data, context={"directory": path.resolve().parent})
+    except ValidationError as error:
+        raise ConfigError(
+            path,
+            [
+                Problem(_dotted(e["loc"]), _say(e["type"], e["msg"]), _line(node, e["loc"]))
+                for e in error.errors()
+            ],
+        ) from error
+
+
+def _override(data: Any, entry: str) -> Problem | None:
+    """Applies `a.b.0.c=VALUE` to `data` in place; says what is wrong with it, if anything."""
+    dotted, equals, value = entry.partition("=")
+    if not equals or not dotted:
+        return Problem(entry, "an override is written PATH=VALUE")
+    *parents, last = dotted.split(".")
+    here = data
+    for key in parents:
+        if isinstance(here, list) and key.isdigit() and int(key) < len(here):
+            here = here[int(key)]
+        elif isinstance(here, dict):
+            here = here.setdefault(key, {})
+        else:
+            return Problem(dotted, f"nothing can be set below {key!r}")
+    try:
+        parsed = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        return Problem(dotted, f"the value {value!r} is not YAML: {error}")
+    if isinstance(here, dict):
+        here[last] = parsed
+    elif isinstance(here, list) and last.isdigit() and int(last) < len(here):
+        here[int(last)] = parsed
+    else:
+        return Problem(dotted, f"there is no {last!r} to set")
+    return None
+
+
+def _dotted(location: tuple[int | str, ...]) -> str:
+    return ".".join(str(part) for part in location)
+
+
+def _say(kind: str, message: str) -> str:
+    if kind == "extra_forbidden":
+        return "unknown key"
+    if kind == "missing":
+        return "is required"
+    return message.removeprefix("Value error, ")
+
+
+def _line(node: yaml.Node | None, location: tuple[int | str, ...]) -> int | None:
+    """The line of the deepest part of `location` that stands in the file."""
+    line = None if node is None else node.start_mark.line + 1
+    for part in location:
+        if isinstance(node, yaml.MappingNode):
+            found = [(key, value) for key, value in node.value if key.value == str(part)]
+            if not found:
+                # A tag of a discriminated union is part of the location but not of the file.
+                continue
+            line = found[0][0].start_mark.line + 1
+            node = found[0][1]
+        elif isinstance(node, yaml.SequenceNode) and isinstance(part, int):
+            if part >= len(node.value):
+                break
+            node = node.value[part]
+            line = node.start_mark.line + 1
+    return line

@@ -1,0 +1,1 @@
+"""The manylora command: train, publish, serve and evaluate LoRA adapters."""

@@ -1,0 +1,1 @@
+"""Synchronous and asynchronous gRPC client of a manylora gateway."""

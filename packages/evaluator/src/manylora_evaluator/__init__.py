@@ -1,0 +1,1 @@
+"""Scores adapters through a gateway on held-out rows."""

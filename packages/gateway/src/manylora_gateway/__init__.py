@@ -1,0 +1,1 @@
+"""Serves every adapter version from one base model behind gRPC."""

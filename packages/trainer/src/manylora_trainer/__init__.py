@@ -1,0 +1,1 @@
+"""Trains many LoRA adapters over one base model in one run."""
