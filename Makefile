@@ -1,0 +1,72 @@
+# `make quickstart` and `make test` are all a fresh machine with Python 3.11 or 3.12 needs.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+# cpu or gpu: which of the two vLLM builds to install.
+EXTRA ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
+PYTHON ?= python3
+UV_VERSION := 0.13.9
+UV := $(shell command -v uv || echo .uv/bin/uv)
+RUN := HF_HUB_OFFLINE=1 RAY_USAGE_STATS_ENABLED=0 VLLM_NO_USAGE_STATS=1 .venv/bin
+BASE := bases/smollm2-135m
+NAME ?= lora_cpu
+
+.PHONY: help
+help: ## Say what there is
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+.PHONY: setup
+setup: .venv/.synced ## Install everything into .venv, bringing uv where it is missing
+
+.uv/bin/uv:
+	@echo "· uv is not installed: putting uv $(UV_VERSION) into .uv"
+	$(PYTHON) -m venv .uv
+	.uv/bin/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
+
+.venv/.synced: pyproject.toml $(wildcard packages/*/pyproject.toml) $(filter .uv/bin/uv,$(UV))
+	@echo "· installing manylora and its tools into .venv ($(EXTRA))"
+	$(UV) sync --extra $(EXTRA)
+	@touch $@
+
+$(BASE)/manylora-base.json: | setup
+	.venv/bin/manylora base fetch smollm2-135m $(BASE)
+
+.PHONY: quickstart
+quickstart: setup ## Train three adapters, serve them, evaluate, swap one under load
+	@$(RUN)/python recipes/quickstart/quickstart.py
+
+.PHONY: test
+test: setup $(BASE)/manylora-base.json ## Run every test
+	$(RUN)/python -m pytest
+
+.PHONY: check
+check: setup ## Check format, lint, types, import rules, and the protos with their stubs
+	.venv/bin/ruff format --check .
+	.venv/bin/ruff check .
+	.venv/bin/basedpyright
+	.venv/bin/lint-imports
+	.venv/bin/buf lint protos
+	@stubs=$$(mktemp -d); trap 'rm -rf "$$stubs"' EXIT; \
+	PATH=$$PWD/.venv/bin:$$PATH .venv/bin/python protos/generate.py "$$stubs"; \
+	for generated in "$$stubs"/manylora/*; do \
+	    diff -r -x __pycache__ "$$generated" "packages/protos/src/manylora/$${generated##*/}" \
+	    || { echo "the stubs differ from the protos: run 'make protos'" >&2; exit 1; }; \
+	done
+
+.PHONY: format
+format: setup ## Format the code and mend what the linter can
+	.venv/bin/ruff format .
+	.venv/bin/ruff check --fix .
+
+.PHONY: protos
+protos: setup ## Generate the stubs from the protos
+	PATH=$$PWD/.venv/bin:$$PATH .venv/bin/python protos/generate.py
+
+.PHONY: bench
+bench: setup $(BASE)/manylora-base.json ## Run one benchmark, e.g. make bench NAME=lora_cpu
+	$(RUN)/python benchmarks/$(NAME).py
+
+.PHONY: clean
+clean: ## Remove what the commands made (not .venv)
+	rm -rf bases runs registry reports .pytest_cache .ruff_cache .hypothesis .import_linter_cache

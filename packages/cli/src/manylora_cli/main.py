@@ -1,0 +1,58 @@
+"""The `manylora` command.
+
+Every verb is a module of this package that imports what it needs when it runs, so that `--help`
+and a wrong word on the command line answer at once.
+"""
+
+import sys
+
+import click
+import typer
+
+from manylora_cli import base, evaluate, generate, publish, registry, serve, train
+
+app = typer.Typer(
+    name="manylora",
+    help="Train many LoRA adapters over one base model, version them, serve them all from it.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("train")(train.train)
+app.command("publish")(publish.publish)
+app.add_typer(registry.app, name="registry")
+app.command("serve")(serve.serve)
+app.command("generate")(generate.generate)
+app.command("evaluate")(evaluate.evaluate)
+app.add_typer(base.app, name="base")
+
+
+def main() -> None:
+    """Runs the command; a stated failure is one line on stderr and exit status 1."""
+    try:
+        app(standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except click.exceptions.Exit as leave:
+        sys.exit(leave.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        print("manylora: interrupted", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.exit(141)
+    except Exception as error:
+        if not is_stated(error):
+            raise
+        print(f"manylora: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+def is_stated(error: Exception) -> bool:
+    """Whether `error` is one of our packages' own, written for the user.
+
+    Told by where its class is defined: importing every package's errors here would cost the
+    start of every verb.
+    """
+    package, _, module = type(error).__module__.partition(".")
+    return package.startswith("manylora_") and module == "errors"
