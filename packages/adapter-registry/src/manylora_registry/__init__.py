@@ -1,1 +1,39 @@
-"""Immutable, verified adapter versions with aliases, history and lineage."""
+"""Immutable, verified adapter versions with aliases, history and lineage.
+
+with Registry.open("registry") as registry:
+    version = registry.publish("spelling", run / "adapters/spelling", base=identify_base(base))
+    registry.set_alias("spelling", "production", version.number, why="first release")
+    directory = registry.materialize(registry.resolve("spelling"), cache)
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from manylora_registry.base import BaseModelIdentity, identify_base
+from manylora_registry.reference import AdapterReference
+from manylora_registry.version import Adapter, Alias, AliasMove, Event, VerifyReport, Version
+
+if TYPE_CHECKING:
+    from manylora_registry.registry import Registry
+
+__all__ = [
+    "Adapter",
+    "AdapterReference",
+    "Alias",
+    "AliasMove",
+    "BaseModelIdentity",
+    "Event",
+    "Registry",
+    "VerifyReport",
+    "Version",
+    "identify_base",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # The database library takes half a second to import; those who only read a config or parse
+    # a reference do not wait for it.
+    if name == "Registry":
+        from manylora_registry.registry import Registry
+
+        return Registry
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -10,13 +10,19 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from manylora_registry.errors import BaseError
 
 CONTENT_SAMPLE_BYTES = 4096
 VOLATILE_CONFIG_KEYS = frozenset({"_name_or_path", "_model_name_or_path", "transformers_version"})
-TEXT_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "chat_template.jinja")
+TEXT_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
 JSON_FILES = (
     "config.json",
     "generation_config.json",
@@ -80,7 +86,8 @@ def _canonical_json(path: Path) -> bytes:
     except ValueError as error:
         raise BaseError(f"{path} is not JSON: {error}") from error
     if isinstance(data, dict):
-        data = {key: value for key, value in data.items() if key not in VOLATILE_CONFIG_KEYS}
+        entries = cast("dict[str, Any]", data)
+        data = {key: value for key, value in entries.items() if key not in VOLATILE_CONFIG_KEYS}
     return json.dumps(data, sort_keys=True, separators=(",", ":")).encode()
 
 
@@ -99,5 +106,5 @@ def _weights(path: Path) -> Iterator[tuple[str, str, tuple[int, ...], bytes]]:
                 file.seek(8 + length + start)
                 sample = file.read(min(end - start, CONTENT_SAMPLE_BYTES))
                 yield name, entry["dtype"], tuple(entry["shape"]), sample
-    except (OSError, struct.error, ValueError, KeyError) as error:
+    except (OSError, struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
         raise BaseError(f"{path} is not a readable safetensors file: {error}") from error

@@ -6,7 +6,7 @@ one form of error whichever file is wrong.
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -68,23 +68,32 @@ def _override(data: Any, entry: str) -> Problem | None:
     *parents, last = dotted.split(".")
     here = data
     for key in parents:
-        if isinstance(here, list) and key.isdigit() and int(key) < len(here):
-            here = here[int(key)]
-        elif isinstance(here, dict):
-            here = here.setdefault(key, {})
+        inside = _items(here)
+        if isinstance(inside, list) and key.isdigit() and int(key) < len(inside):
+            here = inside[int(key)]
+        elif isinstance(inside, dict):
+            here = inside.setdefault(key, {})
         else:
             return Problem(dotted, f"nothing can be set below {key!r}")
     try:
         parsed = yaml.safe_load(value)
     except yaml.YAMLError as error:
         return Problem(dotted, f"the value {value!r} is not YAML: {error}")
-    if isinstance(here, dict):
-        here[last] = parsed
-    elif isinstance(here, list) and last.isdigit() and int(last) < len(here):
-        here[int(last)] = parsed
+    inside = _items(here)
+    if isinstance(inside, dict):
+        inside[last] = parsed
+    elif isinstance(inside, list) and last.isdigit() and int(last) < len(inside):
+        inside[int(last)] = parsed
     else:
         return Problem(dotted, f"there is no {last!r} to set")
     return None
+
+
+def _items(value: Any) -> dict[str, Any] | list[Any] | None:
+    """`value` itself where something can be set in it."""
+    if isinstance(value, dict):
+        return cast("dict[str, Any]", value)
+    return cast("list[Any]", value) if isinstance(value, list) else None
 
 
 def _dotted(location: tuple[int | str, ...]) -> str:
@@ -101,18 +110,24 @@ def _say(kind: str, message: str) -> str:
 
 def _line(node: yaml.Node | None, location: tuple[int | str, ...]) -> int | None:
     """The line of the deepest part of `location` that stands in the file."""
-    line = None if node is None else node.start_mark.line + 1
+    line = _start(node)
     for part in location:
         if isinstance(node, yaml.MappingNode):
             found = [(key, value) for key, value in node.value if key.value == str(part)]
             if not found:
                 # A tag of a discriminated union is part of the location but not of the file.
                 continue
-            line = found[0][0].start_mark.line + 1
-            node = found[0][1]
+            key, node = found[0]
+            line = _start(key)
         elif isinstance(node, yaml.SequenceNode) and isinstance(part, int):
             if part >= len(node.value):
                 break
             node = node.value[part]
-            line = node.start_mark.line + 1
+            line = _start(node)
     return line
+
+
+def _start(node: yaml.Node | None) -> int | None:
+    """The line a node starts on, from 1."""
+    mark = None if node is None else node.start_mark
+    return None if mark is None else mark.line + 1

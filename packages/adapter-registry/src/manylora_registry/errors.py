@@ -1,13 +1,29 @@
 """Every error the registry states.
 
 RegistryError
-├── ConfigError              a YAML file is wrong; carries every problem at once
-├── BaseError                a directory is not a usable base model
+├── ConfigError                a YAML file is wrong; carries every problem at once
+├── BaseError                  a directory is not a usable base model
+├── RegistryLocationError      there is no registry where it was looked for
+├── SchemaTooNewError          the registry was written by a newer version of this library
+├── InvalidReferenceError      a text is not NAME[@SELECTOR]
+├── InvalidNameError           an adapter or alias may not be called that
+├── NotFoundError
+│   ├── AdapterNotFoundError   no adapter of that name
+│   ├── VersionNotFoundError   the adapter has no such version
+│   └── AliasNotFoundError     the adapter has no such alias
+├── InvalidAdapterError        an adapter directory cannot be published; every problem at once
+├── WrongBaseError             an adapter was made for another base model
+├── YankedError                a version was withdrawn and is not served
+├── AliasConflictError         somebody else moved the alias first
+├── CorruptBlobError           stored bytes are gone or differ from their digest
+└── DestinationError           an export would write over something
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+SHOWN_PROBLEMS = 20
 
 
 class RegistryError(Exception):
@@ -19,16 +35,23 @@ class RegistryError(Exception):
 
 @dataclass(frozen=True)
 class Problem:
-    """One mistake in a config file."""
+    """One mistake in a config file or an adapter directory."""
 
     path: str
-    """Dotted path of the key, empty for the whole file."""
+    """Dotted path of the key, or name of the file or tensor; empty for the whole."""
     message: str
     line: int | None = None
 
     def __str__(self) -> str:
         where = f"line {self.line}: " if self.line is not None else ""
         return f"{where}{self.path}: {self.message}" if self.path else f"{where}{self.message}"
+
+
+def _told(problems: Sequence[Problem]) -> str:
+    """The first problems in one line; a hostile file may have any number of them."""
+    text = "; ".join(str(problem) for problem in problems[:SHOWN_PROBLEMS])
+    more = len(problems) - SHOWN_PROBLEMS
+    return f"{text}; and {more} more" if more > 0 else text
 
 
 class ConfigError(RegistryError):
@@ -39,10 +62,121 @@ class ConfigError(RegistryError):
     def __init__(self, path: Path, problems: Sequence[Problem]) -> None:
         self.path = path
         self.problems = tuple(problems)
-        super().__init__(f"{path}: " + "; ".join(str(problem) for problem in problems))
+        super().__init__(f"{path}: {_told(problems)}")
 
 
 class BaseError(RegistryError):
     """A directory does not hold a base model this system can use."""
 
     reason = "BASE_INVALID"
+
+
+class RegistryLocationError(RegistryError):
+    """No registry was named, or what was named is none."""
+
+    reason = "REGISTRY_LOCATION"
+
+
+class SchemaTooNewError(RegistryError):
+    """The registry's database has a schema this library does not know."""
+
+    reason = "REGISTRY_SCHEMA_TOO_NEW"
+
+
+class InvalidReferenceError(RegistryError):
+    """A text is not an adapter reference."""
+
+    reason = "ADAPTER_REFERENCE_INVALID"
+
+
+class InvalidNameError(RegistryError):
+    """A name is not allowed for an adapter or an alias."""
+
+    reason = "NAME_INVALID"
+
+
+class NotFoundError(RegistryError):
+    """A reference names something the registry does not hold."""
+
+    reason = "NOT_FOUND"
+
+
+class AdapterNotFoundError(NotFoundError):
+    """No adapter has that name."""
+
+    reason = "ADAPTER_NOT_FOUND"
+
+
+class VersionNotFoundError(NotFoundError):
+    """The adapter has no version of that number or digest."""
+
+    reason = "VERSION_NOT_FOUND"
+
+
+class AliasNotFoundError(NotFoundError):
+    """The adapter has no such alias."""
+
+    reason = "ALIAS_NOT_FOUND"
+
+
+class InvalidAdapterError(RegistryError):
+    """An adapter directory cannot be published; `problems` says everything that is wrong."""
+
+    reason = "ADAPTER_INVALID"
+
+    def __init__(self, name: str, problems: Sequence[Problem]) -> None:
+        self.problems = tuple(problems)
+        super().__init__(f"{name} cannot be published: {_told(problems)}")
+
+
+class WrongBaseError(RegistryError):
+    """An adapter was made for another base model than the one it is wanted for."""
+
+    reason = "ADAPTER_WRONG_BASE"
+
+    def __init__(self, adapter: str, made_for: str, wanted: str) -> None:
+        self.made_for = made_for
+        self.wanted = wanted
+        super().__init__(
+            f"{adapter} was made for the base {made_for}, not for {wanted}; "
+            "weights, tokenizer, chat template and generation config must all be the same"
+        )
+
+
+class YankedError(RegistryError):
+    """A version was withdrawn: its bytes are kept, but it is not served."""
+
+    reason = "ADAPTER_YANKED"
+
+
+class AliasConflictError(RegistryError):
+    """An alias was not at the generation the caller expected; nothing was changed."""
+
+    reason = "ALIAS_CONFLICT"
+
+    def __init__(self, alias: str, expected: int, generation: int) -> None:
+        self.expected = expected
+        self.generation = generation
+        super().__init__(
+            f"{alias} is at generation {generation}, not {expected}: somebody moved it meanwhile. "
+            "Look at it again, then repeat with the new generation."
+        )
+
+
+class CorruptBlobError(RegistryError):
+    """Stored bytes are missing or do not match their digest; they reach no engine."""
+
+    reason = "ADAPTER_CORRUPT"
+
+    def __init__(self, digest: str, what: str) -> None:
+        self.digest = digest
+        super().__init__(
+            f"stored blob {digest} {what}; publish the same adapter again to restore it, "
+            "and run `manylora registry verify`"
+        )
+
+
+class DestinationError(RegistryError):
+    """An export would write over something that is there."""
+
+    reason = "DESTINATION"

@@ -1,0 +1,126 @@
+"""`adapter_config.json` as PEFT writes it, held against what the engine computes.
+
+The engine reads a few keys and ignores the others, so an adapter that needs an ignored one would
+load and answer wrongly. Whatever changes the mathematics beyond plain LoRA is refused here.
+"""
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    FiniteFloat,
+    ValidationError,
+)
+
+from manylora_registry.errors import Problem
+from manylora_registry.manifest import CONFIG_FILE
+
+MAX_RANK = 512
+"""The engine's largest."""
+PLAIN_INITS = frozenset({"gaussian", "eva", "orthogonal", "mica", "lora_ga"})
+"""Named initial weights that leave the base as it is; PiSSA, OLoRA, CorDA and LoftQ do not."""
+_PATTERN = re.compile(r"\^?[A-Za-z0-9_.]{1,256}")
+
+
+def _unset(what: str) -> AfterValidator:
+    """Accepts only values that mean "off"."""
+
+    def check(value: Any) -> None:
+        if value:
+            raise ValueError(f"{what} cannot be served")
+
+    return AfterValidator(check)
+
+
+def _plain_init(value: Any) -> Any:
+    if isinstance(value, str) and value.lower() not in PLAIN_INITS:
+        raise ValueError(
+            f"{value!r} changes the base's weights; convert it to plain LoRA with PEFT's "
+            "path_initial_model_for_weight_conversion"
+        )
+    return value
+
+
+def _plain_pattern(value: str) -> str:
+    # The engine runs each key as a regular expression over every module: a name cannot hang it.
+    if not _PATTERN.fullmatch(value):
+        raise ValueError(f"{value[:80]!r} must be the name, or the end of the name, of a module")
+    return value
+
+
+Rank = Annotated[int, Field(ge=1, le=MAX_RANK)]
+Pattern = Annotated[str, AfterValidator(_plain_pattern)]
+NullIsEmpty = BeforeValidator(lambda value: {} if value is None else value)
+
+
+class AdapterConfig(BaseModel):
+    """The keys that decide how an adapter is computed."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", strict=True)
+
+    peft_type: Literal["LORA"]
+    task_type: Literal["CAUSAL_LM"] | None = None
+    base_model_name_or_path: str | None = None
+    """The fingerprint of the base where our trainer wrote it; a name or path elsewhere."""
+    r: Rank
+    lora_alpha: Annotated[FiniteFloat, Field(gt=0)]
+    target_modules: Annotated[list[str], Field(min_length=1)] | Annotated[str, Field(min_length=1)]
+    rank_pattern: Annotated[dict[Pattern, Rank], Field(max_length=1024), NullIsEmpty] = {}
+    alpha_pattern: Annotated[
+        dict[Pattern, Annotated[FiniteFloat, Field(gt=0)]], Field(max_length=1024), NullIsEmpty
+    ] = {}
+    bias: Literal["none"] = "none"
+    use_rslora: bool | None = None
+    init_lora_weights: Annotated[bool | str | None, AfterValidator(_plain_init)] = None
+    use_dora: Annotated[Any, _unset("DoRA")] = None
+    lora_bias: Annotated[Any, _unset("a bias in LoRA layers")] = None
+    fan_in_fan_out: Annotated[Any, _unset("a base with transposed linear layers")] = None
+    modules_to_save: Annotated[Any, _unset("fully trained modules")] = None
+    trainable_token_indices: Annotated[Any, _unset("trained token embeddings")] = None
+    target_parameters: Annotated[Any, _unset("LoRA on bare parameters")] = None
+    layer_replication: Annotated[Any, _unset("layer replication")] = None
+    alora_invocation_tokens: Annotated[Any, _unset("activated LoRA")] = None
+    use_qalora: Annotated[Any, _unset("QALoRA")] = None
+    use_bdlora: Annotated[Any, _unset("block-diagonal LoRA")] = None
+    arrow_config: Annotated[Any, _unset("Arrow routing")] = None
+    kasa_config: Annotated[Any, _unset("KaSA")] = None
+    monteclora_config: Annotated[Any, _unset("MonteCLoRA")] = None
+
+    @property
+    def max_rank(self) -> int:
+        """What the engine must allow."""
+        return max([self.r, *self.rank_pattern.values()])
+
+    def rank_of(self, module: str) -> int:
+        """The rank of one module; PEFT's rule: the first pattern that is its end at a dot."""
+        for pattern, rank in self.rank_pattern.items():
+            if re.match(rf"(.*\.)?({pattern})$", module):
+                return rank
+        return self.r
+
+    def targets(self, module: str) -> bool:
+        """Whether PEFT would adapt `module`. A single string may be any pattern and is believed."""
+        if isinstance(self.target_modules, str):
+            return True
+        return any(module == name or module.endswith(f".{name}") for name in self.target_modules)
+
+
+def read_config(content: bytes) -> tuple[AdapterConfig | None, list[Problem]]:
+    """The config, or everything that is wrong with it."""
+    try:
+        return AdapterConfig.model_validate_json(content), []
+    except ValidationError as error:
+        problems = [
+            Problem(_where(entry["loc"]), entry["msg"].removeprefix("Value error, "))
+            for entry in error.errors(include_url=False)
+        ]
+        return None, problems
+
+
+def _where(location: tuple[int | str, ...]) -> str:
+    return " ".join([CONFIG_FILE, ".".join(str(part) for part in location)]).strip()

@@ -1,0 +1,150 @@
+"""Content-addressed bytes: a blob is found by the sha256 of its content and never changes.
+
+A blob is written as restic writes a pack: into a private staging directory while hashing, synced,
+renamed to its final name, and then the directories are synced. So a blob that can be seen is
+whole, and a blob that was acknowledged survives a power cut.
+"""
+
+import contextlib
+import hashlib
+import os
+import shutil
+import stat
+import uuid
+from collections.abc import Generator, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from io import BufferedIOBase
+from pathlib import Path
+from typing import Protocol
+
+from manylora_registry.errors import CorruptBlobError
+
+CHUNK_BYTES = 1 << 20
+
+
+class BlobStore(Protocol):
+    """Where blobs lie. Digests are `sha256:` and 64 hexadecimal digits."""
+
+    def staging(self) -> AbstractContextManager[Path]:
+        """A private empty directory for files on their way into the store; removed at the end."""
+        ...
+
+    def put(self, file: Path, digest: str) -> None:
+        """Takes over a staged file whose sha256 is `digest`; durable when this returns.
+
+        A blob that is there already is replaced by the same bytes, which heals a damaged one.
+        """
+        ...
+
+    def open(self, digest: str) -> BufferedIOBase:
+        """The blob's bytes, not yet verified.
+
+        Raises:
+            CorruptBlobError: it is not there.
+        """
+        ...
+
+    def digests(self) -> Iterator[str]:
+        """Every blob in the store."""
+        ...
+
+
+@dataclass(frozen=True)
+class Copied:
+    """What `copy_hashed` wrote."""
+
+    digest: str
+    size: int
+
+
+def copy_hashed(source: BufferedIOBase, target: Path, limit: int | None = None) -> Copied:
+    """Copies `source` to the new file `target`, hashing on the way, in constant memory.
+
+    Stops after `limit` bytes, then `size` is `limit` + 1: the caller knows that there was more.
+    """
+    digest = hashlib.sha256()
+    size = 0
+    buffer = memoryview(bytearray(CHUNK_BYTES))
+    with target.open("xb") as out:
+        while count := source.readinto(buffer):
+            size += count
+            if limit is not None and size > limit:
+                return Copied("", limit + 1)
+            digest.update(buffer[:count])
+            out.write(buffer[:count])
+    return Copied(f"sha256:{digest.hexdigest()}", size)
+
+
+def hash_file(path: Path) -> str:
+    """The digest of a file's content, read in constant memory."""
+    with path.open("rb") as file:
+        return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
+
+
+def read_verified(blobs: BlobStore, digest: str, limit: int) -> bytes:
+    """A small blob, read whole.
+
+    Raises:
+        CorruptBlobError: it is missing, longer than `limit` bytes, or not what its digest says.
+    """
+    with blobs.open(digest) as file:
+        content = file.read(limit + 1)
+    if len(content) > limit or f"sha256:{hashlib.sha256(content).hexdigest()}" != digest:
+        raise CorruptBlobError(digest, "does not match its digest")
+    return content
+
+
+class LocalBlobStore:
+    """Blobs as files `blobs/sha256/ab/<64 hexadecimal digits>` below a directory."""
+
+    def __init__(self, root: Path) -> None:
+        self._blobs = root / "blobs" / "sha256"
+        self._incoming = root / "incoming"
+
+    @contextlib.contextmanager
+    def staging(self) -> Generator[Path]:
+        """See `BlobStore`; on the same file system as the blobs, so that `put` is a rename."""
+        self._incoming.mkdir(parents=True, exist_ok=True)
+        directory = self._incoming / uuid.uuid4().hex
+        directory.mkdir(mode=0o700)
+        try:
+            yield directory
+        finally:
+            shutil.rmtree(directory, ignore_errors=True)
+
+    def put(self, file: Path, digest: str) -> None:
+        """See `BlobStore`."""
+        target = self._path(digest)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        file.chmod(stat.S_IRUSR | stat.S_IRGRP | stat.S_IROTH)
+        sync(file)
+        file.replace(target)
+        # Every level, every time: one who made a directory may have died before syncing it.
+        for directory in (target.parent, self._blobs, self._blobs.parent):
+            sync(directory)
+
+    def open(self, digest: str) -> BufferedIOBase:
+        """See `BlobStore`."""
+        try:
+            return self._path(digest).open("rb")
+        except FileNotFoundError as error:
+            raise CorruptBlobError(digest, "is missing") from error
+
+    def digests(self) -> Iterator[str]:
+        """See `BlobStore`."""
+        for path in self._blobs.glob("??/*"):
+            yield f"sha256:{path.name}"
+
+    def _path(self, digest: str) -> Path:
+        name = digest.removeprefix("sha256:")
+        return self._blobs / name[:2] / name
+
+
+def sync(path: Path) -> None:
+    """Waits until the file's content, or the directory's entries, are on disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

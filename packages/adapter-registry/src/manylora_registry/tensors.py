@@ -1,0 +1,133 @@
+"""Safetensors, read with hard limits: https://github.com/huggingface/safetensors#format.
+
+A header is untrusted JSON that tells where to read, so everything in it is checked against the
+file before anything is read: sizes, shapes, offsets without gap or overlap.
+"""
+
+import json
+import math
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from io import BufferedIOBase
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+
+from manylora_registry.errors import Problem
+
+HEADER_BYTES = 16 << 20
+TENSORS = 65_536
+DIMENSIONS = 8
+SCAN_BYTES = 4 << 20
+DTYPES = {"F32": "<u4", "F16": "<u2", "BF16": "<u2"}
+"""Dtypes an adapter may have, with the integers of the same width their bits are scanned as."""
+EXPONENTS = {"F32": 0x7F80_0000, "F16": 0x7C00, "BF16": 0x7F80}
+"""The exponent bits: all of them set is infinity or NaN in IEEE 754, whatever else is."""
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """Where one tensor lies in its file."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    """First byte, counted from the beginning of the file."""
+    end: int
+
+
+def read_header(path: Path) -> tuple[list[Tensor], list[Problem]]:
+    """The tensors of the safetensors file at `path`, and everything wrong with its structure."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        head = file.read(8)
+        length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
+        if not 2 <= length <= min(HEADER_BYTES, size - 8):
+            return [], [Problem(path.name, "is not a safetensors file: its header length is wrong")]
+        text = file.read(length)
+    try:
+        header: Any = json.loads(text.decode(), object_pairs_hook=_distinct)
+    except (ValueError, RecursionError) as error:
+        return [], [Problem(path.name, f"is not a safetensors file: its header is wrong: {error}")]
+    if not isinstance(header, dict):
+        return [], [Problem(path.name, "is not a safetensors file: its header is no object")]
+    entries = cast("dict[str, Any]", header)
+    entries.pop("__metadata__", None)
+    if len(entries) > TENSORS:
+        return [], [Problem(path.name, f"has {len(entries)} tensors; {TENSORS} are the limit")]
+    tensors: list[Tensor] = []
+    problems: list[Problem] = []
+    for name, entry in entries.items():
+        found = _tensor(name, entry, 8 + length, size)
+        if isinstance(found, Problem):
+            problems.append(found)
+        else:
+            tensors.append(found)
+    if not problems:
+        problems = _layout(path.name, tensors, 8 + length, size)
+    return tensors, problems
+
+
+def find_non_finite(path: Path, tensors: Sequence[Tensor]) -> list[Problem]:
+    """Names the tensors that hold a NaN or an infinity; reads every weight, in constant memory."""
+    with path.open("rb") as file:
+        return [
+            Problem(tensor.name, "holds a NaN or an infinity")
+            for tensor in tensors
+            if _has_non_finite(file, tensor)
+        ]
+
+
+def _has_non_finite(file: BufferedIOBase, tensor: Tensor) -> bool:
+    exponent = EXPONENTS[tensor.dtype]
+    file.seek(tensor.start)
+    left = tensor.end - tensor.start
+    while left:
+        chunk = file.read(min(left, SCAN_BYTES))
+        left -= len(chunk)
+        bits = np.frombuffer(chunk, DTYPES[tensor.dtype])
+        if bool(((bits & exponent) == exponent).any()):
+            return True
+    return False
+
+
+def _tensor(name: str, entry: Any, data: int, size: int) -> Tensor | Problem:
+    """One header entry, checked; `data` is where the weights begin in a file of `size` bytes."""
+    try:
+        dtype, shape, (start, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+    except (KeyError, TypeError, ValueError):
+        return Problem(name, "has no dtype, shape and data_offsets in the header")
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        return Problem(name, f"is {str(dtype)[:20]}; allowed are {', '.join(DTYPES)}")
+    if not isinstance(shape, list) or not 1 <= len(cast("list[Any]", shape)) <= DIMENSIONS:
+        return Problem(name, "has a shape that is no list of sizes")
+    sizes = cast("list[Any]", shape)
+    if not all(type(value) is int and 0 < value < 1 << 40 for value in [*sizes]):
+        return Problem(name, "has a shape with a size that is no positive number")
+    if not all(type(value) is int for value in (start, end)) or not 0 <= start <= end:
+        return Problem(name, "has data_offsets that are no range")
+    if data + end > size:
+        return Problem(name, "ends behind the end of the file")
+    if math.prod(sizes) * np.dtype(DTYPES[dtype]).itemsize != end - start:
+        return Problem(name, f"has {end - start} bytes, which does not fit its shape {sizes}")
+    return Tensor(name, dtype, tuple(sizes), data + start, data + end)
+
+
+def _layout(file: str, tensors: Sequence[Tensor], data: int, size: int) -> list[Problem]:
+    """No byte belongs to two tensors or to none: nothing can hide in the file."""
+    at = data
+    for tensor in sorted(tensors, key=lambda tensor: tensor.start):
+        if tensor.start != at:
+            return [Problem(tensor.name, "overlaps another tensor or leaves a gap before it")]
+        at = tensor.end
+    return [] if at == size else [Problem(file, f"has {size - at} bytes behind its last tensor")]
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a key stands there twice")
+    return found

@@ -1,0 +1,111 @@
+"""What the registry tells: versions, aliases and their moves, events, the report of a check."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Literal
+
+from manylora_registry.errors import Problem, WrongBaseError
+
+
+@dataclass(frozen=True)
+class Version:
+    """One immutable adapter; `digest` is what it is, the rest describes it."""
+
+    name: str
+    """The adapter it is a version of."""
+    number: int
+    """1, 2, 3 … without gaps within one adapter."""
+    digest: str
+    """Of the manifest: `sha256:` and 64 hexadecimal digits."""
+    base_fingerprint: str
+    """The base model it belongs to, `sha256:` and 64 hexadecimal digits."""
+    rank: int
+    """The highest of its modules: what the engine must allow."""
+    size: int
+    """Bytes of its files together."""
+    created_at: datetime
+    """When it was first published here, UTC."""
+    metrics: Mapping[str, float] = field(hash=False)
+    tags: Mapping[str, str] = field(hash=False)
+    lineage: Mapping[str, str] = field(hash=False)
+    """Where it came from: run, recipe digest, data fingerprint, parent …"""
+    yanked: bool
+    """Withdrawn: kept, but not served."""
+
+    @property
+    def engine_name(self) -> str:
+        """The engine's name for it, never reused for other weights."""
+        return f"{self.name}@{self.number}-{self.digest.removeprefix('sha256:')[:12]}"
+
+    def require_base(self, fingerprint: str) -> None:
+        """Raises WrongBaseError unless it was made for the base of this fingerprint."""
+        if self.base_fingerprint != fingerprint:
+            raise WrongBaseError(f"{self.name}@{self.number}", self.base_fingerprint, fingerprint)
+
+
+@dataclass(frozen=True)
+class Alias:
+    """Where an alias points, and how many times it was moved to get there."""
+
+    version: int
+    generation: int
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A named line of versions."""
+
+    name: str
+    latest: Version
+    aliases: Mapping[str, Alias]
+
+
+@dataclass(frozen=True)
+class AliasMove:
+    """One line of an alias's history."""
+
+    name: str
+    alias: str
+    generation: int
+    """1 for the first move of this alias, then without gaps."""
+    version: int
+    previous: int | None
+    """The version it pointed at before; none at its first move."""
+    actor: str
+    why: str
+    at: datetime
+
+
+EventKind = Literal["published", "alias_moved", "yanked"]
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that happened, in the order in which it became visible."""
+
+    sequence: int
+    kind: EventKind
+    name: str
+    alias: str | None
+    version: int
+    at: datetime
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """What a check of everything found."""
+
+    versions: int
+    blobs: int
+    size: int
+    """Bytes read and hashed."""
+    moves: int
+    problems: tuple[Problem, ...]
+    unreferenced: tuple[str, ...]
+    """Digests no version needs: of publications that did not reach their end, harmless."""
+
+    @property
+    def ok(self) -> bool:
+        """Whether every version can be trusted."""
+        return not self.problems
