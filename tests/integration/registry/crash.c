@@ -1,0 +1,130 @@
+/* Kills the process at the n-th call that changes a file below a directory.
+ *
+ * Preloaded, so that it sees the calls of the interpreter and of SQLite alike; the code under
+ * test knows nothing of it. Calls that only read are left out: being killed before one is the
+ * same as being killed before the next one that changes something. Every call is logged before
+ * it is made, as `name path` or `rename source -> target`.
+ */
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <fcntl.h>
+#include <limits.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+static char root[PATH_MAX];
+static long left = -1; /* calls still to be made; -1: not armed */
+static int tear;       /* half of a write is done before the process dies */
+static int logged = -1;
+
+void crash_arm(const char *directory, long calls, int torn, const char *log) {
+    logged = open(log, O_WRONLY | O_CREAT | O_APPEND, 0600);
+    strncpy(root, directory, sizeof root - 1);
+    tear = torn;
+    left = calls;
+}
+
+static void die(void) { kill(getpid(), SIGKILL); }
+
+/* Whether the process is to die at this call. */
+static int due(const char *name, const char *path, const char *target) {
+    if (left < 0 || strncmp(path, root, strlen(root)) != 0) return 0;
+    dprintf(logged, target ? "%s %s -> %s\n" : "%s %s\n", name, path, target);
+    return left-- == 0;
+}
+
+static int due_at(const char *name, int fd) {
+    char link[64], path[PATH_MAX];
+    if (left < 0) return 0;
+    snprintf(link, sizeof link, "/proc/self/fd/%d", fd);
+    ssize_t length = readlink(link, path, sizeof path - 1);
+    if (length < 0) return 0;
+    path[length] = 0;
+    return due(name, path, NULL);
+}
+
+#define REAL(type, name, ...) \
+    static type (*real)(__VA_ARGS__); \
+    if (!real) real = (type(*)(__VA_ARGS__))dlsym(RTLD_NEXT, name)
+
+#define OPEN(symbol) \
+    int symbol(const char *path, int flags, ...) { \
+        REAL(int, #symbol, const char *, int, ...); \
+        va_list rest; \
+        va_start(rest, flags); \
+        mode_t mode = flags & O_CREAT ? va_arg(rest, mode_t) : 0; \
+        va_end(rest); \
+        if (flags & (O_CREAT | O_TRUNC) && due("open", path, NULL)) die(); \
+        return real(path, flags, mode); \
+    }
+#define WRITE_AT(symbol, offset) \
+    ssize_t symbol(int fd, const void *data, size_t size, offset at) { \
+        REAL(ssize_t, #symbol, int, const void *, size_t, offset); \
+        if (due_at("write", fd)) { \
+            if (tear) real(fd, data, size / 2, at); \
+            die(); \
+        } \
+        return real(fd, data, size, at); \
+    }
+#define ON_FD(symbol) \
+    int symbol(int fd) { \
+        REAL(int, #symbol, int); \
+        if (due_at("fsync", fd)) die(); \
+        return real(fd); \
+    }
+#define TRUNCATE(symbol, offset) \
+    int symbol(int fd, offset size) { \
+        REAL(int, #symbol, int, offset); \
+        if (due_at("truncate", fd)) die(); \
+        return real(fd, size); \
+    }
+#define ON_PATH(symbol) \
+    int symbol(const char *path) { \
+        REAL(int, #symbol, const char *); \
+        if (due(#symbol, path, NULL)) die(); \
+        return real(path); \
+    }
+#define WITH_MODE(symbol) \
+    int symbol(const char *path, mode_t mode) { \
+        REAL(int, #symbol, const char *, mode_t); \
+        if (due(#symbol, path, NULL)) die(); \
+        return real(path, mode); \
+    }
+
+OPEN(open)
+OPEN(open64)
+WRITE_AT(pwrite, off_t)
+WRITE_AT(pwrite64, off64_t)
+ON_FD(fsync)
+ON_FD(fdatasync)
+TRUNCATE(ftruncate, off_t)
+TRUNCATE(ftruncate64, off64_t)
+ON_PATH(unlink)
+ON_PATH(rmdir)
+WITH_MODE(mkdir)
+WITH_MODE(chmod)
+
+ssize_t write(int fd, const void *data, size_t size) {
+    REAL(ssize_t, "write", int, const void *, size_t);
+    if (due_at("write", fd)) {
+        if (tear) real(fd, data, size / 2);
+        die();
+    }
+    return real(fd, data, size);
+}
+
+int rename(const char *source, const char *target) {
+    REAL(int, "rename", const char *, const char *);
+    if (due("rename", source, target)) die();
+    return real(source, target);
+}
+
+int unlinkat(int fd, const char *path, int flags) {
+    REAL(int, "unlinkat", int, const char *, int);
+    if (fd == AT_FDCWD ? due("unlink", path, NULL) : due_at("unlink", fd)) die();
+    return real(fd, path, flags);
+}
