@@ -4,9 +4,9 @@ Every verb is a module of this package that imports what it needs when it runs, 
 and a wrong word on the command line answer at once.
 """
 
+import os
 import sys
 
-import click
 import typer
 
 from manylora_cli import base, evaluate, generate, publish, registry, serve, train
@@ -16,6 +16,7 @@ app = typer.Typer(
     help="Train many LoRA adapters over one base model, version them, serve them all from it.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("train")(train.train)
@@ -30,16 +31,10 @@ app.add_typer(base.app, name="base")
 def main() -> None:
     """Runs the command; a stated failure is one line on stderr and exit status 1."""
     try:
-        app(standalone_mode=False)
-    except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
-    except click.exceptions.Exit as leave:
-        sys.exit(leave.exit_code)
-    except (KeyboardInterrupt, click.Abort):
-        print("manylora: interrupted", file=sys.stderr)
-        sys.exit(130)
+        app()
     except BrokenPipeError:
+        # The reader of a pipe left; the interpreter must not flush into it again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except Exception as error:
         if not is_stated(error):

@@ -1,0 +1,71 @@
+"""Where the server is and how a channel to it is set up; the same for both clients."""
+
+import os
+import random
+import time
+
+from manylora_client.errors import StatusError, UnavailableError
+
+DEFAULT_TARGET = "127.0.0.1:50051"
+TARGET_VARIABLE = "MANYLORA_SERVER"
+DEFAULT_TIMEOUT = 300.0
+"""Seconds; a CPU makes a hundred tokens a second for all its callers together."""
+MAX_MESSAGE_BYTES = 64 * 2**20
+"""Room for a batch of long prompts; gRPC's own limit is 4 MiB."""
+
+
+def resolve_target(target: str | None) -> str:
+    """`target`, or the address in MANYLORA_SERVER, or the default one."""
+    return target or os.environ.get(TARGET_VARIABLE) or DEFAULT_TARGET
+
+
+def channel_options(max_message_bytes: int) -> list[tuple[str, int]]:
+    """Options of the channel.
+
+    gRPC's own transparent retry stays on: it repeats a call only when the server is known not to
+    have seen it. A retry policy in the service config would go further and also repeat calls that
+    a server had begun, so there is none; see Attempts for what is repeated instead.
+    """
+    return [
+        ("grpc.max_send_message_length", max_message_bytes),
+        ("grpc.max_receive_message_length", max_message_bytes),
+        # Finds a vanished server during a long wait for an answer. No more often than a server
+        # with default settings tolerates on a quiet connection: it closes one pinged faster.
+        ("grpc.keepalive_time_ms", 301_000),
+        ("grpc.keepalive_timeout_ms", 20_000),
+        # A server that is being started is found soon after it listens.
+        ("grpc.initial_reconnect_backoff_ms", 200),
+        ("grpc.max_reconnect_backoff_ms", 5_000),
+    ]
+
+
+class Attempts:
+    """What is left of one call's deadline and of its retries.
+
+    A call is repeated only when the server itself says so: UNAVAILABLE with a RetryInfo. Nothing
+    of an answer has reached the caller then, and generating has no side effect, so a repeated
+    call is never seen twice. A broken connection is not repeated: the server may be working on
+    the call still, and would do it twice.
+    """
+
+    def __init__(self, retries: int, timeout: float | None) -> None:
+        self._retries = retries
+        self._end = None if timeout is None else time.monotonic() + timeout
+
+    def remaining(self) -> float | None:
+        """Seconds to the deadline; None without one."""
+        return None if self._end is None else max(0.0, self._end - time.monotonic())
+
+    def delay_after(self, error: StatusError) -> float | None:
+        """Seconds to wait before the next attempt; None when `error` is final."""
+        if not isinstance(error, UnavailableError) or error.retry_after is None:
+            return None
+        if self._retries <= 0:
+            return None
+        # Spread, so that clients turned away together do not come back together.
+        delay = error.retry_after * random.uniform(1.0, 1.25)  # noqa: S311
+        remaining = self.remaining()
+        if remaining is not None and delay >= remaining:
+            return None
+        self._retries -= 1
+        return delay

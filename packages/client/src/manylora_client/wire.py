@@ -1,0 +1,177 @@
+"""Conversion between the protocol's messages and the client's types, shared by both clients."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import cast
+
+import manylora.inference.v1.inference_pb2 as pb
+from manylora.registry.v1.adapter_pb2 import AdapterVersion as AdapterVersionMessage
+from manylora_client.errors import InvalidInputError
+from manylora_client.types import (
+    AdapterListing,
+    AdapterVersion,
+    AliasListing,
+    Candidate,
+    Delta,
+    Finished,
+    FinishReason,
+    Generation,
+    Input,
+    Request,
+    Started,
+    TokenLogprobs,
+    Usage,
+)
+
+_FINISH_REASONS: Mapping[pb.FinishReason.ValueType, FinishReason] = {
+    pb.FINISH_REASON_STOP: "stop",
+    pb.FINISH_REASON_LENGTH: "length",
+}
+
+
+def generate_request(request: Request) -> pb.GenerateRequest:
+    """The message for `request`.
+
+    Raises:
+        InvalidInputError: where a value does not fit its field.
+    """
+    try:
+        message = pb.GenerateRequest(
+            adapter=request.adapter,
+            sampling=pb.Sampling(
+                max_tokens=request.max_tokens,
+                temperature=request.temperature,
+                top_p=request.top_p,
+                top_k=request.top_k,
+                seed=request.seed,
+                stop=_stops(request.stop),
+                ignore_eos=request.ignore_eos,
+                logprobs=request.logprobs,
+            ),
+        )
+        match prompt(request.input):
+            case str() as text:
+                message.text = text
+            case pb.Chat() as chat:
+                message.chat.CopyFrom(chat)
+            case tokens:
+                message.tokens.CopyFrom(tokens)
+    except (TypeError, ValueError) as error:
+        raise InvalidInputError(f"the request cannot be sent: {error}") from error
+    return message
+
+
+def count_request(source: Input) -> pb.CountTokensRequest:
+    """The message that counts the prompt tokens of `source`.
+
+    Raises:
+        InvalidInputError: for token ids, which are counted already, and for malformed messages.
+    """
+    try:
+        match prompt(source):
+            case str() as text:
+                return pb.CountTokensRequest(text=text)
+            case pb.Chat() as chat:
+                return pb.CountTokensRequest(chat=chat)
+            case _:
+                raise InvalidInputError("token ids need no counting: their number is their length")
+    except (TypeError, ValueError) as error:
+        raise InvalidInputError(f"the request cannot be sent: {error}") from error
+
+
+def prompt(source: Input) -> str | pb.Chat | pb.Tokens:
+    """The input of a request: text as it stands, chat messages or token ids as messages."""
+    if isinstance(source, str):
+        return source
+    if not source:
+        raise InvalidInputError("the input is empty: give text, chat messages or token ids")
+    if all(isinstance(part, int) for part in source):
+        return pb.Tokens(ids=cast("Sequence[int]", source))
+    if all(isinstance(part, Mapping) and set(part) == {"role", "content"} for part in source):
+        messages = cast("Sequence[Mapping[str, str]]", source)
+        return pb.Chat(
+            messages=[pb.Message(role=m["role"], content=m["content"]) for m in messages]
+        )
+    raise InvalidInputError(
+        "the input must be text, a list of token ids, or a list of chat messages with the keys "
+        "'role' and 'content'"
+    )
+
+
+def _stops(stop: Sequence[str]) -> Sequence[str]:
+    if isinstance(stop, str):
+        # A string is a sequence of strings, so each of its letters would end the generation.
+        raise InvalidInputError(f"stop must be a list of strings, e.g. [{stop!r}]")
+    return stop
+
+
+def generation(response: pb.GenerateResponse) -> Generation:
+    """The answer in `response`."""
+    return Generation(
+        text=response.text,
+        token_ids=tuple(response.token_ids),
+        adapter=adapter(response),
+        finish_reason=_finish_reason(response.finish_reason),
+        usage=_usage(response.usage),
+        logprobs=_logprobs(response.logprobs),
+        request_id=response.request_id,
+    )
+
+
+def adapter(message: pb.GenerateResponse | pb.GenerateStarted) -> AdapterVersion | None:
+    """The version that answers; None for the bare base."""
+    return _version(message.adapter) if message.HasField("adapter") else None
+
+
+def adapter_listings(response: pb.ListAdaptersResponse) -> list[AdapterListing]:
+    """The adapters in `response`, in the server's order."""
+    return [
+        AdapterListing(entry.name, _version(entry.latest), tuple(map(_alias, entry.aliases)))
+        for entry in response.adapters
+    ]
+
+
+def started(message: pb.GenerateStarted) -> Started:
+    """A stream's first event."""
+    return Started(message.request_id, adapter(message))
+
+
+def delta(message: pb.GenerateDelta) -> Delta:
+    """One of a stream's deltas."""
+    return Delta(message.text, tuple(message.token_ids), _logprobs(message.logprobs))
+
+
+def finished(message: pb.GenerateFinished) -> Finished:
+    """A stream's last event."""
+    return Finished(_finish_reason(message.finish_reason), _usage(message.usage))
+
+
+def _alias(listing: pb.AliasListing) -> AliasListing:
+    return AliasListing(
+        alias=listing.alias,
+        serving=_version(listing.serving) if listing.HasField("serving") else None,
+        pending=_version(listing.pending) if listing.HasField("pending") else None,
+        pending_error=listing.pending_error,
+    )
+
+
+def _version(message: AdapterVersionMessage) -> AdapterVersion:
+    return AdapterVersion(message.name, message.number, message.digest)
+
+
+def _usage(message: pb.Usage) -> Usage:
+    return Usage(message.prompt_tokens, message.completion_tokens)
+
+
+def _finish_reason(value: pb.FinishReason.ValueType) -> FinishReason:
+    return _FINISH_REASONS.get(value, "unknown")
+
+
+def _logprobs(entries: Iterable[pb.TokenLogprobs]) -> tuple[TokenLogprobs, ...]:
+    return tuple(
+        TokenLogprobs(_candidate(entry.chosen), tuple(map(_candidate, entry.top)))
+        for entry in entries
+    )
+
+
+def _candidate(message: pb.Candidate) -> Candidate:
+    return Candidate(message.token_id, message.logprob)

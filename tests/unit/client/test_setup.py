@@ -1,0 +1,87 @@
+"""Making a client: light, from the environment, over TLS; many calls at once."""
+
+import asyncio
+import subprocess
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import grpc
+import pytest
+from tests.unit.client.conftest import AnyClient
+from tests.unit.client.scripted import Answer, ScriptedServer, run
+
+from manylora_client import AsyncClient, Client, UnreachableError
+
+Serve = Callable[..., ScriptedServer]
+Connect = Callable[..., AnyClient]
+
+
+def test_importing_the_package_does_not_import_grpc() -> None:
+    program = (
+        "import sys, manylora_client; manylora_client.NotFoundError, manylora_client.Generation;"
+        "assert not {'grpc', 'google.protobuf', 'manylora'} & set(sys.modules);"
+        "manylora_client.Client; assert 'grpc' in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+
+
+def test_the_server_is_taken_from_the_environment(
+    monkeypatch: pytest.MonkeyPatch, serve: Serve
+) -> None:
+    server = serve({"": Answer("found")})
+    monkeypatch.setenv("MANYLORA_SERVER", server.target)
+
+    with Client() as client:
+        assert client.target == server.target
+        assert client.generate("x").text == "found"
+    monkeypatch.delenv("MANYLORA_SERVER")
+    assert Client().target == AsyncClient().target == "127.0.0.1:50051"
+
+
+def test_credentials_make_the_channel_secure(serve: Serve, connect: Connect) -> None:
+    server = serve({"": Answer()}, credentials=grpc.local_server_credentials())
+    secure = connect(server.target, credentials=grpc.local_channel_credentials())
+
+    assert secure.generate("x").text == Answer().text
+
+
+def test_a_certificate_is_asked_for_over_tls(serve: Serve, connect: Connect) -> None:
+    plain = serve({"": Answer()})
+
+    with pytest.raises(UnreachableError):
+        connect(plain.target, credentials=grpc.ssl_channel_credentials(), timeout=10).generate("x")
+
+
+def test_threads_share_one_client(serve: Serve) -> None:
+    server = serve(lambda request: Answer(request.text))
+
+    with Client(server.target) as client, ThreadPoolExecutor(8) as pool:
+        texts = [f"prompt {number}" for number in range(64)]
+        assert [answer.text for answer in pool.map(client.generate, texts)] == texts
+
+
+def test_tasks_share_one_client_made_before_the_loop(serve: Serve) -> None:
+    server = serve(lambda request: Answer(request.text))
+    client = AsyncClient(server.target)
+    texts = [f"prompt {number}" for number in range(64)]
+
+    async def ask_all() -> list[str]:
+        async with client:
+            answers = await asyncio.gather(*(client.generate(text) for text in texts))
+        return [answer.text for answer in answers]
+
+    assert run(ask_all()) == texts
+
+
+def test_cancelling_the_task_cancels_the_call(serve: Serve) -> None:
+    server = serve({"": Answer(hold_after=0)})
+
+    async def ask_and_give_up() -> None:
+        async with AsyncClient(server.target) as client:
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(0.2):
+                    await client.generate("x")
+
+    run(ask_and_give_up())
+    assert server.service.cancelled.wait(10)
