@@ -1,0 +1,68 @@
+"""`manylora evaluate`: adapters beside the bare base on held-out rows."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def evaluate(
+    suite: Annotated[Path, typer.Argument(metavar="SUITE", help="The suite's YAML file.")],
+    server: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOST:PORT",
+            help="The gateway; default: MANYLORA_SERVER, or 127.0.0.1:50051.",
+        ),
+    ] = None,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(metavar="REF", help="Score this adapter too, in every task run; repeatable."),
+    ] = None,
+    task: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="Run only this task of the suite; repeatable."),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Write results.json and report.html here."),
+    ] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, help="Most rows of a task; default: the suite's."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
+) -> None:
+    """Ask held-out rows of the bare base and of adapters, and compare the scores.
+
+    Exits 1 when a request failed, after printing and writing the results of the others.
+    """
+    from rich.console import Console
+
+    from manylora_evaluator.errors import EvaluationFailedError
+    from manylora_evaluator.results import EvaluationResult
+    from manylora_evaluator.run import evaluate as run
+    from manylora_evaluator.table import table
+
+    def show(result: EvaluationResult) -> None:
+        if as_json:
+            print(result.to_json())
+        else:
+            Console().print(table(result))
+            if out is not None:
+                print(f"report: {out / 'report.html'}")
+
+    try:
+        result = run(
+            suite,
+            server,
+            adapter or (),
+            out,
+            tasks=task or (),
+            limit=limit,
+            console=Console(stderr=True),
+        )
+    except EvaluationFailedError as error:
+        show(error.result)
+        raise
+    show(result)

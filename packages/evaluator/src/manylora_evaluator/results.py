@@ -1,0 +1,156 @@
+"""What an evaluation found: frozen dataclasses, and their JSON."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+
+from pydantic import TypeAdapter, ValidationError
+
+from manylora_evaluator.errors import ResultsError
+from manylora_evaluator.rows import Message
+
+
+@dataclass(frozen=True)
+class Version:
+    """The immutable version a reference stood for during the evaluation."""
+
+    name: str
+    number: int
+    digest: str
+
+
+@dataclass(frozen=True)
+class Score:
+    """A score between 0 and 1 and the ends of its 95 % confidence interval."""
+
+    mean: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Column:
+    """One task's rows, all answered by the bare base or by one adapter version."""
+
+    adapter: str
+    """The reference as asked for; empty: the bare base."""
+    version: Version | None
+    """What it was resolved to, once, before the first row; None: the bare base."""
+    scores: Mapping[str, Score]
+    requests: int
+    failures: int
+    """Requests that failed; each counts as a wrong answer in the scores."""
+    prompt_tokens: int
+    completion_tokens: int
+    seconds: float
+    """From the first request's start to the last answer's end."""
+    latency_p50: float
+    """Seconds of the median answered request; 0 when none was answered."""
+    latency_p95: float
+
+    @property
+    def label(self) -> str:
+        """For tables: `bare base`, or the reference with the number it was resolved to."""
+        return "bare base" if self.version is None else f"{self.adapter} · v{self.version.number}"
+
+
+@dataclass(frozen=True)
+class Output:
+    """What one column's model made of one row."""
+
+    adapter: str
+    text: str
+    """Empty when the request failed."""
+    error: str | None
+    """Why the request failed."""
+    finish_reason: str | None
+    prompt_tokens: int
+    completion_tokens: int
+    seconds: float
+    """From sending the request to its answer or failure."""
+    scores: Mapping[str, float | None]
+    """The row alone; None where it has no weight, e.g. no fields expected and none given."""
+
+
+@dataclass(frozen=True)
+class RowResult:
+    """One held-out row with every column's output, in the columns' order."""
+
+    messages: tuple[Message, ...]
+    expected: str
+    outputs: tuple[Output, ...]
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """One task: its columns, the bare base first, and its rows."""
+
+    task: str
+    columns: tuple[Column, ...]
+    rows: tuple[RowResult, ...]
+
+    @property
+    def base(self) -> Column:
+        """The bare base."""
+        return self.columns[0]
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """A whole evaluation."""
+
+    suite: str
+    server: str
+    started_at: datetime
+    """UTC."""
+    seconds: float
+    seed: int
+    tasks: tuple[TaskResult, ...]
+
+    @property
+    def requests(self) -> int:
+        """Requests sent in all."""
+        return sum(column.requests for task in self.tasks for column in task.columns)
+
+    @property
+    def failures(self) -> int:
+        """Requests that failed."""
+        return sum(column.failures for task in self.tasks for column in task.columns)
+
+    def score(self, task: str, adapter: str, scorer: str) -> Score:
+        """The score `scorer` of `adapter`, a reference as asked for (empty: bare base), in `task`.
+
+        Raises:
+            ResultsError: when there is none; says what there is.
+        """
+        scores = {
+            (entry.task, column.adapter, name): score
+            for entry in self.tasks
+            for column in entry.columns
+            for name, score in column.scores.items()
+        }
+        if (task, adapter, scorer) not in scores:
+            known = ", ".join(f"{t}/{a or 'bare base'}/{s}" for t, a, s in scores)
+            raise ResultsError(
+                f"no score {task}/{adapter or 'bare base'}/{scorer}; there are {known}"
+            )
+        return scores[task, adapter, scorer]
+
+    def to_json(self) -> str:
+        """The result as indented JSON."""
+        return _ADAPTER.dump_json(self, indent=2).decode()
+
+    @classmethod
+    def from_json(cls, text: str) -> "EvaluationResult":
+        """The result in what `to_json` wrote.
+
+        Raises:
+            ResultsError: when `text` is something else.
+        """
+        try:
+            return _ADAPTER.validate_json(text)
+        except ValidationError as error:
+            raise ResultsError(f"not a manylora evaluation: {error.errors()[0]['msg']}") from error
+
+
+_ADAPTER = TypeAdapter(EvaluationResult)

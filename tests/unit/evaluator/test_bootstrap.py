@@ -1,0 +1,47 @@
+"""Confidence intervals."""
+
+import math
+import random
+
+import pytest
+
+from manylora_evaluator.bootstrap import estimate
+from manylora_evaluator.scorers import Tally
+
+
+def test_a_score_is_the_ratio_of_the_sums() -> None:
+    score = estimate([Tally(1, 1), Tally(0, 9), Tally(2, 2)], seed=0)
+
+    assert score.mean == pytest.approx(3 / 12)
+    assert score.low <= score.mean <= score.high
+
+
+def test_the_interval_of_a_share_is_the_normal_one_where_rows_are_many() -> None:
+    score = estimate([Tally(1, 1)] * 600 + [Tally(0, 1)] * 400, seed=0)
+
+    margin = 1.96 * math.sqrt(0.6 * 0.4 / 1000)
+    assert score.low == pytest.approx(0.6 - margin, abs=0.005)
+    assert score.high == pytest.approx(0.6 + margin, abs=0.005)
+
+
+def test_the_interval_covers_the_truth_about_as_often_as_it_says() -> None:
+    coins = random.Random(0)
+    covered = 0
+    for seed in range(100):
+        rows = [Tally(float(coins.random() < 0.7), 1) for _ in range(60)]
+        score = estimate(rows, seed)
+        covered += score.low <= 0.7 <= score.high
+    assert 88 <= covered <= 100
+
+
+def test_the_seed_decides() -> None:
+    rows = [Tally(math.sqrt(index), 6) for index in range(20)]
+
+    assert estimate(rows, seed=1) == estimate(rows, seed=1)
+    assert estimate(rows, seed=1) != estimate(rows, seed=2)
+
+
+def test_rows_without_weight_score_nothing() -> None:
+    score = estimate([Tally(0, 0), Tally(0, 0)], seed=0)
+
+    assert (score.mean, score.low, score.high) == (0, 0, 0)

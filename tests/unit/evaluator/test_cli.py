@@ -1,0 +1,91 @@
+"""`manylora evaluate` as a user meets it."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import grpc
+from tests.unit.client.scripted import Answer, Failure, Reply, ScriptedServer
+
+import manylora.inference.v1.inference_pb2 as pb
+
+Serve = Callable[..., ScriptedServer]
+WriteSuite = Callable[..., Path]
+
+
+def manylora(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "manylora_cli", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def test_it_prints_the_table_and_writes_the_report(
+    serve: Serve, write_suite: WriteSuite, tmp_path: Path
+) -> None:
+    target = serve(lambda request: Answer("yes" if request.adapter else "no")).target
+    out = tmp_path / "out"
+
+    done = manylora(
+        "evaluate",
+        write_suite([("a", "yes")]),
+        "--server",
+        target,
+        "--out",
+        out,
+        "--adapter",
+        "b@2",
+    )
+
+    assert done.returncode == 0, done.stderr
+    assert "held-out rows" in done.stdout
+    assert "100.0" in done.stdout
+    assert "b@2 · v1" in done.stdout
+    assert (out / "report.html").is_file()
+    assert (out / "results.json").is_file()
+
+
+def test_json_is_all_there_is_on_standard_output(serve: Serve, write_suite: WriteSuite) -> None:
+    suite = write_suite([("a", "yes"), ("b", "yes")])
+    target = serve(lambda _: Answer("yes")).target
+
+    done = manylora("evaluate", suite, "--server", target, "--limit", "1", "--json")
+
+    (task,) = json.loads(done.stdout)["tasks"]
+    assert [(column["adapter"], column["requests"]) for column in task["columns"]] == [
+        ("", 1),
+        ("spelling", 1),
+    ]
+    assert task["columns"][1]["version"]["number"] == 1
+    assert task["columns"][1]["scores"]["exact_match"]["mean"] == 1
+
+
+def test_failed_requests_exit_1_with_the_table_and_one_line(
+    serve: Serve, write_suite: WriteSuite
+) -> None:
+    def fail(request: pb.GenerateRequest) -> Reply:
+        warm_up = request.sampling.max_tokens == 1
+        return Answer() if warm_up else Failure(grpc.StatusCode.INTERNAL, "incident 123")
+
+    done = manylora("evaluate", write_suite([("a", "yes")]), "--server", serve(fail).target)
+
+    assert done.returncode == 1
+    assert "2 failed" in done.stdout
+    assert "manylora: 2 of 2 requests failed" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_missing_server_exits_1_with_one_line(serve: Serve, write_suite: WriteSuite) -> None:
+    server = serve({})
+    server.close()
+
+    done = manylora("evaluate", write_suite([("a", "yes")]), "--server", server.target)
+
+    assert done.returncode == 1
+    assert done.stderr.strip().splitlines()[-1].startswith("manylora: no manylora server answers")
+    assert "Traceback" not in done.stderr
