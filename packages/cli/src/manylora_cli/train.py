@@ -1,0 +1,105 @@
+"""`manylora train`."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from manylora_trainer.dry_run import TaskPlan
+    from manylora_trainer.result import RunResult
+
+
+def train(
+    recipe: Annotated[Path, typer.Argument(help="The recipe's YAML file.")],
+    run_dir: Annotated[
+        Path | None,
+        typer.Option("--run-dir", metavar="DIR", help="Instead of the recipe's run_directory."),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the newest checkpoint of the run.")
+    ] = False,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="PATH=VALUE", help="Override a key, e.g. tasks.0.steps=100."),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, show what would train, and stop.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Train every task of a recipe, one adapter each, in one run."""
+    import json
+    import os
+    import shlex
+
+    from manylora_trainer import load_recipe
+    from manylora_trainer.errors import AdaptersStoppedError
+
+    loaded = load_recipe(recipe, set_ or ())
+    if dry_run:
+        # Bases are local directories: without this the libraries look for a hub first.
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+        from manylora_trainer.dry_run import as_json as plans_as_json
+        from manylora_trainer.dry_run import plan
+
+        plans = plan(loaded)
+        if as_json:
+            print(json.dumps(plans_as_json(plans)))
+        else:
+            _show_plans(plans)
+        return
+
+    from manylora_trainer import train as run
+
+    path = run_dir or loaded.run_directory
+    again = ["manylora", "train", str(recipe), "--run-dir", str(path), "--resume"]
+    for entry in set_ or ():
+        again += ["--set", entry]
+    result = run(loaded, path, resume, how_to_resume=shlex.join(again))
+    if as_json:
+        print(json.dumps(result.as_json()))
+    else:
+        _show_result(result)
+    stopped = {name: task.stopped for name, task in result.tasks.items() if task.stopped}
+    if stopped:
+        raise AdaptersStoppedError(
+            "; ".join(f"{name} stopped at {why}" for name, why in stopped.items())
+        )
+
+
+def _show_plans(plans: "list[TaskPlan]") -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console()
+    table = Table("", *(entry.task for entry in plans))
+    lengths = [f"{e.tokens_median} / {e.tokens_90} / {e.tokens_longest}" for e in plans]
+    table.add_row("rows looked at", *(f"{entry.sampled}" for entry in plans))
+    table.add_row("of these to train on", *(f"{entry.train}" for entry in plans))
+    table.add_row("tokens: median / 90% / longest", *lengths)
+    table.add_row("longer than max_length", *(f"{entry.overlong}" for entry in plans))
+    table.add_row("share of tokens that train", *(f"{entry.trained_share:.0%}" for entry in plans))
+    table.add_row("trainable parameters", *(f"{entry.trainable_parameters:,}" for entry in plans))
+    table.add_row("steps", *(f"{entry.steps}" for entry in plans))
+    table.add_row("examples drawn", *(f"{entry.examples}" for entry in plans))
+    console.print(table)
+    for entry in plans:
+        console.print(Text(f"\n{entry.task}: one example; what it learns is highlighted"))
+        console.print(Text(entry.prompt) + Text(entry.completion, style="bold green reverse"))
+
+
+def _show_result(result: "RunResult") -> None:
+    for name, task in result.tasks.items():
+        if task.adapter is None:
+            print(f"{name}: stopped at {task.stopped}")
+            continue
+        losses = ", ".join(
+            f"{metric.replace('_', ' ')} {value:.3f}" for metric, value in task.metrics.items()
+        )
+        print(f"{name}: {losses}, {task.tokens} tokens, {task.adapter}")
+    print(
+        f"{result.seconds:.0f} s of training, {result.tokens_per_s:.0f} tokens/s; "
+        f"publish with: manylora publish {result.run_directory}"
+    )

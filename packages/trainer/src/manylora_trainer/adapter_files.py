@@ -1,0 +1,124 @@
+"""One adapter as files in PEFT's format, which serving engines and PEFT itself read."""
+
+# safetensors' torch half is only partly typed.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from manylora_trainer.durable import write_directory
+from manylora_trainer.errors import InitialAdapterError
+from manylora_trainer.recipe import Task
+from manylora_trainer.targets import Shapes, last_names
+
+WEIGHTS_FILE = "adapter_model.safetensors"
+CONFIG_FILE = "adapter_config.json"
+
+
+def save_adapter(
+    directory: Path,
+    tensors: Mapping[str, Tensor],
+    task: Task,
+    targets: Shapes,
+    base_fingerprint: str,
+    metrics: Mapping[str, float],
+) -> int:
+    """Writes `directory`, whole or not at all; returns the bytes of the weights.
+
+    Nothing in it depends on time or place: equal training gives equal files.
+    """
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_fingerprint,
+        "r": task.lora.rank,
+        "lora_alpha": task.lora.alpha,
+        "lora_dropout": 0.0,
+        "target_modules": _config_targets(task, targets),
+        "bias": "none",
+        "use_rslora": False,
+        "use_dora": False,
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "inference_mode": True,
+        "modules_to_save": None,
+    }
+
+    def fill(temporary: Path) -> None:
+        kept = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(kept, temporary / WEIGHTS_FILE, metadata={"format": "pt"})
+        (temporary / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        (temporary / "README.md").write_text(_card(task, base_fingerprint, metrics))
+
+    write_directory(directory, fill)
+    return (directory / WEIGHTS_FILE).stat().st_size
+
+
+def read_initial(task: Task, targets: Shapes, base_fingerprint: str) -> dict[str, Tensor]:
+    """The weights a task goes on from, by their PEFT names; empty where it starts fresh.
+
+    Raises:
+        InitialAdapterError: they cannot be read, or belong to another base, rank, alpha or targets.
+    """
+    directory, rank = task.lora.init_from, task.lora.rank
+    if directory is None:
+        return {}
+    try:
+        config = json.loads((directory / CONFIG_FILE).read_bytes())
+        tensors = load_file(directory / WEIGHTS_FILE)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise InitialAdapterError(
+            f"task {task.name}: init_from {directory} cannot be read as an adapter: {error}"
+        ) from error
+    wanted = {
+        "base_model_name_or_path": base_fingerprint,
+        "r": rank,
+        "lora_alpha": task.lora.alpha,
+    }
+    problems = [
+        f"its {key} is {config.get(key)}, not {value}"
+        for key, value in wanted.items()
+        if config.get(key) != value
+    ]
+    shapes: dict[str, tuple[int, ...]] = {}
+    for module, (out, into) in targets.items():
+        shapes[f"base_model.model.{module}.lora_A.weight"] = (rank, into)
+        shapes[f"base_model.model.{module}.lora_B.weight"] = (out, rank)
+    if not problems and {name: tuple(tensor.shape) for name, tensor in tensors.items()} != shapes:
+        problems.append("it changes other modules than target_modules names")
+    if problems:
+        raise InitialAdapterError(f"task {task.name}: init_from {directory}: {'; '.join(problems)}")
+    return tensors
+
+
+def _config_targets(task: Task, targets: Shapes) -> list[str]:
+    wanted = task.lora.target_modules
+    # As PEFT saves all-linear: spelled out, because readers differ in what they take it for.
+    return last_names(targets) if isinstance(wanted, str) else sorted(wanted)
+
+
+def _card(task: Task, base_fingerprint: str, metrics: Mapping[str, float]) -> str:
+    losses = "\n".join(
+        f"| {name.replace('_', ' ')} | {value:.4f} |" for name, value in metrics.items()
+    )
+    return f"""---
+library_name: peft
+tags: [lora, manylora]
+---
+# {task.name}
+
+A LoRA adapter trained with manylora. It is right only on the base with the fingerprint
+`{base_fingerprint}`.
+
+| | |
+|---|---|
+| rank / alpha | {task.lora.rank} / {task.lora.alpha} |
+| steps of examples | {task.steps} of {task.batch_size} |
+| learning rate | {task.optimizer.learning_rate:g}, {task.optimizer.schedule} |
+{losses}
+"""

@@ -1,0 +1,117 @@
+"""Every error the trainer states.
+
+TrainerError
+├── DataError                 rows cannot be trained on
+│   ├── RowError              one row is malformed: file, row and field are named
+│   ├── SourceError           a source cannot be opened or fails midway
+│   └── NoExamplesError       nothing is left to train on
+├── UnsupportedBaseError      the base cannot be trained on, or a target matches none of it
+├── InitialAdapterError       the adapter to go on from is not there or of another shape
+├── RunDirectoryError         the run directory cannot be used as asked
+│   ├── RunExistsError        it already holds a run and resuming was not asked for
+│   ├── RecipeChangedError    the run was started with another recipe, base or data
+│   └── CheckpointError       a checkpoint is there but none of them is whole
+├── RunInterruptedError       stopped by a signal; a checkpoint was written
+├── AdaptersStoppedError      one or more adapters stopped early, for the reasons given
+├── NotPublishableError       a run or a task of it has nothing to publish
+└── BaseFetchError            a packaged base could not be put where it was asked for
+"""
+
+
+class TrainerError(Exception):
+    """Base of all; its text is one line a user can act on."""
+
+    reason = "TRAINER"
+    """For google.rpc.ErrorInfo, in UPPER_SNAKE."""
+
+
+class DataError(TrainerError):
+    """Rows cannot be trained on."""
+
+    reason = "DATA_INVALID"
+
+
+class RowError(DataError):
+    """One row is malformed."""
+
+    reason = "ROW_INVALID"
+
+    def __init__(self, source: str, row: int, field: str | None, problem: str) -> None:
+        self.source = source
+        self.row = row
+        self.field = field
+        self.problem = problem
+        where = f"{source}, row {row}" + (f", field {field!r}" if field else "")
+        super().__init__(f"{where}: {problem}")
+
+
+class SourceError(DataError):
+    """A source cannot be opened or fails midway."""
+
+    reason = "SOURCE_FAILED"
+
+
+class NoExamplesError(DataError):
+    """Nothing is left to train on."""
+
+    reason = "NO_EXAMPLES"
+
+
+class UnsupportedBaseError(TrainerError):
+    """The base cannot be trained on as asked."""
+
+    reason = "BASE_UNSUPPORTED"
+
+
+class InitialAdapterError(TrainerError):
+    """The adapter that a task should go on from is not there, damaged, or of another shape."""
+
+    reason = "INITIAL_ADAPTER_INVALID"
+
+
+class RunDirectoryError(TrainerError):
+    """The run directory cannot be used as asked."""
+
+    reason = "RUN_DIRECTORY"
+
+
+class RunExistsError(RunDirectoryError):
+    """The directory already holds something and resuming was not asked for."""
+
+    reason = "RUN_EXISTS"
+
+
+class RecipeChangedError(RunDirectoryError):
+    """The run was started with another recipe, base or data."""
+
+    reason = "RECIPE_CHANGED"
+
+
+class CheckpointError(RunDirectoryError):
+    """Checkpoints are there, but none of them is whole."""
+
+    reason = "CHECKPOINT_DAMAGED"
+
+
+class RunInterruptedError(TrainerError):
+    """The run was stopped by a signal, after a checkpoint."""
+
+    reason = "RUN_INTERRUPTED"
+
+
+class AdaptersStoppedError(TrainerError):
+    """One or more adapters stopped early."""
+
+    reason = "ADAPTERS_STOPPED"
+
+
+class NotPublishableError(TrainerError):
+    """A run, or a task of it, has nothing to publish."""
+
+    reason = "NOT_PUBLISHABLE"
+
+
+class BaseFetchError(TrainerError):
+    """A packaged base could not be put where it was asked for; nothing was left half done."""
+
+    reason = "BASE_FETCH_FAILED"

@@ -1,0 +1,61 @@
+"""Which linear layers of a base an adapter is attached to. Read from the weights' shapes alone."""
+
+from collections.abc import Mapping, Sequence
+
+from manylora_registry.base import BaseModelIdentity
+from manylora_trainer.errors import UnsupportedBaseError
+from manylora_trainer.recipe import UNSERVABLE_MODULES, Task
+
+Shapes = Mapping[str, tuple[int, int]]
+"""(out, in) of linear layers, by module name."""
+
+
+def linears_of(identity: BaseModelIdentity) -> Shapes:
+    """Every linear layer of a base but its embedding and head, sorted by name."""
+    linears: dict[str, tuple[int, int]] = {}
+    for name, shape in sorted(identity.tensors.items()):
+        module, _, kind = name.rpartition(".")
+        is_linear = kind == "weight" and len(shape) == 2
+        if is_linear and module.rpartition(".")[2] not in UNSERVABLE_MODULES:
+            linears[module] = (shape[0], shape[1])
+    return linears
+
+
+def targets_of(task: Task, linears: Shapes) -> Shapes:
+    """The linear layers that a task's adapter changes.
+
+    Names are matched as PEFT does: a whole module path, or its end from a dot on.
+
+    Raises:
+        UnsupportedBaseError: a name matches nothing; an engine would load such an adapter and
+            change nothing.
+    """
+    wanted = task.lora.target_modules
+    if wanted == "all-linear":
+        return linears
+    unmatched = [name for name in wanted if not any(_matches(module, name) for module in linears)]
+    if unmatched:
+        known = ", ".join(last_names(linears))
+        raise UnsupportedBaseError(
+            f"task {task.name}: the base has no linear layer named {', '.join(unmatched)}; "
+            f"it has {known}"
+        )
+    return {
+        module: shape
+        for module, shape in linears.items()
+        if any(_matches(module, name) for name in wanted)
+    }
+
+
+def last_names(modules: Mapping[str, object] | Sequence[str]) -> list[str]:
+    """The distinct last parts of module names, sorted: what an adapter's config lists."""
+    return sorted({module.rpartition(".")[2] for module in modules})
+
+
+def trainable_parameters(shapes: Shapes, rank: int) -> int:
+    """Weights of an adapter of this rank over these layers."""
+    return sum(rank * (out + into) for out, into in shapes.values())
+
+
+def _matches(module: str, name: str) -> bool:
+    return module == name or module.endswith(f".{name}")
