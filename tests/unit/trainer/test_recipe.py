@@ -1,0 +1,144 @@
+"""A recipe's mistakes are all told at once, with their places, and without torch."""
+
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from manylora_registry.errors import ConfigError
+from manylora_trainer import load_recipe
+from manylora_trainer.recipe import JsonlSource
+
+GOOD = {
+    "base": "base",
+    "run_directory": "runs/one",
+    "tasks": [
+        {
+            "name": "spelling",
+            "source": {"kind": "jsonl", "path": "rows.jsonl"},
+            "format": {"kind": "template", "prompt": "Fix {wrong}", "completion": "{right}"},
+            "steps": 10,
+        }
+    ],
+}
+
+
+def write(path, recipe):
+    path.write_text(yaml.safe_dump(recipe, sort_keys=False))
+    return path
+
+
+def with_task(**changes):
+    return {**GOOD, "tasks": [{**GOOD["tasks"][0], **changes}]}
+
+
+def problems(path, recipe):
+    with pytest.raises(ConfigError) as caught:
+        load_recipe(write(path / "recipe.yaml", recipe))
+    return {problem.path: problem.message for problem in caught.value.problems}
+
+
+def test_paths_are_relative_to_the_recipe(tmp_path):
+    recipe = load_recipe(write(tmp_path / "recipe.yaml", GOOD))
+    assert recipe.base == tmp_path / "base"
+    assert recipe.run_directory == tmp_path / "runs" / "one"
+    source = recipe.tasks[0].source
+    assert isinstance(source, JsonlSource)
+    assert source.path == tmp_path / "rows.jsonl"
+
+
+def test_every_mistake_is_reported_with_its_place(tmp_path):
+    task = GOOD["tasks"][0]
+    recipe = {
+        **GOOD,
+        "sede": 1,
+        "tasks": [
+            task,
+            {
+                **task,
+                "lora": {"rank": 0, "use_dora": True, "target_modules": ["q_proj", "lm_head"]},
+                "optimizer": {"warmup_steps": 10, "learning_rate": "fast"},
+                "split": {"validation": 0.6, "held_out": 0.5},
+                "batch_size": 0,
+            },
+            {**task, "name": "Bad name", "source": {"kind": "csv"}, "steps": None},
+        ],
+    }
+    found = problems(tmp_path, recipe)
+    assert set(found) >= {
+        "sede",
+        "tasks.1.name",
+        "tasks.1.lora.rank",
+        "tasks.1.lora.use_dora",
+        "tasks.1.lora.target_modules",
+        "tasks.1.optimizer.learning_rate",
+        "tasks.1.split.held_out",
+        "tasks.1.batch_size",
+        "tasks.2.name",
+        "tasks.2.source",
+        "tasks.2.steps",
+    }
+    assert found["sede"] == "unknown key"
+    assert found["tasks.1.name"] == "two tasks are named 'spelling'"
+    assert "'lm_head' cannot be adapted" in found["tasks.1.lora.target_modules"]
+    assert "jsonl" in found["tasks.2.source"]
+    assert "python" in found["tasks.2.source"]
+
+
+@pytest.mark.parametrize(
+    ("format_", "said"),
+    [
+        ({"kind": "template", "prompt": "{a.b}", "completion": "x"}, "is not a column"),
+        ({"kind": "template", "prompt": "{", "completion": "x"}, "'{'"),
+        ({"kind": "template", "prompt": "{}", "completion": "x"}, "is not a column"),
+        ({"kind": "template", "prompt": "{a}"}, "either completion or completion_json"),
+        (
+            {"kind": "template", "prompt": "{a}", "completion": "b", "completion_json": ["c"]},
+            "either completion or completion_json",
+        ),
+    ],
+)
+def test_a_wrong_template_is_told(tmp_path, format_, said):
+    found = problems(tmp_path, with_task(format=format_))
+    assert any(said in message for message in found.values()), found
+
+
+def test_a_warmup_as_long_as_the_run_is_refused(tmp_path):
+    found = problems(tmp_path, with_task(optimizer={"warmup_steps": 10}))
+    assert "warmup_steps" in found["tasks.0.steps"]
+
+
+@pytest.mark.parametrize("rank", [1, 512])
+def test_ranks_the_engine_takes_are_taken(tmp_path, rank):
+    path = write(tmp_path / "recipe.yaml", with_task(lora={"rank": rank}))
+    assert load_recipe(path).tasks[0].lora.rank == rank
+
+
+def test_a_rank_above_the_engines_largest_is_refused(tmp_path):
+    assert "tasks.0.lora.rank" in problems(tmp_path, with_task(lora={"rank": 513}))
+
+
+def test_overrides_reach_a_task(tmp_path):
+    path = write(tmp_path / "recipe.yaml", GOOD)
+    assert load_recipe(path, ["tasks.0.steps=99"]).tasks[0].steps == 99
+
+
+def test_the_digest_is_of_what_is_trained(tmp_path):
+    path = write(tmp_path / "recipe.yaml", GOOD)
+    digest = load_recipe(path).digest
+    assert load_recipe(path, ["run_directory=elsewhere"]).digest == digest
+    assert load_recipe(path, ["tasks.0.steps=11"]).digest != digest
+
+
+def test_checking_a_recipe_imports_nothing_heavy(tmp_path):
+    path = write(tmp_path / "recipe.yaml", GOOD)
+    script = (
+        "import sys; from manylora_trainer import load_recipe; load_recipe(__import__('pathlib')"
+        ".Path(sys.argv[1])); import manylora_trainer.publish; "
+        "print([m for m in ('torch', 'transformers', 'ray', 'matplotlib') if m in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, path], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,110 @@
+"""Promise 3: N adapters trained in one run equal N trained in N runs, to float32 rounding."""
+
+import json
+from pathlib import Path
+
+import pytest
+from safetensors.numpy import load_file
+
+import manylora_trainer
+
+DIFFERENT = {
+    "all": {"lora": {"rank": 4, "alpha": 8}},
+    "attention": {
+        "lora": {"rank": 2, "alpha": 2, "target_modules": ["q_proj", "v_proj"]},
+        "optimizer": {"learning_rate": 0.03, "schedule": "cosine", "warmup_steps": 2},
+        "batch_size": 7,
+    },
+    "short": {
+        "lora": {"rank": 8, "alpha": 4, "target_modules": ["down_proj", "o_proj"]},
+        "optimizer": {"learning_rate": 0.02, "schedule": "constant", "weight_decay": 0.1},
+        "steps": 3,
+    },
+    "clipped": {
+        "optimizer": {"learning_rate": 0.005, "clip_norm": 0.05},
+        "format": {
+            "kind": "template",
+            "system": "Another system prompt.",
+            "prompt": "{wrong}?",
+            "completion_json": ["right"],
+        },
+    },
+}
+
+
+def weights(run: Path, task: str):
+    return load_file(run / "adapters" / task / "adapter_model.safetensors")
+
+
+def assert_equal_to_rounding(run: Path, other: Path, task: str) -> None:
+    ours, theirs = weights(run, task), weights(other, task)
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        # Adam divides by the root of the gradient's square, so a weight whose gradient is all
+        # rounding may move the other way: hence an absolute term well below one step.
+        assert ours[name] == pytest.approx(theirs[name], rel=1e-3, abs=1e-4), name
+
+
+def test_tasks_together_equal_each_alone(make_task, write_recipe, tmp_path):
+    tasks = {name: make_task(name, **changes) for name, changes in DIFFERENT.items()}
+    together = tmp_path / "together"
+    manylora_trainer.train(write_recipe(*tasks.values()), together)
+    for name, task in tasks.items():
+        alone = tmp_path / f"alone-{name}"
+        manylora_trainer.train(write_recipe(task, name=name), alone)
+        assert_equal_to_rounding(together, alone, name)
+
+
+def test_packing_does_not_change_an_adapter(make_task, write_recipe, tmp_path):
+    task = make_task("words")
+    manylora_trainer.train(write_recipe(task, pack_tokens=16), tmp_path / "single")
+    manylora_trainer.train(write_recipe(task, pack_tokens=4096), tmp_path / "whole")
+    assert_equal_to_rounding(tmp_path / "single", tmp_path / "whole", "words")
+
+
+def test_an_adapter_that_ends_early_leaves_the_rest_unchanged(make_task, write_recipe, tmp_path):
+    long = make_task("long", steps=8)
+    manylora_trainer.train(write_recipe(long, make_task("brief", steps=1)), tmp_path / "both")
+    manylora_trainer.train(write_recipe(long), tmp_path / "alone")
+    assert_equal_to_rounding(tmp_path / "both", tmp_path / "alone", "long")
+    steps = [
+        json.loads(line)["step"]
+        for line in (tmp_path / "both" / "metrics.jsonl").read_text().splitlines()
+        if '"brief"' in line and '"loss"' in line
+    ]
+    assert steps == [1]
+
+
+def test_an_adapter_with_nan_loss_stops_alone_and_says_why(make_task, write_recipe, tmp_path):
+    healthy = make_task("healthy")
+    hopeless = make_task(
+        "hopeless", optimizer={"learning_rate": 1e30, "clip_norm": None, "schedule": "constant"}
+    )
+    result = manylora_trainer.train(write_recipe(healthy, hopeless), tmp_path / "both")
+    manylora_trainer.train(write_recipe(healthy), tmp_path / "alone")
+    assert_equal_to_rounding(tmp_path / "both", tmp_path / "alone", "healthy")
+    assert result.tasks["hopeless"].adapter is None
+    assert "loss" in (result.tasks["hopeless"].stopped or "")
+    assert result.tasks["healthy"].stopped is None
+    assert not (tmp_path / "both" / "adapters" / "hopeless").exists()
+    run = json.loads((tmp_path / "both" / "run.json").read_text())
+    assert run["status"] == "finished"
+    assert run["tasks"]["hopeless"]["stopped"] == result.tasks["hopeless"].stopped
+    lines = (tmp_path / "both" / "metrics.jsonl").read_text().splitlines()
+    entries = [json.loads(line, parse_constant=pytest.fail) for line in lines]
+    assert [e["task"] for e in entries if "stopped" in e] == ["hopeless"]
+
+
+def test_equal_runs_are_equal_bytes(make_task, write_recipe, tmp_path):
+    recipe = write_recipe(make_task("a"), make_task("b"))
+    for run in ("one", "two"):
+        manylora_trainer.train(recipe, tmp_path / run)
+    for task in ("a", "b"):
+        one, two = (
+            {
+                file.name: file.read_bytes()
+                for file in (tmp_path / run / "adapters" / task).iterdir()
+            }
+            for run in ("one", "two")
+        )
+        assert one == two
