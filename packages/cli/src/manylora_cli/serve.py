@@ -1,0 +1,19 @@
+"""`manylora serve`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def serve(
+    config: Annotated[Path, typer.Argument(help="The gateway's YAML file.")],
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="PATH=VALUE", help="Override a key of the file."),
+    ] = None,
+) -> None:
+    """Serve all adapters over one base model until SIGINT or SIGTERM."""
+    from manylora_gateway.serve import serve as run
+
+    run(config, set_ or ())

@@ -1,0 +1,211 @@
+"""Ray at the rim: starts it, deploys the replicas, and calls them."""
+
+# Ray's handles are typed by the deployment's class at run time only.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false
+
+import logging
+import os
+import re
+from collections.abc import AsyncGenerator, Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import ray
+from ray import serve
+from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.serve.config import ProxyLocation
+from ray.serve.exceptions import RayServeException
+
+from manylora_gateway.config import GatewayConfig
+from manylora_gateway.engine import Delta, Prompt, Sampling
+from manylora_gateway.errors import GatewayError, ReplicaLostError, StartError
+from manylora_gateway.replica import EngineReplica
+from manylora_gateway.replicas import ReplicaState
+from manylora_gateway.worker import Servable
+from manylora_registry import Version
+
+if TYPE_CHECKING:
+    from ray.serve.handle import DeploymentHandle
+
+APPLICATION = "manylora"
+OBJECT_STORE_BYTES = 100 << 20
+"""Only adapters' names and deltas travel, all of them small."""
+STATE_TIMEOUT_S = 5.0
+ENGINE_ERROR = re.compile(r"^\(EngineCore.*\] (\w*(?:Error|Exception): .+)$", re.MULTILINE)
+
+
+class RayReplicas:
+    """The `Replicas` of production: a Serve deployment."""
+
+    def __init__(self, handle: "DeploymentHandle[EngineReplica]") -> None:
+        self._handle = handle
+        self._streaming = handle.options(stream=True)
+
+    async def generate(
+        self, request_id: str, prompt: Prompt, sampling: Sampling, version: Version | None
+    ) -> AsyncGenerator[Delta, None]:
+        """Generates on the replica Serve chooses."""
+        response: Any = self._streaming.generate.remote(request_id, prompt, sampling, version)
+        whole = False
+        try:
+            with _translated():
+                async for delta in response:
+                    yield delta
+            whole = True
+        finally:
+            if not whole:
+                response.cancel()
+
+    async def count_tokens(self, prompt: Prompt) -> int:
+        """Asks any replica."""
+        with _translated():
+            return await self._handle.count_tokens.remote(prompt)
+
+    async def prepare(self, version: Version) -> None:
+        """Loads on all; a replica that dies meanwhile is replaced by one that loads on demand."""
+        await self._everywhere("prepare", version)
+
+    async def retire(self, version: Version) -> int:
+        """Unloads from all."""
+        return sum(await self._everywhere("retire", version))
+
+    async def states(self) -> list[ReplicaState]:
+        """Asks all."""
+        return await self._everywhere("state", timeout_s=STATE_TIMEOUT_S)
+
+    async def _everywhere(
+        self, method: str, *arguments: object, timeout_s: float | None = None
+    ) -> list[Any]:
+        """What every replica that lives answers to `method`.
+
+        Raises:
+            GatewayError: the first failure of a living replica, or none of them lives.
+        """
+        with _translated():
+            answers = await self._handle.broadcast(method, *arguments).results_async(
+                timeout_s=timeout_s, return_exceptions=True
+            )
+        alive: list[Any] = []
+        for answer in answers:
+            if isinstance(answer, RayActorError):
+                continue
+            if isinstance(answer, BaseException):
+                with _translated():
+                    raise answer
+            alive.append(answer)
+        if not alive:
+            raise ReplicaLostError("No engine replica answers.")
+        return alive
+
+
+@contextmanager
+def _translated() -> Generator[None, None, None]:
+    """Raises what a replica raised as it was, and what befell the replica as ours."""
+    try:
+        yield
+    except RayTaskError as error:
+        cause = error.cause
+        if isinstance(cause, GatewayError):
+            raise cause from None
+        raise
+    except (RayError, RayServeException, TimeoutError) as error:
+        raise ReplicaLostError(f"The engine replica cannot be reached ({_kind(error)}).") from error
+
+
+def _kind(error: Exception) -> str:
+    return type(error).__name__
+
+
+def start_ray(config: GatewayConfig, scratch: Path) -> None:
+    """Starts a private Ray with its files in `scratch`, or joins the configured one.
+
+    Raises:
+        StartError: it did not start, or cannot be joined.
+    """
+    private = config.ray_address is None
+    own: dict[str, Any] = {
+        "num_cpus": max(os.cpu_count() or 1, config.engine.replicas),
+        "object_store_memory": OBJECT_STORE_BYTES,
+        "include_dashboard": False,
+        "_temp_dir": str(scratch),
+    }
+    try:
+        ray.init(
+            address="local" if private else config.ray_address,
+            logging_level=logging.ERROR,
+            log_to_driver=False,
+            **(own if private else {}),
+        )
+    except Exception as error:
+        raise StartError(f"Ray did not start: {_last_line(str(error))}") from error
+
+
+def deploy(config: GatewayConfig, servable: Servable, cache: Path, scratch: Path) -> RayReplicas:
+    """Starts the replicas; returns when all of them are up.
+
+    Verified copies of versions are kept in `cache`; `scratch` is what Ray was started with.
+
+    Raises:
+        StartError: an engine did not start.
+    """
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
+    gpus = config.engine.gpus
+    if gpus is None:
+        gpus = 1 if ray.cluster_resources().get("GPU", 0) >= config.engine.replicas else 0
+    try:
+        serve.start(
+            proxy_location=ProxyLocation.Disabled,
+            logging_config={"log_level": "WARNING", "enable_access_log": False},
+        )
+        deployment: Any = serve.deployment(EngineReplica)
+        deployment = deployment.options(
+            name="engine",
+            num_replicas=config.engine.replicas,
+            ray_actor_options={"num_cpus": 1, "num_gpus": gpus},
+            # The pool seats and queues; Serve only spreads.
+            max_ongoing_requests=config.limits.max_requests + config.limits.max_batch,
+            max_constructor_retry_count=1,
+            health_check_period_s=2.0,
+            graceful_shutdown_wait_loop_s=0.1,
+            graceful_shutdown_timeout_s=10.0,
+        )
+        handle: Any = serve.run(
+            deployment.bind(config, servable, cache, gpus), name=APPLICATION, route_prefix=None
+        )
+    except Exception as error:
+        raise StartError(f"The engine did not start: {_cause(error, scratch)}") from error
+    return RayReplicas(handle)
+
+
+def stop() -> None:
+    """Ends the replicas, and Ray if it is ours."""
+    try:
+        serve.delete(APPLICATION)
+        serve.shutdown()
+    finally:
+        ray.shutdown()
+
+
+def _cause(error: Exception, scratch: Path) -> str:
+    """Why an engine did not start, in one line.
+
+    The engine process writes it to the log of the replica's process; the replica knows only that
+    it failed, and Serve keeps that as the text of a traceback beside the error it raises.
+    """
+    logs = sorted(scratch.glob("session_latest/logs/worker-*"))
+    found = [cause for log in logs for cause in ENGINE_ERROR.findall(log.read_text("utf-8"))]
+    if found:
+        return found[-1]
+    try:
+        deployments = serve.status().applications[APPLICATION].deployments.values()
+    except Exception:
+        return _last_line(str(error))
+    texts = [deployment.message for deployment in deployments if deployment.message]
+    return _last_line(texts[0] if texts else str(error))
+
+
+def _last_line(text: str) -> str:
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1] if lines else "it did not say why."

@@ -1,0 +1,110 @@
+"""What a gateway is configured with: pure data, checked before anything heavy is imported."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, StringConstraints
+
+from manylora_registry.config import ConfigModel
+
+Address = Annotated[
+    str, StringConstraints(pattern=r"^[^\s:]+:\d{1,5}$|^\[[0-9a-fA-F:]+\]:\d{1,5}$")
+]
+AliasName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
+
+
+class ListenConfig(ConfigModel):
+    """Where clients reach the gateway, as HOST:PORT; port 0 takes any free one."""
+
+    inference: Address = "127.0.0.1:50051"
+    """InferenceService, for clients."""
+    admin: Address = "127.0.0.1:50052"
+    """AdminService, for operators: bind it where only they can reach it."""
+
+
+class EngineConfig(ConfigModel):
+    """One engine replica and how many of them there are."""
+
+    replicas: int = Field(default=1, ge=1, le=256)
+    """Engine processes, each with a copy of the base."""
+    slots: int = Field(default=4, ge=1, le=256)
+    """Adapters that may generate at once in one replica. The engine gets one more, kept for the
+    version that replaces another."""
+    host_adapters: int = Field(default=32, ge=2)
+    """Adapters a replica keeps in memory, busy or idle; the longest idle goes first."""
+    max_rank: Literal[1, 8, 16, 32, 64, 128, 256, 320, 512] = 16
+    """Highest rank that can be loaded: every slot is this big."""
+    max_context: int = Field(default=2048, ge=16)
+    """Tokens of prompt and answer together."""
+    max_concurrent: int = Field(default=16, ge=1, le=4096)
+    """Requests one replica runs in one batch; more wait."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Of weights and activations. auto: float32 on a CPU, what the base says on a GPU."""
+    kv_cache_gib: float | None = Field(default=None, gt=0)
+    """Memory for attention keys and values. Unset: 1 GiB on a CPU, what `gpu_memory` leaves on a
+    GPU."""
+    gpu_memory: float = Field(default=0.9, gt=0, le=1)
+    """Share of a GPU's memory one replica takes."""
+    gpus: int | None = Field(default=None, ge=0, le=16)
+    """GPUs of one replica (tensor parallel above 1); 0: CPU. Unset: one if the machine has any."""
+    threads: int | None = Field(default=None, ge=1)
+    """CPU threads of one replica. Unset: the machine's cores shared evenly."""
+    turn_s: float = Field(default=1.0, ge=0)
+    """Seconds an adapter may hold its slot while another waits for one; then it takes no new
+    requests until the other had its turn."""
+    stream_interval_ms: float = Field(default=20.0, ge=0, le=1000)
+    """Shortest time between two deltas of one stream; tokens made meanwhile come together."""
+
+
+class LimitsConfig(ConfigModel):
+    """What one request, and all of them together, may ask for."""
+
+    max_requests: int = Field(default=512, ge=1)
+    """Requests running or waiting in the whole gateway; more are refused with
+    RESOURCE_EXHAUSTED."""
+    max_request_bytes: int = Field(default=1 << 20, ge=1024, le=64 << 20)
+    """Size of one request message."""
+    max_batch: int = Field(default=256, ge=1)
+    """Requests of one BatchGenerate."""
+    default_max_tokens: int = Field(default=256, ge=1)
+    """Where a request names no max_tokens."""
+    max_logprobs: int = Field(default=20, ge=0, le=1000)
+    """Candidates reported at one position."""
+
+
+class FollowConfig(ConfigModel):
+    """How the gateway keeps up with the registry."""
+
+    aliases: tuple[AliasName, ...] = ("production",)
+    """Aliases prepared as soon as they move, of every adapter; any other from its first request."""
+    poll_s: float = Field(default=0.5, gt=0)
+    """Seconds between two looks at the registry's events."""
+
+
+class GatewayConfig(ConfigModel):
+    """The whole file. Paths are relative to it."""
+
+    base: Path
+    """Directory of the base model."""
+    registry: Path | None = None
+    """Directory of the adapter registry; unset: the MANYLORA_REGISTRY variables."""
+    cache: Path | None = None
+    """Directory for verified copies of adapter versions; unset: a temporary one of this run."""
+    listen: ListenConfig = ListenConfig()
+    engine: EngineConfig = EngineConfig()
+    limits: LimitsConfig = LimitsConfig()
+    follow: FollowConfig = FollowConfig()
+    drain_s: float = Field(default=30.0, ge=0)
+    """Seconds that running requests may take to end after SIGTERM."""
+    ray_address: str | None = None
+    """A running Ray cluster to join, e.g. "auto"; unset: a private one on this machine."""
+
+    def relative_to(self, directory: Path) -> "GatewayConfig":
+        """The same with its paths read from `directory`."""
+        return self.model_copy(
+            update={
+                "base": directory / self.base,
+                "registry": None if self.registry is None else directory / self.registry,
+                "cache": None if self.cache is None else directory / self.cache,
+            }
+        )

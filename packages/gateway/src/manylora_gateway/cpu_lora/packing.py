@@ -1,0 +1,82 @@
+"""A layer's adapters packed for the kernel: the ranks in use alone, side by side, in float32.
+
+vLLM keeps for each slice of a layer (q, k and v of a fused projection are three) the A weights as
+[slots, 1, maximum rank, in] and the B weights as [slots, 1, out, maximum rank], zero where a slot
+is empty, does not adapt the layer, or has a lower rank.
+"""
+
+# torch's members are not all typed.
+# pyright: reportUnknownMemberType=false
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import cast
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class PackedLayer:
+    """A layer's weights, and what they were packed from.
+
+    Its columns are those of slot 0, then of slot 1, ... as many for each as its highest rank over
+    the slices.
+    """
+
+    ranks: tuple[int, ...]
+    """Columns of each slot."""
+    starts: Tensor
+    """First column of each slot, and the one after the last: int64 [slots + 1]."""
+    edges: Tensor
+    """Where each slice begins in the output, and where the last ends: int64 [slices + 1]."""
+    a: Tensor
+    """float32 [slices, columns, in]"""
+    b: Tensor
+    """float32 [columns, out of all slices]"""
+    sources: tuple[Tensor, ...]
+    states: tuple[tuple[int, int], ...]
+
+    def holds(self, sources: Sequence[Tensor]) -> bool:
+        """Whether this is what packing `sources` again would give."""
+        return len(sources) == len(self.sources) and all(
+            source is packed and state_of(source) == state
+            for source, packed, state in zip(sources, self.sources, self.states, strict=True)
+        )
+
+
+def state_of(weights: Tensor) -> tuple[int, int]:
+    """Changes with every write to the tensor or a view of it, and when its storage is replaced.
+
+    The version counter is the one autograd finds overwritten tensors with. It counts in inference
+    mode too, for tensors made outside of it, as vLLM's are; reading it of one made inside raises.
+    Only a write that goes around PyTorch (an array from `.numpy()`) escapes.
+    """
+    return weights.data_ptr(), weights._version
+
+
+def pack(lora_a: Sequence[Tensor], lora_b: Sequence[Tensor]) -> PackedLayer:
+    """Packs the stacked weights of a layer, one tensor of each for each slice."""
+    sources = (*lora_a, *lora_b)
+    states = tuple(map(state_of, sources))
+    ranks = [max(slot_ranks) for slot_ranks in zip(*map(_ranks, lora_a), strict=True)]
+    starts = list(accumulate(ranks, initial=0))
+    edges = list(accumulate((weights.shape[2] for weights in lora_b), initial=0))
+    a = torch.empty(len(lora_a), starts[-1], lora_a[0].shape[3])
+    b = torch.empty(starts[-1], edges[-1])
+    for slot, rank in enumerate(ranks):
+        columns = slice(starts[slot], starts[slot + 1])
+        for index in range(len(lora_a)):
+            a[index, columns] = lora_a[index][slot, 0, :rank]
+            b[columns, edges[index] : edges[index + 1]] = lora_b[index][slot, 0, :, :rank].t()
+    return PackedLayer(
+        tuple(ranks), torch.tensor(starts), torch.tensor(edges), a, b, sources, states
+    )
+
+
+def _ranks(lora_a: Tensor) -> list[int]:
+    """The rank in use in each slot of [slots, 1, maximum rank, in]: up to its last nonzero row."""
+    used = lora_a[:, 0].ne(0).any(dim=-1)
+    positions = torch.arange(1, used.shape[1] + 1)
+    return cast("list[int]", (used * positions).amax(dim=1).tolist())

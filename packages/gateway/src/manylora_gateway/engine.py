@@ -1,0 +1,135 @@
+"""The narrow edge to what generates: prompts and sampling in, deltas out.
+
+Everything on this side of the edge runs without torch or vLLM; a replica and its tests see
+engines only through `Engine`.
+"""
+
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn of a chat."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class ChatPrompt:
+    """Rendered with the base's chat template."""
+
+    messages: tuple[Message, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TextPrompt:
+    """Tokenised as it stands, with the special tokens the tokenizer adds by itself."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class TokenPrompt:
+    """Passed on untouched."""
+
+    ids: tuple[int, ...]
+
+
+Prompt = ChatPrompt | TextPrompt | TokenPrompt
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How tokens are chosen and where they end."""
+
+    max_tokens: int
+    temperature: float = 0.0
+    """0 is greedy."""
+    top_p: float = 1.0
+    top_k: int = 0
+    """0 keeps all candidates."""
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    """Candidates to report at each position; None reports nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A token that could have been taken, with its natural log-probability."""
+
+    token_id: int
+    logprob: float
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """The token that was taken, and the likeliest ones, best first."""
+
+    chosen: Candidate
+    top: tuple[Candidate, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Finish:
+    """How a generation ended and what it used, in tokens."""
+
+    reason: Literal["stop", "length"]
+    prompt_tokens: int
+    completion_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """What came since the delta before; the last one of a generation has `finish`."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    finish: Finish | None = None
+
+
+class Engine(Protocol):
+    """One copy of the base with adapters beside it.
+
+    Adapters are known by `Version.engine_name`, which is never reused for other weights.
+    """
+
+    async def load(self, name: str, directory: Path) -> None:
+        """Brings the adapter of `directory` into memory.
+
+        Raises:
+            AdapterLoadError: it is refused; the engine goes on as if it had not been asked.
+        """
+        ...
+
+    async def unload(self, name: str) -> None:
+        """Forgets an adapter that no generation uses; nothing if it is not loaded."""
+        ...
+
+    def tokenize(self, prompt: Prompt) -> list[int]:
+        """The prompt as the engine reads it.
+
+        Raises:
+            InvalidRequestError: it is empty, too long, or the chat template refuses it.
+        """
+        ...
+
+    def generate(
+        self, request_id: str, token_ids: list[int], sampling: Sampling, adapter: str | None
+    ) -> AsyncGenerator[Delta, None]:
+        """Generates after `token_ids`; closing the generator frees what it held."""
+        ...
+
+    def check_health(self) -> None:
+        """Raises ReplicaLostError once the engine cannot recover."""
+        ...
+
+    async def close(self) -> None:
+        """Ends the engine and its processes."""
+        ...

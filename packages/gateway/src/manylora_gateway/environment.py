@@ -1,0 +1,32 @@
+"""Environment variables of the processes below the gateway."""
+
+import os
+
+from manylora_gateway.config import EngineConfig
+
+
+def engine_environment(config: EngineConfig) -> dict[str, str]:
+    """For an engine replica, before vLLM is imported."""
+    threads = config.threads or max(1, len(os.sched_getaffinity(0)) // config.replicas)
+    return {
+        # Ray sets one thread for each process it starts.
+        "OMP_NUM_THREADS": str(threads),
+        # Replicas share the cores; binding would put all of them on the same ones.
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_OFFLINE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "DO_NOT_TRACK": "1",
+        "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"),
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+
+
+def cluster_environment() -> dict[str, str]:
+    """For this process and the Ray processes it starts, before Ray is imported."""
+    return {
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        # Ray starts programs while our servers hold threads; they must not hear of the fork.
+        "GRPC_ENABLE_FORK_SUPPORT": "0",
+    }

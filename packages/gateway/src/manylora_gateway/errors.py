@@ -1,0 +1,175 @@
+"""Every error the gateway states.
+
+GatewayError
+├── InvalidRequestError      a field is wrong; carries every violation     INVALID_ARGUMENT
+├── UnknownAdapterError      no such adapter, version or alias             NOT_FOUND
+├── UnservableError          a version this gateway may not serve          FAILED_PRECONDITION
+│   ├── WrongBaseError       made for another base
+│   ├── RankTooHighError     rank above the engine's maximum
+│   ├── YankedAdapterError   withdrawn from the registry
+│   └── AdapterLoadError     the engine refused it
+├── CorruptAdapterError      a blob does not match its digest              DATA_LOSS
+├── QueueFullError           as many requests as the gateway takes         RESOURCE_EXHAUSTED
+├── UnavailableError         may work in a moment                          UNAVAILABLE
+│   ├── DrainingError        the gateway is shutting down
+│   ├── ReplicaLostError     the replica died under the request
+│   └── RegistryLostError    the registry cannot be reached
+├── DeadlineError            the request's deadline passed                 DEADLINE_EXCEEDED
+└── StartError               the gateway could not start (never sent to a client)
+
+All of them pickle, as they cross from a replica's process to the front's.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from manylora_registry import errors as registry_errors
+
+
+class GatewayError(Exception):
+    """Base of all; its text is one line a user can act on."""
+
+    status = "INTERNAL"
+    """Name of the grpc.StatusCode it becomes at the edge."""
+    reason = "INTERNAL"
+    """For google.rpc.ErrorInfo, in UPPER_SNAKE."""
+    retry_after_s: float | None = None
+    """Seconds after which another try makes sense; None where it never does."""
+
+
+@dataclass(frozen=True)
+class Violation:
+    """One field of a request that is wrong."""
+
+    field: str
+    """Its path in the request message, e.g. `sampling.top_p`."""
+    message: str
+
+
+class InvalidRequestError(GatewayError):
+    """Fields of a request are wrong; `violations` holds them all."""
+
+    status = "INVALID_ARGUMENT"
+    reason = "INVALID_REQUEST"
+
+    def __init__(self, violations: Sequence[Violation]) -> None:
+        super().__init__(tuple(violations))
+        self.violations = tuple(violations)
+
+    def __str__(self) -> str:
+        return "; ".join(f"{violation.field}: {violation.message}" for violation in self.violations)
+
+
+class UnknownAdapterError(GatewayError):
+    """The registry has no such adapter, version or alias; the reason says which of them."""
+
+    status = "NOT_FOUND"
+    reason = "ADAPTER_NOT_FOUND"
+
+
+class UnservableError(GatewayError):
+    """The version exists but this gateway may not serve it."""
+
+    status = "FAILED_PRECONDITION"
+    reason = "ADAPTER_UNSERVABLE"
+
+
+class WrongBaseError(UnservableError):
+    """The version was made for another base."""
+
+    reason = "ADAPTER_WRONG_BASE"
+
+
+class RankTooHighError(UnservableError):
+    """The version's rank is above the engine's maximum."""
+
+    reason = "ADAPTER_RANK_TOO_HIGH"
+
+
+class YankedAdapterError(UnservableError):
+    """The version was withdrawn."""
+
+    reason = "ADAPTER_YANKED"
+
+
+class AdapterLoadError(UnservableError):
+    """The engine refused the version."""
+
+    reason = "ADAPTER_LOAD_FAILED"
+
+
+class CorruptAdapterError(GatewayError):
+    """Stored bytes of the version do not match their digest."""
+
+    status = "DATA_LOSS"
+    reason = "ADAPTER_CORRUPT"
+
+
+class QueueFullError(GatewayError):
+    """The gateway has as many requests as it takes."""
+
+    status = "RESOURCE_EXHAUSTED"
+    reason = "QUEUE_FULL"
+    retry_after_s = 1.0
+
+
+class UnavailableError(GatewayError):
+    """Cannot be answered now."""
+
+    status = "UNAVAILABLE"
+    reason = "UNAVAILABLE"
+    retry_after_s = 1.0
+
+
+class DrainingError(UnavailableError):
+    """The gateway is shutting down."""
+
+    reason = "DRAINING"
+    retry_after_s = 5.0
+
+
+class ReplicaLostError(UnavailableError):
+    """The engine replica died or cannot be reached."""
+
+    reason = "REPLICA_LOST"
+
+
+class RegistryLostError(UnavailableError):
+    """The registry cannot be read."""
+
+    reason = "REGISTRY_UNAVAILABLE"
+
+
+class DeadlineError(GatewayError):
+    """The request's deadline passed before its answer was whole."""
+
+    status = "DEADLINE_EXCEEDED"
+    reason = "DEADLINE_EXCEEDED"
+
+
+class StartError(GatewayError):
+    """The gateway could not start."""
+
+    reason = "START_FAILED"
+
+
+def from_registry(error: Exception) -> GatewayError:
+    """What a failure of the registry means to a client of the gateway."""
+    text = str(error)
+    match error:
+        case registry_errors.NotFoundError():
+            unknown = UnknownAdapterError(text)
+            unknown.reason = error.reason
+            return unknown
+        case registry_errors.InvalidReferenceError() | registry_errors.InvalidNameError():
+            return InvalidRequestError([Violation("adapter", text)])
+        case registry_errors.WrongBaseError():
+            return WrongBaseError(text)
+        case registry_errors.YankedError():
+            return YankedAdapterError(text)
+        case registry_errors.CorruptBlobError():
+            return CorruptAdapterError(text)
+        case registry_errors.InvalidAdapterError():
+            return AdapterLoadError(text)
+        case _:
+            return RegistryLostError(f"The registry cannot be read: {text}")

@@ -1,0 +1,163 @@
+"""One gateway from its first process to its last: start, serve, drain, stop."""
+
+import asyncio
+import concurrent.futures
+import contextlib
+import logging
+import os
+import signal
+import threading
+from collections.abc import AsyncGenerator, Callable, Set
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+from manylora_gateway import cluster
+from manylora_gateway.config import GatewayConfig
+from manylora_gateway.front import Front
+from manylora_gateway.inference import Admission, Inference
+from manylora_gateway.processes import end_marked
+from manylora_gateway.replicas import Replicas
+from manylora_gateway.requests import Requests
+from manylora_gateway.routes import Routes
+from manylora_gateway.servicers import AdminServicer, InferenceServicer
+from manylora_gateway.swaps import Swaps
+from manylora_gateway.worker import Servable
+from manylora_registry import Registry
+
+SHUTDOWN_S = 20.0
+"""Ray's own way out gets this long."""
+STILL_STARTING_S = 15.0
+
+logger = logging.getLogger(__name__)
+Result = TypeVar("Result")
+
+
+async def run(config: GatewayConfig, registry: Registry, servable: Servable, scratch: Path) -> bool:
+    """Serves until SIGINT or SIGTERM, then drains; a second signal ends it at once.
+
+    Ray's own files go below `scratch`. Says False where a signal came before it served.
+
+    Raises:
+        StartError: a port is taken or the engine did not start.
+    """
+    stop = asyncio.Event()
+    _listen_for_signals(stop)
+    front = Front(config.listen)
+    async with _cluster(config, servable, scratch, stop) as replicas:
+        if replicas is None:
+            return False
+        routes = Routes(registry, servable)
+        swaps = Swaps(registry, routes, replicas, config.follow)
+        admission = Admission(config.limits.max_requests)
+        inference = Inference(registry, routes, replicas, admission)
+        logger.info("loading the adapters that are served now")
+        await swaps.begin(warm=config.engine.slots)
+        requests = Requests(config.limits, config.engine.max_context)
+        await front.start(InferenceServicer(inference, requests), AdminServicer(inference))
+        print(f"ready grpc={front.inference_address} admin={front.admin_address}", flush=True)
+        await stop.wait()
+        logger.info("draining; running requests have %g s", config.drain_s)
+        await front.announce_end()
+        try:
+            async with asyncio.timeout(config.drain_s):
+                await admission.drain()
+        except TimeoutError:
+            logger.warning("requests still running after %g s are cut off", config.drain_s)
+        await swaps.close()
+        await front.stop()
+    logger.info("stopped")
+    return True
+
+
+@asynccontextmanager
+async def _cluster(
+    config: GatewayConfig, servable: Servable, scratch: Path, stop: asyncio.Event
+) -> AsyncGenerator[Replicas | None, None]:
+    """The replicas, up while the context lasts; None where `stop` came first.
+
+    Raises:
+        StartError: they did not start.
+    """
+    logger.info("starting %d engine replica(s) of %s", config.engine.replicas, config.base.name)
+
+    cache, ray_files = config.cache or scratch / "adapters", scratch / "ray"
+
+    def start() -> Replicas:
+        cluster.start_ray(config, ray_files)
+        loop.call_soon_threadsafe(_listen_for_signals, stop)
+        return cluster.deploy(config, servable, cache, ray_files)
+
+    loop = asyncio.get_running_loop()
+    starting = asyncio.ensure_future(_in_thread(start))
+    stopping = asyncio.ensure_future(stop.wait())
+    first: Set[asyncio.Future[Any]] = set()
+    while not first:
+        first, _ = await asyncio.wait(
+            (starting, stopping), timeout=STILL_STARTING_S, return_when=asyncio.FIRST_COMPLETED
+        )
+        if not first:
+            logger.info("still starting the engine")
+    stopping.cancel()
+    if not starting.done():
+        # Whoever shuts Ray down under a start makes Serve begin another Ray; the caller ends
+        # the processes instead.
+        starting.cancel()
+        yield None
+        return
+    try:
+        yield await starting
+    finally:
+        try:
+            async with asyncio.timeout(SHUTDOWN_S):
+                await _in_thread(cluster.stop)
+        except Exception as error:
+            logger.debug("Ray did not shut down by itself: %s", error)
+
+
+async def _in_thread(work: Callable[[], Result]) -> Result:
+    """Runs `work` in a thread that lasts as long as the process and does not keep it alive.
+
+    The kernel ends Ray's processes with the thread that started them, so that one must stay.
+    """
+    loop = asyncio.get_running_loop()
+    result: asyncio.Future[Result] = loop.create_future()
+
+    def settle(settled: concurrent.futures.Future[Result]) -> None:
+        if result.cancelled():
+            return
+        if (error := settled.exception()) is not None:
+            result.set_exception(error)
+        else:
+            result.set_result(settled.result())
+
+    def run() -> None:
+        settled: concurrent.futures.Future[Result] = concurrent.futures.Future()
+        try:
+            settled.set_result(work())
+        except BaseException as error:
+            settled.set_exception(error)
+        # The loop is closed where nobody waits for the result any more.
+        with contextlib.suppress(RuntimeError):
+            loop.call_soon_threadsafe(settle, settled)
+        threading.Event().wait()
+
+    threading.Thread(target=run, daemon=True).start()
+    return await result
+
+
+def _listen_for_signals(stop: asyncio.Event) -> None:
+    """SIGINT and SIGTERM set `stop`; another one ends everything at once.
+
+    Called again once Ray runs, which puts handlers of its own in their place.
+    """
+
+    def on_signal() -> None:
+        if stop.is_set():
+            logger.warning("ended by a second signal")
+            end_marked(grace_s=0)
+            os._exit(1)
+        stop.set()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, on_signal)

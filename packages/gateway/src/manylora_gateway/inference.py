@@ -1,0 +1,234 @@
+"""The gateway's core: one request from admission to its last token, whatever the wire.
+
+The gRPC front speaks to it, and any other front would: it knows references, prompts and deltas,
+no messages of a protocol.
+"""
+
+import asyncio
+import uuid
+from collections.abc import AsyncGenerator, Generator
+from contextlib import aclosing, contextmanager
+from dataclasses import dataclass
+
+from manylora_gateway.engine import Delta, Finish, Prompt, Sampling, TokenLogprobs
+from manylora_gateway.errors import (
+    DrainingError,
+    GatewayError,
+    QueueFullError,
+    ReplicaLostError,
+    from_registry,
+)
+from manylora_gateway.replicas import Replicas, ReplicaState
+from manylora_gateway.routes import Route, Routes
+from manylora_registry import Adapter, AdapterReference, Registry, Version
+from manylora_registry.errors import RegistryError
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """What a client wants generated, checked field by field."""
+
+    adapter: str
+    """An adapter reference; empty for the bare base."""
+    prompt: Prompt
+    sampling: Sampling
+
+
+@dataclass(frozen=True)
+class Started:
+    """The request was admitted; `version` makes its answer (None: the bare base)."""
+
+    request_id: str
+    version: Version | None
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A whole answer."""
+
+    started: Started
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...]
+    finish: Finish
+
+
+@dataclass(frozen=True)
+class AliasState:
+    """What one alias serves here, and what it should."""
+
+    alias: str
+    serving: Version | None
+    pending: Version | None
+    pending_error: str
+
+
+@dataclass(frozen=True)
+class AdapterState:
+    """One adapter of the registry and what this gateway makes of it."""
+
+    name: str
+    latest: Version
+    aliases: tuple[AliasState, ...]
+
+
+class Admission:
+    """Counts the requests inside, refuses what is too many, and knows when all have left."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._inside = 0
+        self._draining = False
+        self._empty = asyncio.Event()
+        self._empty.set()
+
+    @contextmanager
+    def enter(self) -> Generator[None, None, None]:
+        """One request's stay.
+
+        Raises:
+            DrainingError: nobody is admitted any more.
+            QueueFullError: as many as `limit` are inside.
+        """
+        if self._draining:
+            raise DrainingError("The gateway is shutting down.")
+        if self._inside >= self._limit:
+            raise QueueFullError(f"{self._limit} requests are running or waiting already.")
+        self._inside += 1
+        self._empty.clear()
+        try:
+            yield
+        finally:
+            self._inside -= 1
+            if not self._inside:
+                self._empty.set()
+
+    async def drain(self) -> None:
+        """Admits nobody any more and waits until all inside have left."""
+        self._draining = True
+        await self._empty.wait()
+
+
+class Inference:
+    """Answers requests. Lives on one event loop.
+
+    Deadlines and vanished clients are the front's to see: it cancels the task that reads, and
+    everything the request held is freed on the way out.
+    """
+
+    def __init__(
+        self, registry: Registry, routes: Routes, replicas: Replicas, admission: Admission
+    ) -> None:
+        self._registry = registry
+        self._routes = routes
+        self._replicas = replicas
+        self._admission = admission
+
+    async def stream(self, request: GenerationRequest) -> AsyncGenerator[Started | Delta, None]:
+        """Started first, then deltas; the last one has `finish`.
+
+        Raises:
+            GatewayError: at any point; nothing follows.
+        """
+        with self._admission.enter():
+            async with self._routes.use(request.adapter) as version:
+                request_id = uuid.uuid4().hex
+                yield Started(request_id, version)
+                deltas = self._replicas.generate(
+                    request_id, request.prompt, request.sampling, version
+                )
+                async with aclosing(deltas):
+                    async for delta in deltas:
+                        yield delta
+
+    async def generate(self, request: GenerationRequest) -> Generation:
+        """The whole answer at once.
+
+        Raises:
+            GatewayError: there is none.
+        """
+        started: Started | None = None
+        deltas: list[Delta] = []
+        async with aclosing(self.stream(request)) as events:
+            async for event in events:
+                if isinstance(event, Started):
+                    started = event
+                else:
+                    deltas.append(event)
+        if started is None or not deltas or deltas[-1].finish is None:
+            raise ReplicaLostError("The engine ended the answer before it was whole.")
+        return Generation(
+            started=started,
+            text="".join(delta.text for delta in deltas),
+            token_ids=tuple(token for delta in deltas for token in delta.token_ids),
+            logprobs=tuple(entry for delta in deltas for entry in delta.logprobs),
+            finish=deltas[-1].finish,
+        )
+
+    async def count_tokens(self, prompt: Prompt) -> int:
+        """Tokens of `prompt` as the engine reads it.
+
+        Raises:
+            GatewayError: the prompt is refused, or nobody is admitted.
+        """
+        with self._admission.enter():
+            return await self._replicas.count_tokens(prompt)
+
+    async def adapters(self) -> list[AdapterState]:
+        """Every adapter of the registry with what this gateway serves of it.
+
+        Raises:
+            GatewayError: the registry cannot be read.
+        """
+        try:
+            adapters = await asyncio.to_thread(self._registry.adapters)
+        except RegistryError as error:
+            raise from_registry(error) from error
+        return [
+            AdapterState(
+                adapter.name,
+                adapter.latest,
+                tuple([await self._alias(adapter, alias) for alias in sorted(adapter.aliases)]),
+            )
+            for adapter in adapters
+        ]
+
+    async def load(self, reference: str) -> Version:
+        """Loads what `reference` means on every replica.
+
+        Raises:
+            GatewayError: it names nothing, or cannot be loaded.
+        """
+        async with self._routes.use(reference) as version:
+            assert version is not None
+            await self._replicas.prepare(version)
+            return version
+
+    async def unload(self, reference: str) -> tuple[Version, int]:
+        """Unloads what `reference` means once drained; says on how many replicas it was.
+
+        Raises:
+            GatewayError: it names nothing.
+        """
+        version = await self._routes.resolve(reference)
+        return version, await self._replicas.retire(version)
+
+    async def states(self) -> list[ReplicaState]:
+        """Every replica and what it holds."""
+        return list(await self._replicas.states())
+
+    async def _alias(self, adapter: Adapter, alias: str) -> AliasState:
+        route = self._routes.get((adapter.name, alias))
+        if route is None:
+            # Nobody asked for it yet: a request would get what the registry says.
+            try:
+                version = await self._routes.look_up(
+                    AdapterReference(adapter.name, str(adapter.aliases[alias].version))
+                )
+            except GatewayError as error:
+                return AliasState(alias, None, None, str(error))
+            route = Route(serving=version)
+        error = route.pending_error
+        if error is not None and not isinstance(error, GatewayError):
+            error = GatewayError("Internal error; the gateway's log has the cause.")
+        return AliasState(alias, route.serving, route.pending, "" if error is None else str(error))

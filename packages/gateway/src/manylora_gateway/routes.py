@@ -1,0 +1,167 @@
+"""What an adapter reference means now, and who still uses which version.
+
+A reference becomes a version once, when its request is admitted, and counts as a use of that
+version until the request has ended. An alias that is followed resolves here, not in the registry:
+it goes on meaning the version that was served until its successor is ready.
+"""
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+from manylora_gateway.errors import from_registry
+from manylora_gateway.worker import Servable
+from manylora_registry import AdapterReference, Registry, Version
+from manylora_registry.errors import RegistryError
+
+FIXED_REFERENCES_KEPT = 4096
+
+AliasKey = tuple[str, str]
+"""Adapter name and alias."""
+
+
+@dataclass
+class Route:
+    """One followed alias."""
+
+    serving: Version | None = None
+    """What requests get; None until its first version is ready, then never again."""
+    pending: Version | None = None
+    """What the registry's alias points at, where that is not served yet."""
+    pending_error: Exception | None = None
+    """Why `pending` could not be loaded at the last try."""
+
+
+class Routes:
+    """The table of followed aliases and the count of uses. Lives on one event loop."""
+
+    def __init__(self, registry: Registry, servable: Servable) -> None:
+        self.drained: asyncio.Queue[Version] = asyncio.Queue()
+        """Versions that no alias serves any more and whose last use has ended."""
+        self._registry = registry
+        self._servable = servable
+        self._routes: dict[AliasKey, Route] = {}
+        self._uses: dict[str, int] = {}
+        self._displaced: dict[str, Version] = {}
+        # Numbers and digests never change their meaning; a busy client costs one look-up.
+        self._fixed: OrderedDict[str, Version] = OrderedDict()
+
+    @asynccontextmanager
+    async def use(self, reference: str) -> AsyncGenerator[Version | None, None]:
+        """The version `reference` means, counted as used while the context lasts.
+
+        None for the empty reference, the bare base.
+
+        Raises:
+            GatewayError: it names nothing, or a version that cannot be served.
+        """
+        if not reference:
+            yield None
+            return
+        version = await self.resolve(reference)
+        # No await between the look-up in the table and this count: a swap sees the use.
+        self._uses[version.digest] = self._uses.get(version.digest, 0) + 1
+        try:
+            yield version
+        finally:
+            self._uses[version.digest] -= 1
+            if not self._uses[version.digest]:
+                del self._uses[version.digest]
+                if self._displaced.pop(version.digest, None) is not None:
+                    self.drained.put_nowait(version)
+
+    async def resolve(self, reference: str) -> Version:
+        """The servable version `reference` means now; its alias, if any, is followed from here on.
+
+        Raises:
+            GatewayError: it names nothing, or a version that cannot be served.
+        """
+        try:
+            parsed = AdapterReference.parse(reference)
+        except RegistryError as error:
+            raise from_registry(error) from error
+        if parsed.alias is None:
+            return await self._resolve_fixed(parsed)
+        key = (parsed.name, parsed.alias)
+        route = self._routes.get(key)
+        if route is None:
+            version = await self._ask_registry(parsed)
+            # A move may have been quicker, and its version is the newer one.
+            route = self._routes.setdefault(key, Route(serving=version))
+        if route.serving is not None:
+            return route.serving
+        if route.pending_error is not None:
+            raise route.pending_error
+        assert route.pending is not None
+        return route.pending
+
+    async def _resolve_fixed(self, reference: AdapterReference) -> Version:
+        text = str(reference)
+        version = self._fixed.get(text)
+        if version is None:
+            version = self._fixed[text] = await self._ask_registry(reference)
+            if len(self._fixed) > FIXED_REFERENCES_KEPT:
+                self._fixed.popitem(last=False)
+        return version
+
+    async def _ask_registry(self, reference: AdapterReference) -> Version:
+        version = await self.look_up(reference)
+        self._servable.check(version)
+        return version
+
+    async def look_up(self, reference: AdapterReference) -> Version:
+        """What the registry says `reference` is now, servable or not.
+
+        Raises:
+            GatewayError: it names nothing, or the registry cannot be read.
+        """
+        try:
+            return await asyncio.to_thread(self._registry.find, reference)
+        except RegistryError as error:
+            raise from_registry(error) from error
+
+    def check(self, version: Version) -> None:
+        """Raises UnservableError where `version` must not reach an engine."""
+        self._servable.check(version)
+
+    def forget_fixed(self, name: str) -> None:
+        """Drops what numbers and digests of `name` resolved to: one of them was yanked."""
+        for text in [text for text in self._fixed if text.startswith(f"{name}@")]:
+            del self._fixed[text]
+
+    def get(self, key: AliasKey) -> Route | None:
+        """The route of a followed alias."""
+        return self._routes.get(key)
+
+    def follow(self, key: AliasKey, target: Version) -> Route:
+        """The route of an alias that should come to serve `target`; made if there is none."""
+        route = self._routes.setdefault(key, Route())
+        if route.serving is None or route.serving.digest != target.digest:
+            route.pending = target
+        else:
+            route.pending = route.pending_error = None
+        return route
+
+    def flip(self, key: AliasKey, version: Version) -> Version | None:
+        """From here on `key` means `version`; returns what it meant before."""
+        route = self._routes[key]
+        before = route.serving
+        route.serving, route.pending, route.pending_error = version, None, None
+        self._displaced.pop(version.digest, None)
+        return before
+
+    def displace(self, version: Version) -> bool:
+        """Has `version` reported as drained when its last use ends.
+
+        Says False, and does nothing, where an alias serves it.
+        """
+        if any(
+            route.serving is not None and route.serving.digest == version.digest
+            for route in self._routes.values()
+        ):
+            return False
+        if version.digest in self._uses:
+            self._displaced[version.digest] = version
+        return True

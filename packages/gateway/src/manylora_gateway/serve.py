@@ -1,0 +1,68 @@
+"""From a config file to a running gateway, and to nothing left of it."""
+
+import asyncio
+import logging
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from manylora_gateway.config import GatewayConfig
+from manylora_gateway.environment import cluster_environment
+from manylora_gateway.processes import end_marked, mark_descendants
+from manylora_gateway.worker import Servable
+from manylora_registry import Registry, identify_base
+from manylora_registry.config import load_config
+
+KILL_GRACE_S = 2.0
+
+
+def serve(config_path: Path, overrides: Sequence[str] = ()) -> None:
+    """Serves until SIGINT or SIGTERM, then drains; a second signal ends it at once.
+
+    Prints one `ready grpc=HOST:PORT admin=HOST:PORT` line on stdout once it answers.
+
+    Raises:
+        ConfigError: the file has mistakes.
+        BaseError: `base` is not a base model.
+        RegistryError: the registry cannot be opened.
+        StartError: a port is taken or the engine did not start; nothing is left behind.
+    """
+    config = load_config(config_path, GatewayConfig, overrides)
+    config = config.relative_to(config_path.resolve().parent)
+    _log_to_stderr()
+    identity = identify_base(config.base)
+    servable = Servable(identity.fingerprint, config.engine.max_rank)
+    os.environ.update(cluster_environment())
+    mark_descendants()
+    with Registry.open(config.registry, create=False) as registry:
+        scratch = Path(tempfile.mkdtemp(prefix="manylora-"))
+        try:
+            # gRPC and Ray read the environment when they are imported.
+            from manylora_gateway.gateway import run
+
+            served = asyncio.run(run(config, registry, servable, scratch))
+        finally:
+            end_marked(KILL_GRACE_S)
+            shutil.rmtree(scratch, ignore_errors=True)
+    if not served:
+        # A start was cut off: Ray's own exit would wait for the cluster it was starting.
+        sys.stderr.flush()
+        os._exit(0)
+
+
+def _log_to_stderr() -> None:
+    began = time.monotonic()
+
+    class Elapsed(logging.Formatter):
+        def format(self, record: logging.LogRecord) -> str:
+            return f"[{time.monotonic() - began:7.1f} s] {super().format(record)}"
+
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(Elapsed("%(message)s"))
+    ours = logging.getLogger("manylora_gateway")
+    ours.addHandler(handler)
+    ours.setLevel(logging.INFO)

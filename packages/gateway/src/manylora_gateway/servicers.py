@@ -1,0 +1,157 @@
+"""The gRPC services over the core; errors become statuses here and nowhere else."""
+
+# The generated base classes name their methods as gRPC does and type a stream as an iterator to
+# return, where we write to the context: a handler that awaits its writes feels back-pressure.
+# ruff: noqa: N802
+# pyright: reportIncompatibleMethodOverride=false, reportMissingTypeStubs=false
+
+import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import aclosing, asynccontextmanager
+from typing import Any
+
+import grpc
+
+from manylora.admin.v1 import admin_pb2, admin_pb2_grpc
+from manylora.inference.v1 import inference_pb2 as pb
+from manylora.inference.v1 import inference_pb2_grpc
+from manylora_gateway import messages
+from manylora_gateway.errors import DeadlineError, InvalidRequestError, Violation
+from manylora_gateway.inference import Inference
+from manylora_gateway.requests import Requests
+from manylora_gateway.status import CODES, DETAILS_KEY, to_status
+
+InferenceContext = grpc.aio.ServicerContext[pb.GenerateRequest, pb.GenerateResponse]
+StreamContext = grpc.aio.ServicerContext[pb.GenerateRequest, pb.GenerateStreamResponse]
+BatchContext = grpc.aio.ServicerContext[pb.BatchGenerateRequest, pb.BatchGenerateResponse]
+CountContext = grpc.aio.ServicerContext[pb.CountTokensRequest, pb.CountTokensResponse]
+ListContext = grpc.aio.ServicerContext[pb.ListAdaptersRequest, pb.ListAdaptersResponse]
+ReplicasContext = grpc.aio.ServicerContext[
+    admin_pb2.ListReplicasRequest, admin_pb2.ListReplicasResponse
+]
+LoadContext = grpc.aio.ServicerContext[admin_pb2.LoadRequest, admin_pb2.LoadResponse]
+UnloadContext = grpc.aio.ServicerContext[admin_pb2.UnloadRequest, admin_pb2.UnloadResponse]
+
+
+@asynccontextmanager
+async def _answering(
+    context: "grpc.aio.ServicerContext[Any, Any]",
+) -> AsyncGenerator[None, None]:
+    """Bounds a call by its deadline and ends it with the status of whatever goes wrong.
+
+    A client that vanishes cancels the call's task; there is nobody left to tell.
+    """
+    deadline = asyncio.timeout(context.time_remaining())
+    try:
+        async with deadline:
+            yield
+    except Exception as error:
+        late = DeadlineError("The deadline passed before the answer was whole.")
+        status = to_status(late if deadline.expired() else error)
+        details = (DETAILS_KEY, status.SerializeToString())
+        await context.abort(CODES[status.code], status.message, (details,))
+
+
+class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
+    """manylora.inference.v1.InferenceService."""
+
+    def __init__(self, inference: Inference, requests: Requests) -> None:
+        self._inference = inference
+        self._requests = requests
+
+    async def Generate(
+        self, request: pb.GenerateRequest, context: InferenceContext
+    ) -> pb.GenerateResponse:
+        """Answers once, when the whole text is there."""
+        async with _answering(context):
+            generation = await self._inference.generate(self._requests.generation(request))
+            return messages.generate_response(generation)
+
+    async def GenerateStream(self, request: pb.GenerateRequest, context: StreamContext) -> None:
+        """Answers while the text is made."""
+        async with _answering(context):
+            stream = self._inference.stream(self._requests.generation(request))
+            async with aclosing(stream) as events:
+                async for event in events:
+                    for response in messages.stream_responses(event):
+                        await context.write(response)
+
+    async def BatchGenerate(self, request: pb.BatchGenerateRequest, context: BatchContext) -> None:
+        """Answers many requests, each as soon as it is there."""
+        async with _answering(context):
+            tasks = [
+                asyncio.create_task(self._one_of_batch(index, message))
+                for index, message in enumerate(self._requests.batch(request))
+            ]
+            try:
+                for finished in asyncio.as_completed(tasks):
+                    await context.write(await finished)
+            finally:
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def CountTokens(
+        self, request: pb.CountTokensRequest, context: CountContext
+    ) -> pb.CountTokensResponse:
+        """Counts prompt tokens."""
+        async with _answering(context):
+            tokens = await self._inference.count_tokens(self._requests.prompt(request))
+            return pb.CountTokensResponse(tokens=tokens)
+
+    async def ListAdapters(
+        self, request: pb.ListAdaptersRequest, context: ListContext
+    ) -> pb.ListAdaptersResponse:
+        """Lists the registry's adapters and what is served of them."""
+        del request
+        async with _answering(context):
+            return messages.adapters_response(await self._inference.adapters())
+
+    async def _one_of_batch(
+        self, index: int, message: pb.GenerateRequest
+    ) -> pb.BatchGenerateResponse:
+        try:
+            generation = await self._inference.generate(self._requests.generation(message))
+        except Exception as error:
+            return messages.batch_error(index, to_status(error))
+        response = messages.generate_response(generation)
+        return pb.BatchGenerateResponse(index=index, response=response)
+
+
+class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
+    """manylora.admin.v1.AdminService."""
+
+    def __init__(self, inference: Inference) -> None:
+        self._inference = inference
+
+    async def ListReplicas(
+        self, request: admin_pb2.ListReplicasRequest, context: ReplicasContext
+    ) -> admin_pb2.ListReplicasResponse:
+        """Lists the engine replicas."""
+        del request
+        async with _answering(context):
+            return messages.replicas_response(await self._inference.states())
+
+    async def Load(
+        self, request: admin_pb2.LoadRequest, context: LoadContext
+    ) -> admin_pb2.LoadResponse:
+        """Loads a version everywhere."""
+        async with _answering(context):
+            version = await self._inference.load(_named(request.adapter))
+            return admin_pb2.LoadResponse(adapter=messages.adapter_version(version))
+
+    async def Unload(
+        self, request: admin_pb2.UnloadRequest, context: UnloadContext
+    ) -> admin_pb2.UnloadResponse:
+        """Unloads a version everywhere."""
+        async with _answering(context):
+            version, replicas = await self._inference.unload(_named(request.adapter))
+            return admin_pb2.UnloadResponse(
+                adapter=messages.adapter_version(version), replicas=replicas
+            )
+
+
+def _named(reference: str) -> str:
+    if not reference:
+        raise InvalidRequestError([Violation("adapter", "must not be empty")])
+    return reference

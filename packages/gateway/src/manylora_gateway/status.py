@@ -1,0 +1,63 @@
+"""The one place where an error becomes a gRPC status."""
+
+# Generated modules of gRPC and protobuf.
+# pyright: reportMissingTypeStubs=false
+
+import logging
+import uuid
+
+import grpc
+from google.protobuf import any_pb2, duration_pb2
+from google.protobuf.message import Message
+from google.rpc import error_details_pb2, status_pb2
+
+from manylora_gateway.errors import GatewayError, InvalidRequestError
+
+DOMAIN = "manylora"
+DETAILS_KEY = "grpc-status-details-bin"
+"""Where gRPC carries a google.rpc.Status."""
+CODES: dict[int, grpc.StatusCode] = {code.value[0]: code for code in grpc.StatusCode}
+
+logger = logging.getLogger(__name__)
+
+
+def to_status(error: Exception) -> status_pb2.Status:
+    """The google.rpc.Status of `error`.
+
+    What is not one of ours is logged with its trace and becomes INTERNAL with an opaque id: its
+    text may hold paths or a neighbour's data.
+    """
+    if not isinstance(error, GatewayError):
+        error = _opaque(error)
+    details: list[Message] = [error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN)]
+    if isinstance(error, InvalidRequestError):
+        details.append(
+            error_details_pb2.BadRequest(
+                field_violations=[
+                    error_details_pb2.BadRequest.FieldViolation(
+                        field=violation.field, description=violation.message
+                    )
+                    for violation in error.violations
+                ]
+            )
+        )
+    if error.retry_after_s is not None:
+        delay = duration_pb2.Duration()
+        delay.FromMilliseconds(round(error.retry_after_s * 1000))
+        details.append(error_details_pb2.RetryInfo(retry_delay=delay))
+    code: int = grpc.StatusCode[error.status].value[0]
+    return status_pb2.Status(
+        code=code, message=str(error), details=[_packed(detail) for detail in details]
+    )
+
+
+def _opaque(error: Exception) -> GatewayError:
+    incident = uuid.uuid4().hex[:12]
+    logger.error("incident %s", incident, exc_info=error)
+    return GatewayError(f"Internal error {incident}; the gateway's log has the cause.")
+
+
+def _packed(message: Message) -> any_pb2.Any:
+    packed = any_pb2.Any()
+    packed.Pack(message)
+    return packed

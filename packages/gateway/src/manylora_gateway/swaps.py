@@ -1,0 +1,184 @@
+"""Following the registry: a new version is ready everywhere before its alias means it.
+
+For each alias that moved, one task: resolve it, prepare the version on every replica, flip the
+route, retire the old version. A version that cannot be prepared leaves the old one serving and is
+tried again, later and later, until it works or the alias moves on.
+"""
+
+import asyncio
+import logging
+from collections.abc import Coroutine
+
+from manylora_gateway.config import FollowConfig
+from manylora_gateway.errors import GatewayError
+from manylora_gateway.replicas import Replicas
+from manylora_gateway.routes import AliasKey, Routes
+from manylora_registry import AdapterReference, Event, Registry, Version
+
+FIRST_RETRY_S = 1.0
+LAST_RETRY_S = 60.0
+
+logger = logging.getLogger(__name__)
+
+
+class Swaps:
+    """Keeps `routes` in step with the registry. Lives on one event loop."""
+
+    def __init__(
+        self, registry: Registry, routes: Routes, replicas: Replicas, config: FollowConfig
+    ) -> None:
+        self._registry = registry
+        self._routes = routes
+        self._replicas = replicas
+        self._config = config
+        # Aliases with a swap under way, to be told when they move again.
+        self._moved: dict[AliasKey, asyncio.Event] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._sequence = 0
+
+    async def begin(self, warm: int) -> None:
+        """Serves the followed aliases as they are, `warm` of them loaded, and goes on following.
+
+        Raises:
+            RegistryError: the registry cannot be read.
+        """
+        # Events first, aliases second: what moves in between is seen twice, not missed.
+        while events := await asyncio.to_thread(self._registry.events, self._sequence):
+            self._sequence = events[-1].sequence
+        for adapter in await asyncio.to_thread(self._registry.adapters):
+            for alias in adapter.aliases:
+                if alias in self._config.aliases:
+                    warm -= 1
+                    await self._adopt((adapter.name, alias), load=warm >= 0)
+        self._start(self._follow())
+        self._start(self._retire_drained())
+
+    async def close(self) -> None:
+        """Ends following."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _adopt(self, key: AliasKey, *, load: bool) -> None:
+        """Serves an alias for the first time; what fails is tried again in the background."""
+        if load:
+            served = await self._attempt(key)
+        else:
+            try:
+                served = bool(await self._routes.resolve("@".join(key)))
+            except GatewayError:
+                served = False
+        if not served:
+            self._wake(key)
+
+    async def _follow(self) -> None:
+        readable = True
+        while True:
+            try:
+                events = await asyncio.to_thread(self._registry.events, self._sequence)
+            except Exception as error:
+                if readable:
+                    logger.warning("the registry cannot be read, serving goes on: %s", error)
+                readable, events = False, []
+            else:
+                readable = True
+            for event in events:
+                self._note(event)
+                self._sequence = event.sequence
+            if not events:
+                await asyncio.sleep(self._config.poll_s)
+
+    def _note(self, event: Event) -> None:
+        if event.kind == "yanked":
+            self._routes.forget_fixed(event.name)
+        elif event.kind == "alias_moved" and event.alias is not None:
+            key = (event.name, event.alias)
+            if event.alias in self._config.aliases or self._routes.get(key) is not None:
+                self._wake(key)
+
+    def _wake(self, key: AliasKey) -> None:
+        """Has a task look at `key` from the start, beginning one if there is none."""
+        if (moved := self._moved.get(key)) is not None:
+            moved.set()
+        else:
+            moved = self._moved[key] = asyncio.Event()
+            self._start(self._swap(key, moved))
+
+    async def _swap(self, key: AliasKey, moved: asyncio.Event) -> None:
+        delay = FIRST_RETRY_S
+        while not await self._attempt(key) or moved.is_set():
+            if not moved.is_set():
+                try:
+                    async with asyncio.timeout(delay):
+                        await moved.wait()
+                except TimeoutError:
+                    delay = min(2 * delay, LAST_RETRY_S)
+                    continue
+            moved.clear()
+            delay = FIRST_RETRY_S
+        # No await since the last look at `moved`: nobody can set it unseen.
+        del self._moved[key]
+
+    async def _attempt(self, key: AliasKey) -> bool:
+        """One try to serve what the registry's alias points at; says whether it is served now."""
+        label = "@".join(key)
+        before = self._routes.get(key)
+        abandoned = None if before is None else before.pending
+        try:
+            target = await self._routes.look_up(AdapterReference(*key))
+        except Exception as error:
+            logger.warning("%s cannot be resolved: %s", label, error)
+            return False
+        if abandoned is not None and abandoned.digest != target.digest:
+            await self._retire_unserved(abandoned)
+        route = self._routes.follow(key, target)
+        if route.pending is None:
+            return True
+        try:
+            self._routes.check(target)
+            await self._replicas.prepare(target)
+        except Exception as error:
+            if str(error) != str(route.pending_error):
+                still = "nothing" if route.serving is None else f"@{route.serving.number}"
+                known = isinstance(error, GatewayError)
+                logger.warning(
+                    "%s: version %d cannot be served, %s goes on serving: %s",
+                    label,
+                    target.number,
+                    still,
+                    error,
+                    exc_info=None if known else error,
+                )
+            route.pending_error = error
+            return False
+        old = self._routes.flip(key, target)
+        logger.info("%s serves version %d", label, target.number)
+        if old is not None:
+            await self._retire_unserved(old)
+        return True
+
+    async def _retire_unserved(self, version: Version) -> None:
+        """Frees the engines of `version` as far as its requests have ended.
+
+        Requests on their way to a replica may bring it back; when the last of them has ended it
+        is reported drained and retired for good.
+        """
+        if self._routes.displace(version):
+            await self._retire(version)
+
+    async def _retire_drained(self) -> None:
+        while True:
+            version = await self._routes.drained.get()
+            await self._retire(version)
+
+    async def _retire(self, version: Version) -> None:
+        try:
+            await self._replicas.retire(version)
+        except Exception as error:
+            # A replica that is gone holds nothing; one that stays forgets idle versions by itself.
+            logger.warning("%s was not retired: %s", version.engine_name, error)
+
+    def _start(self, work: Coroutine[None, None, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)

@@ -1,0 +1,223 @@
+"""The engine: vLLM's AsyncLLM. The only file that imports vLLM."""
+
+# vLLM and its tokenizers are not typed to the end.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false, reportMissingImports=false
+
+import asyncio
+import itertools
+import logging
+import time
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing
+from pathlib import Path
+from typing import Any, cast
+
+from jinja2 import TemplateError
+from vllm import SamplingParams
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.inputs import tokens_input
+from vllm.logprobs import Logprob
+from vllm.lora.request import LoRARequest
+from vllm.outputs import CompletionOutput
+from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.exceptions import EngineDeadError
+
+from manylora_gateway.config import EngineConfig
+from manylora_gateway.engine import (
+    Candidate,
+    ChatPrompt,
+    Delta,
+    Finish,
+    Prompt,
+    Sampling,
+    TextPrompt,
+    TokenLogprobs,
+)
+from manylora_gateway.errors import (
+    AdapterLoadError,
+    InvalidRequestError,
+    ReplicaLostError,
+    Violation,
+)
+from manylora_gateway.executor import LocalExecutor
+
+GIB = 1 << 30
+SEED_MASK = (1 << 63) - 1
+"""torch seeds are signed."""
+
+logger = logging.getLogger(__name__)
+
+
+class VllmEngine:
+    """The `Engine` of production. Made on the event loop it is used on.
+
+    Args:
+        base: directory of the base model.
+        gpus: GPUs of this replica; 0 runs on the CPU.
+    """
+
+    def __init__(self, base: Path, config: EngineConfig, gpus: int) -> None:
+        self._max_context = config.max_context
+        self._interval_s = config.stream_interval_ms / 1000
+        self._requests: dict[str, LoRARequest] = {}
+        # Never reused: vLLM knows weights by this number in its caches.
+        self._numbers = itertools.count(1)
+        self._llm = AsyncLLM.from_engine_args(_arguments(base, config, gpus))
+        self._tokenizer = self._llm.get_tokenizer()
+        self._vocabulary = len(self._tokenizer)
+
+    async def load(self, name: str, directory: Path) -> None:
+        """Brings an adapter into host memory and a slot; `generate` never loads one.
+
+        A LoRARequest that vLLM cannot load while it generates kills it for good, whereas
+        `add_lora` only raises.
+        """
+        request = LoRARequest(name, next(self._numbers), str(directory))
+        try:
+            await self._llm.add_lora(request)
+        except EngineDeadError as error:
+            raise ReplicaLostError("The engine died.") from error
+        except Exception as error:
+            raise AdapterLoadError(f"The engine refused {name}: {error}") from error
+        self._requests[name] = request
+
+    async def unload(self, name: str) -> None:
+        """Forgets an adapter that no generation uses."""
+        request = self._requests.pop(name, None)
+        if request is not None:
+            await self._llm.remove_lora(request.lora_int_id)
+
+    def tokenize(self, prompt: Prompt) -> list[int]:
+        """The prompt as the engine reads it, the chat template of the base applied."""
+        if isinstance(prompt, ChatPrompt):
+            field, ids = "chat.messages", self._render(prompt)
+        elif isinstance(prompt, TextPrompt):
+            field, ids = "text", self._tokenizer.encode(prompt.text)
+        else:
+            field, ids = "tokens.ids", list(prompt.ids)
+            if max(ids, default=0) >= self._vocabulary:
+                text = f"token {max(ids)} is not in the vocabulary of {self._vocabulary}"
+                raise InvalidRequestError([Violation(field, text)])
+        if not 0 < len(ids) < self._max_context:
+            text = f"has {len(ids)} tokens; with the answer the most is {self._max_context}"
+            raise InvalidRequestError([Violation(field, text)])
+        return ids
+
+    async def generate(
+        self, request_id: str, token_ids: list[int], sampling: Sampling, adapter: str | None
+    ) -> AsyncGenerator[Delta, None]:
+        """Generates; deltas come no faster than the configured interval, the first at once."""
+        outputs = self._llm.generate(
+            tokens_input(token_ids),
+            self._parameters(sampling, len(token_ids)),
+            request_id,
+            lora_request=None if adapter is None else self._requests[adapter],
+        )
+        completion_tokens = 0
+        try:
+            async with aclosing(outputs) as stream:
+                async for output in stream:
+                    began = time.monotonic()
+                    part = output.outputs[0]
+                    completion_tokens += len(part.token_ids)
+                    yield Delta(
+                        text=part.text,
+                        token_ids=tuple(part.token_ids),
+                        logprobs=_logprobs(part, sampling.logprobs),
+                        finish=_finish(part, len(token_ids), completion_tokens),
+                    )
+                    # What vLLM makes meanwhile it merges into one output.
+                    if not output.finished:
+                        await asyncio.sleep(self._interval_s - (time.monotonic() - began))
+        except EngineDeadError as error:
+            raise ReplicaLostError("The engine died.") from error
+
+    def check_health(self) -> None:
+        """Raises once the engine process is dead."""
+        if self._llm.errored:
+            raise ReplicaLostError("The engine died.")
+
+    async def close(self) -> None:
+        """Ends the engine process."""
+        await asyncio.to_thread(self._llm.shutdown)
+
+    def _render(self, prompt: ChatPrompt) -> list[int]:
+        messages: list[Any] = [
+            {"role": turn.role, "content": turn.content} for turn in prompt.messages
+        ]
+        try:
+            text = self._tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True
+            )
+            assert isinstance(text, str)
+        except (TemplateError, ValueError) as error:
+            text = f"the base's chat template refuses it: {error}"
+            raise InvalidRequestError([Violation("chat.messages", text)]) from error
+        # The template writes the special tokens itself.
+        return self._tokenizer.encode(text, add_special_tokens=False)
+
+    def _parameters(self, sampling: Sampling, prompt_tokens: int) -> SamplingParams:
+        return SamplingParams(
+            max_tokens=min(sampling.max_tokens, self._max_context - prompt_tokens),
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=min(sampling.top_k, self._vocabulary),
+            seed=None if sampling.seed is None else sampling.seed & SEED_MASK,
+            stop=list(sampling.stop),
+            ignore_eos=sampling.ignore_eos,
+            logprobs=sampling.logprobs,
+            output_kind=RequestOutputKind.DELTA,
+        )
+
+
+def _arguments(base: Path, config: EngineConfig, gpus: int) -> AsyncEngineArgs:
+    cpu = gpus == 0
+    kv_cache_gib = config.kv_cache_gib or (1.0 if cpu else None)
+    return AsyncEngineArgs(
+        model=str(base),
+        # bf16 without bf16 instructions is three times slower than float32.
+        dtype="float32" if cpu and config.dtype == "auto" else config.dtype,
+        max_model_len=config.max_context,
+        max_num_seqs=config.max_concurrent,
+        enable_prefix_caching=True,
+        enforce_eager=cpu,
+        kv_cache_memory_bytes=None if kv_cache_gib is None else round(kv_cache_gib * GIB),
+        gpu_memory_utilization=config.gpu_memory,
+        tensor_parallel_size=max(1, gpus),
+        distributed_executor_backend=LocalExecutor if gpus <= 1 else "mp",
+        enable_lora=True,
+        max_lora_rank=config.max_rank,
+        max_loras=config.slots + 1,
+        max_cpu_loras=max(config.host_adapters, config.slots + 1),
+        disable_log_stats=True,
+        enable_log_requests=False,
+    )
+
+
+def _finish(part: CompletionOutput, prompt_tokens: int, completion_tokens: int) -> Finish | None:
+    if part.finish_reason is None:
+        return None
+    if part.finish_reason not in ("stop", "length"):
+        raise ReplicaLostError(f"The engine ended the request: {part.finish_reason}.")
+    return Finish(part.finish_reason, prompt_tokens, completion_tokens)
+
+
+def _logprobs(part: CompletionOutput, wanted: int | None) -> tuple[TokenLogprobs, ...]:
+    if wanted is None:
+        return ()
+    entries = cast("Sequence[Mapping[int, Logprob]]", part.logprobs or ())
+    return tuple(
+        _token_logprobs(token, entry, wanted)
+        for token, entry in zip(part.token_ids, entries, strict=True)
+    )
+
+
+def _token_logprobs(token: int, entry: Mapping[int, Logprob], wanted: int) -> TokenLogprobs:
+    # vLLM adds the taken token to the likeliest ones, of whatever rank.
+    ranked = sorted((info.rank or 0, other, info.logprob) for other, info in entry.items())
+    return TokenLogprobs(
+        chosen=Candidate(token, entry[token].logprob),
+        top=tuple(Candidate(other, logprob) for _, other, logprob in ranked[:wanted]),
+    )

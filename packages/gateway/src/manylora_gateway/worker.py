@@ -1,0 +1,164 @@
+"""What one replica does, without Ray around it: an engine, its pool, and adapters on disk."""
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import dataclass
+from pathlib import Path
+
+from manylora_gateway.config import EngineConfig
+from manylora_gateway.engine import Delta, Engine, Prompt, Sampling, TextPrompt
+from manylora_gateway.errors import (
+    AdapterLoadError,
+    GatewayError,
+    RankTooHighError,
+    YankedAdapterError,
+    from_registry,
+)
+from manylora_gateway.pool import AdapterPool
+from manylora_gateway.replicas import ReplicaState
+from manylora_registry import Registry, Version
+from manylora_registry.errors import RegistryError
+
+TRIAL = TextPrompt("Hello")
+"""Every version answers this once before it may serve."""
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Servable:
+    """Which versions an engine can serve."""
+
+    base_fingerprint: str
+    max_rank: int
+
+    def check(self, version: Version) -> None:
+        """Raises UnservableError where `version` must not reach the engine."""
+        try:
+            version.require_base(self.base_fingerprint)
+        except RegistryError as error:
+            raise from_registry(error) from error
+        if version.rank > self.max_rank:
+            raise RankTooHighError(
+                f"{version.name}@{version.number} has rank {version.rank}; this gateway takes up "
+                f"to {self.max_rank} (engine.max_rank)."
+            )
+        if version.yanked:
+            raise YankedAdapterError(f"{version.name}@{version.number} was yanked.")
+
+
+class Worker:
+    """One engine with its adapters. Lives on one event loop.
+
+    Args:
+        replica_id: unique among the replicas of the gateway.
+        directory: where verified copies of versions are kept; replicas of one machine share it.
+    """
+
+    def __init__(
+        self,
+        replica_id: str,
+        engine: Engine,
+        registry: Registry,
+        directory: Path,
+        servable: Servable,
+        config: EngineConfig,
+    ) -> None:
+        self._replica_id = replica_id
+        self._engine = engine
+        self._registry = registry
+        self._directory = directory
+        self._servable = servable
+        self._slots = config.slots
+        self._pool = AdapterPool(
+            self._load,
+            self._unload,
+            slots=config.slots,
+            capacity=max(config.host_adapters, config.slots + 1),
+            seats=config.max_concurrent,
+            turn_s=config.turn_s,
+        )
+
+    async def generate(
+        self, request_id: str, prompt: Prompt, sampling: Sampling, version: Version | None
+    ) -> AsyncGenerator[Delta, None]:
+        """Waits for a seat and the adapter, then generates.
+
+        Raises:
+            GatewayError: the prompt is refused, or the adapter cannot be loaded.
+        """
+        token_ids = self._engine.tokenize(prompt)
+        name = None if version is None else version.engine_name
+        async with (
+            self._pool.hold(version),
+            aclosing(self._engine.generate(request_id, token_ids, sampling, name)) as deltas,
+        ):
+            async for delta in deltas:
+                yield delta
+
+    def count_tokens(self, prompt: Prompt) -> int:
+        """Tokens of `prompt` as the engine reads it."""
+        return len(self._engine.tokenize(prompt))
+
+    async def prepare(self, version: Version) -> None:
+        """Loads `version`, if it is not loaded, and tries it."""
+        await self._pool.prepare(version)
+
+    def retire(self, version: Version) -> bool:
+        """Unloads `version` once drained; says whether it was loaded."""
+        return self._pool.retire(version)
+
+    def state(self) -> ReplicaState:
+        """What this replica holds and does now."""
+        return ReplicaState(
+            self._replica_id, self._slots, self._pool.requests, tuple(self._pool.residents())
+        )
+
+    def check_health(self) -> None:
+        """Raises once the engine cannot recover."""
+        self._engine.check_health()
+
+    async def close(self) -> None:
+        """Ends loads under way, then the engine."""
+        await self._pool.settle()
+        await self._engine.close()
+
+    async def _load(self, version: Version) -> None:
+        began = time.monotonic()
+        self._servable.check(version)
+        try:
+            directory = await asyncio.to_thread(
+                self._registry.materialize, version, self._directory
+            )
+        except RegistryError as error:
+            raise from_registry(error) from error
+        await self._engine.load(version.engine_name, directory)
+        try:
+            await self._try(version)
+        except Exception as error:
+            await self._engine.unload(version.engine_name)
+            if isinstance(error, GatewayError):
+                raise
+            raise AdapterLoadError(
+                f"{version.name}@{version.number} failed its trial prompt."
+            ) from error
+        logger.info("loaded %s in %.2f s", version.engine_name, time.monotonic() - began)
+
+    async def _try(self, version: Version) -> None:
+        """One token through the adapter: what vLLM accepts it may still fail to run."""
+        trial = self._engine.generate(
+            f"trial-{version.engine_name}",
+            self._engine.tokenize(TRIAL),
+            Sampling(max_tokens=1),
+            version.engine_name,
+        )
+        async with aclosing(trial) as deltas:
+            async for _ in deltas:
+                pass
+
+    async def _unload(self, version: Version) -> None:
+        await self._engine.unload(version.engine_name)
+        logger.info("unloaded %s", version.engine_name)
