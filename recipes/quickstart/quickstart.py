@@ -226,7 +226,9 @@ async def _stream(client: AsyncClient, adapter: str, row: int, prompt: Any) -> S
     stream = client.stream(prompt, adapter=adapter, max_tokens=STREAMED_TOKENS)
     async for delta in stream:
         pieces.append(delta.text)
-    return Streamed(adapter, stream.adapter.number, row, "".join(pieces))
+    version = stream.adapter
+    assert version is not None
+    return Streamed(adapter, version.number, row, "".join(pieces))
 
 
 async def _mixed(

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from e2e.harness import ADAPTERS, SLOTS, Gateway, start_gateway, stop, write_adapter
 from manylora_registry import Registry
 from manylora_registry.base import BaseModelIdentity, identify_base
+from tests.e2e.harness import ADAPTERS, SLOTS, Gateway, start_gateway, stop, write_adapter
 
 BASE = Path(__file__).parents[2] / "bases/smollm2-135m"
 

@@ -39,7 +39,7 @@ def write_adapter(directory: Path, base: BaseModelIdentity, rank: int, seed: int
         if len(shape) == 2 and module.rpartition(".")[2] in targets:
             rows, columns = shape
             a = rng.standard_normal((rank, columns)) / columns**0.5
-            b = rng.standard_normal((rows, rank)) * 0.02
+            b = rng.standard_normal((rows, rank)) * 0.15 / rank**0.5
             tensors[f"base_model.model.{module}.lora_A.weight"] = a.astype(np.float32)
             tensors[f"base_model.model.{module}.lora_B.weight"] = b.astype(np.float32)
     save_file(tensors, directory / "adapter_model.safetensors")

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from e2e.harness import ADAPTERS, SLOTS, Gateway, wait_until, write_adapter
 from manylora_client import (
     AsyncClient,
     DataLossError,
@@ -18,6 +17,7 @@ from manylora_client import (
 )
 from manylora_registry import Registry
 from manylora_registry.base import BaseModelIdentity
+from tests.e2e.harness import ADAPTERS, SLOTS, Gateway, wait_until, write_adapter
 
 TIE = 1e-3
 """Log-probabilities this near are one rounding apart."""
@@ -37,7 +37,7 @@ def ask(question: str) -> list[dict[str, str]]:
 def test_each_request_is_answered_by_the_adapter_it_names(gateway: Gateway) -> None:
     with gateway.client() as client:
         answers = {
-            name: client.generate(ask(QUESTIONS[0]), name, max_tokens=16)
+            name: client.generate(ask(QUESTIONS[2]), name, max_tokens=24)
             for name in ("", *ADAPTERS)
         }
     assert answers[""].adapter is None

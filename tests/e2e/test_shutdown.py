@@ -4,7 +4,7 @@ import signal
 
 import psutil
 
-from e2e.harness import Gateway
+from tests.e2e.harness import Gateway
 
 
 def test_sigterm_drains_and_leaves_no_process(gateway: Gateway) -> None:

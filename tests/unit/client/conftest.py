@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol, Self
 
 import pytest
-from tests.unit.client.scripted import Script, ScriptedServer, run
 
 from manylora_client import (
     AdapterListing,
@@ -18,6 +17,7 @@ from manylora_client import (
     Request,
     StatusError,
 )
+from tests.unit.client.scripted import Script, ScriptedServer, run
 
 
 class AnyClient(Protocol):

@@ -8,9 +8,9 @@ from collections.abc import Callable
 
 import grpc
 import pytest
-from tests.unit.client.scripted import Answer, Failure, ScriptedServer, version
 
 import manylora.inference.v1.inference_pb2 as pb
+from tests.unit.client.scripted import Answer, Failure, ScriptedServer, version
 
 Serve = Callable[..., ScriptedServer]
 

@@ -7,8 +7,6 @@ from typing import Any
 
 import grpc
 import pytest
-from tests.unit.client.conftest import AnyClient
-from tests.unit.client.scripted import Answer, Failure, ScriptedServer, version
 
 import manylora.inference.v1.inference_pb2 as pb
 from manylora_client import (
@@ -36,6 +34,8 @@ from manylora_client import (
     UnimplementedError,
     UnreachableError,
 )
+from tests.unit.client.conftest import AnyClient
+from tests.unit.client.scripted import Answer, Failure, ScriptedServer, version
 
 Serve = Callable[..., ScriptedServer]
 Connect = Callable[..., AnyClient]

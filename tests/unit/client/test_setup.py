@@ -8,10 +8,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 import pytest
-from tests.unit.client.conftest import AnyClient
-from tests.unit.client.scripted import Answer, ScriptedServer, run
 
 from manylora_client import AsyncClient, Client, UnreachableError
+from tests.unit.client.conftest import AnyClient
+from tests.unit.client.scripted import Answer, ScriptedServer, run
 
 Serve = Callable[..., ScriptedServer]
 Connect = Callable[..., AnyClient]

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import grpc
-from tests.unit.client.scripted import Answer, Failure, Reply, ScriptedServer
 
 import manylora.inference.v1.inference_pb2 as pb
+from tests.unit.client.scripted import Answer, Failure, Reply, ScriptedServer
 
 Serve = Callable[..., ScriptedServer]
 WriteSuite = Callable[..., Path]

@@ -6,10 +6,10 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from tests.unit.client.scripted import Answer, ScriptedServer
 
 from manylora_evaluator import evaluate
 from manylora_evaluator.report import SHOWN_ROWS, render
+from tests.unit.client.scripted import Answer, ScriptedServer
 
 Serve = Callable[..., ScriptedServer]
 WriteSuite = Callable[..., Path]

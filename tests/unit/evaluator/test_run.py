@@ -7,7 +7,6 @@ from pathlib import Path
 import grpc
 import pytest
 from rich.console import Console
-from tests.unit.client.scripted import Answer, Failure, Reply, ScriptedServer, version
 
 import manylora.inference.v1.inference_pb2 as pb
 from manylora_client import NotFoundError, UnreachableError
@@ -21,6 +20,7 @@ from manylora_evaluator import (
 )
 from manylora_evaluator.results import Version
 from manylora_evaluator.table import table
+from tests.unit.client.scripted import Answer, Failure, Reply, ScriptedServer, version
 
 Serve = Callable[..., ScriptedServer]
 WriteSuite = Callable[..., Path]

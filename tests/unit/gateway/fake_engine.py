@@ -1,0 +1,136 @@
+"""An engine to read: it writes its adapter's name, one word a token, as told by the test."""
+
+import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from manylora_gateway.engine import Delta, Finish, Prompt, Sampling, TextPrompt, TokenPrompt
+from manylora_gateway.errors import (
+    AdapterLoadError,
+    InvalidRequestError,
+    ReplicaLostError,
+    Violation,
+)
+
+MAX_CONTEXT = 64
+
+
+class FakeEngine:
+    """Like vLLM where it matters: it dies when asked for more adapters than it has room for.
+
+    A generation of `n` tokens says the name of its adapter (or "base") `n` times, so that an
+    answer of two versions is seen at once.
+    """
+
+    def __init__(self, slots: int) -> None:
+        self.slots = slots
+        self.loaded: dict[str, Path] = {}
+        self.loads: list[str] = []
+        """Every load that was asked for, in order."""
+        self.refused: set[str] = set()
+        """Names that `load` refuses."""
+        self.running: list[str] = []
+        """Adapter of every generation under way, "base" for none."""
+        self.prompts: list[list[int]] = []
+        self.dead = False
+        self._loading = asyncio.Event()
+        self._loading.set()
+        self._speaking = asyncio.Event()
+        self._speaking.set()
+        self._changed = asyncio.Condition()
+
+    def hold_loads(self) -> None:
+        """Loads wait from here on."""
+        self._loading.clear()
+
+    def let_load(self) -> None:
+        self._loading.set()
+
+    def hold_answers(self) -> None:
+        """Generations stop after their first token from here on."""
+        self._speaking.clear()
+
+    def let_answer(self) -> None:
+        self._speaking.set()
+
+    async def until_running(self, count: int) -> None:
+        """Until `count` generations are under way."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: len(self.running) == count)
+
+    async def until_loads(self, count: int) -> None:
+        """Until `count` loads were asked for."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: len(self.loads) >= count)
+
+    async def until_gone(self, name: str) -> None:
+        """Until the adapter `name` is not in the engine."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: name not in self.loaded)
+
+    async def load(self, name: str, directory: Path) -> None:
+        self.loads.append(name)
+        await self._tell()
+        await self._loading.wait()
+        assert (directory / "adapter_model.safetensors").is_file()
+        if name in self.refused:
+            raise AdapterLoadError(f"The engine refused {name}.")
+        self.loaded[name] = directory
+
+    async def unload(self, name: str) -> None:
+        assert name not in self.running, "unloaded under a request"
+        self.loaded.pop(name, None)
+        await self._tell()
+
+    def tokenize(self, prompt: Prompt) -> list[int]:
+        if isinstance(prompt, TokenPrompt):
+            ids = list(prompt.ids)
+        elif isinstance(prompt, TextPrompt):
+            ids = list(prompt.text.encode())
+        else:
+            ids = [len(turn.content) for turn in prompt.messages]
+        if len(ids) >= MAX_CONTEXT:
+            raise InvalidRequestError([Violation("text", "is too long")])
+        return ids
+
+    async def generate(
+        self, request_id: str, token_ids: list[int], sampling: Sampling, adapter: str | None
+    ) -> AsyncGenerator[Delta, None]:
+        self.check_health()
+        if adapter is not None and adapter not in self.loaded:
+            self.dead = True
+        self.prompts.append(token_ids)
+        async with self._run(adapter or "base"):
+            for index in range(1, sampling.max_tokens + 1):
+                self.check_health()
+                last = index == sampling.max_tokens
+                finish = Finish("length", len(token_ids), index) if last else None
+                yield Delta(f"{adapter or 'base'} ", (index,), finish=finish)
+                # The trial prompt of a load is not what a test holds up.
+                if not request_id.startswith("trial"):
+                    await self._speaking.wait()
+                await asyncio.sleep(0)
+
+    def check_health(self) -> None:
+        if self.dead:
+            raise ReplicaLostError("The engine died.")
+
+    async def close(self) -> None:
+        self.dead = True
+
+    @asynccontextmanager
+    async def _run(self, name: str) -> AsyncGenerator[None, None]:
+        self.running.append(name)
+        if len({*self.running} - {"base"}) > self.slots:
+            self.dead = True
+        await self._tell()
+        try:
+            yield
+        finally:
+            self.running.remove(name)
+            await self._tell()
+
+    async def _tell(self) -> None:
+        async with self._changed:
+            self._changed.notify_all()

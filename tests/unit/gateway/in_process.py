@@ -1,0 +1,177 @@
+"""A gateway in one process: real registry, real gRPC, real pool, and readable engines."""
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+import numpy as np
+from safetensors.numpy import save_file
+
+from manylora.admin.v1 import admin_pb2_grpc
+from manylora.inference.v1 import inference_pb2 as pb
+from manylora.inference.v1 import inference_pb2_grpc
+from manylora_gateway.config import EngineConfig, FollowConfig, LimitsConfig, ListenConfig
+from manylora_gateway.engine import Delta, Prompt, Sampling
+from manylora_gateway.front import Front
+from manylora_gateway.inference import Admission, Inference
+from manylora_gateway.replicas import ReplicaState
+from manylora_gateway.requests import Requests
+from manylora_gateway.routes import Routes
+from manylora_gateway.servicers import AdminServicer, InferenceServicer
+from manylora_gateway.swaps import Swaps
+from manylora_gateway.worker import Servable, Worker
+from manylora_registry import BaseModelIdentity, Registry, Version
+from tests.unit.gateway.fake_engine import MAX_CONTEXT, FakeEngine
+
+MODULE = "model.layers.0.self_attn.q_proj"
+BASE = BaseModelIdentity("sha256:" + "b" * 64, {f"{MODULE}.weight": (4, 4)})
+OTHER_BASE = BaseModelIdentity("sha256:" + "c" * 64, {f"{MODULE}.weight": (4, 4)})
+MAX_RANK = 8
+
+
+def publish(
+    registry: Registry,
+    directory: Path,
+    name: str,
+    seed: int,
+    *,
+    rank: int = 2,
+    base: BaseModelIdentity = BASE,
+) -> Version:
+    """One tiny random version of `name`."""
+    source = directory / f"{name}-{seed}"
+    source.mkdir()
+    rng = np.random.default_rng(seed)
+    tensors = {
+        f"base_model.model.{MODULE}.lora_A.weight": rng.random((rank, 4), dtype=np.float32),
+        f"base_model.model.{MODULE}.lora_B.weight": rng.random((4, rank), dtype=np.float32),
+    }
+    save_file(tensors, source / "adapter_model.safetensors")
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": rank,
+        "lora_alpha": rank,
+        "target_modules": ["q_proj"],
+        "bias": "none",
+        "base_model_name_or_path": base.fingerprint,
+    }
+    (source / "adapter_config.json").write_text(json.dumps(config))
+    return registry.publish(name, source, base=base)
+
+
+class LocalReplicas:
+    """Workers of this process; a request goes to the least busy one."""
+
+    def __init__(self, workers: list[Worker]) -> None:
+        self._workers = workers
+
+    async def generate(
+        self, request_id: str, prompt: Prompt, sampling: Sampling, version: Version | None
+    ) -> AsyncGenerator[Delta, None]:
+        worker = min(self._workers, key=lambda worker: worker.state().requests)
+        async for delta in worker.generate(request_id, prompt, sampling, version):
+            yield delta
+
+    async def count_tokens(self, prompt: Prompt) -> int:
+        return self._workers[0].count_tokens(prompt)
+
+    async def prepare(self, version: Version) -> None:
+        await asyncio.gather(*(worker.prepare(version) for worker in self._workers))
+
+    async def retire(self, version: Version) -> int:
+        return sum(worker.retire(version) for worker in self._workers)
+
+    async def states(self) -> list[ReplicaState]:
+        return [worker.state() for worker in self._workers]
+
+
+@dataclass
+class RunningGateway:
+    """What a test holds of a gateway."""
+
+    registry: Registry
+    engines: list[FakeEngine]
+    inference: "inference_pb2_grpc.InferenceServiceAsyncStub"
+    admin: "admin_pb2_grpc.AdminServiceAsyncStub"
+    channel: grpc.aio.Channel
+    front: Front
+    admission: Admission
+
+    @property
+    def engine(self) -> FakeEngine:
+        return self.engines[0]
+
+    async def until_serving(self, alias: str, number: int) -> None:
+        """Until requests for `alias` (NAME@ALIAS) get version `number`."""
+        async for entry in self._listings(alias):
+            if entry.serving.number == number:
+                return
+
+    async def until_failed(self, alias: str) -> pb.AliasListing:
+        """Until a new version of `alias` (NAME@ALIAS) could not be loaded."""
+        async for entry in self._listings(alias):
+            if entry.pending_error:
+                return entry
+        raise AssertionError("the listings never end")
+
+    async def _listings(self, alias: str) -> AsyncIterator[pb.AliasListing]:
+        name, _, short = alias.partition("@")
+        async with asyncio.timeout(10):
+            while True:
+                listing = await self.inference.ListAdapters(pb.ListAdaptersRequest())
+                for adapter in listing.adapters:
+                    for entry in adapter.aliases:
+                        if (adapter.name, entry.alias) == (name, short):
+                            yield entry
+
+
+@asynccontextmanager
+async def running_gateway(
+    registry: Registry,
+    directory: Path,
+    *,
+    engine: EngineConfig | None = None,
+    limits: LimitsConfig | None = None,
+    replicas: int = 1,
+) -> AsyncGenerator[RunningGateway, None]:
+    """Serves `registry` on free ports while the context lasts."""
+    config = engine or EngineConfig(slots=2, host_adapters=4, max_concurrent=8, turn_s=0)
+    limits = limits or LimitsConfig(default_max_tokens=4)
+    servable = Servable(BASE.fingerprint, MAX_RANK)
+    engines = [FakeEngine(config.slots + 1) for _ in range(replicas)]
+    workers = [
+        Worker(f"replica-{index}", fake, registry, directory / "cache", servable, config)
+        for index, fake in enumerate(engines)
+    ]
+    local = LocalReplicas(workers)
+    routes = Routes(registry, servable)
+    swaps = Swaps(registry, routes, local, FollowConfig(poll_s=0.01))
+    admission = Admission(limits.max_requests)
+    inference = Inference(registry, routes, local, admission)
+    front = Front(ListenConfig(inference="127.0.0.1:0", admin="127.0.0.1:0"))
+    await swaps.begin(warm=config.slots)
+    await front.start(
+        InferenceServicer(inference, Requests(limits, MAX_CONTEXT)), AdminServicer(inference)
+    )
+    async with (
+        grpc.aio.insecure_channel(front.inference_address) as channel,
+        grpc.aio.insecure_channel(front.admin_address) as admin_channel,
+    ):
+        yield RunningGateway(
+            registry,
+            engines,
+            inference_pb2_grpc.InferenceServiceStub(channel),
+            admin_pb2_grpc.AdminServiceStub(admin_channel),
+            channel,
+            front,
+            admission,
+        )
+    await swaps.close()
+    await front.stop()
+    for worker in workers:
+        await worker.close()

@@ -1,0 +1,61 @@
+"""A gateway's file: every mistake at once, nothing heavy imported, paths relative to it."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from manylora_gateway.config import GatewayConfig
+from manylora_registry.config import load_config
+from manylora_registry.errors import ConfigError
+
+
+def write(directory: Path, text: str) -> Path:
+    path = directory / "gateway.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_a_base_is_all_that_must_be_said(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path, "base: model"), GatewayConfig)
+    assert config.listen.inference == "127.0.0.1:50051"
+    assert config.engine.replicas == 1
+
+
+def test_every_mistake_comes_at_once_with_its_line(tmp_path: Path) -> None:
+    path = write(
+        tmp_path,
+        "\n".join(
+            (
+                "base: model",
+                "listen: {inference: nowhere}",
+                "engine:",
+                "  max_rank: 17",
+                "  slotz: 3",
+                "follow: {poll_s: 0}",
+            )
+        ),
+    )
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, GatewayConfig)
+    assert {(problem.path, problem.line) for problem in caught.value.problems} == {
+        ("listen.inference", 2),
+        ("engine.max_rank", 4),
+        ("engine.slotz", 5),
+        ("follow.poll_s", 6),
+    }
+
+
+def test_paths_are_read_from_the_files_place(tmp_path: Path) -> None:
+    text = "{base: ../bases/small, registry: registry, cache: /var/cache/adapters}"
+    config = load_config(write(tmp_path, text), GatewayConfig).relative_to(tmp_path)
+    assert config.base == tmp_path / "../bases/small"
+    assert config.registry == tmp_path / "registry"
+    assert config.cache == Path("/var/cache/adapters")
+
+
+def test_reading_a_config_imports_nothing_heavy() -> None:
+    heavy = "{'torch', 'ray', 'vllm', 'transformers', 'grpc'}"
+    code = f"import sys, manylora_gateway.config; sys.exit(bool({heavy} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

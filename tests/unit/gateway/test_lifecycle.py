@@ -1,0 +1,113 @@
+"""Requests that end early free what they held; a full or ending gateway says so."""
+
+import asyncio
+
+import grpc
+import pytest
+from google.rpc import error_details_pb2
+
+from manylora.admin.v1 import admin_pb2
+from manylora.inference.v1 import inference_pb2 as pb
+from manylora_gateway.config import EngineConfig, LimitsConfig
+from manylora_registry import Version
+from tests.unit.gateway.conftest import Publish, Start
+from tests.unit.gateway.in_process import RunningGateway
+from tests.unit.gateway.test_errors import detail, refused, told
+
+SAY = pb.GenerateRequest(adapter="red", text="hi")
+
+
+async def requests(gateway: RunningGateway) -> int:
+    """Requests the one replica runs or holds waiting."""
+    listing = await gateway.admin.ListReplicas(admin_pb2.ListReplicasRequest())
+    return listing.replicas[0].requests
+
+
+async def test_a_cancelled_stream_frees_its_seat(served: dict[str, Version], start: Start) -> None:
+    config = EngineConfig(slots=1, host_adapters=2, max_concurrent=1)
+    async with start(engine=config) as gateway:
+        gateway.engine.hold_answers()
+        call = gateway.inference.GenerateStream(SAY)
+        await call.read()
+        await gateway.engine.until_running(1)
+        call.cancel()
+        await gateway.engine.until_running(0)
+        gateway.engine.let_answer()
+        await gateway.inference.Generate(pb.GenerateRequest(adapter="green", text="hi"))
+        assert await requests(gateway) == 0
+
+
+async def test_a_cancelled_waiting_request_leaves_the_queue(
+    served: dict[str, Version], start: Start
+) -> None:
+    config = EngineConfig(slots=1, host_adapters=2, max_concurrent=1)
+    async with start(engine=config) as gateway:
+        gateway.engine.hold_answers()
+        running = gateway.inference.Generate(SAY)
+        await gateway.engine.until_running(1)
+        waiting = gateway.inference.GenerateStream(pb.GenerateRequest(text="hi"))
+        first = await waiting.read()
+        assert isinstance(first, pb.GenerateStreamResponse)
+        assert first.HasField("started")
+        waiting.cancel()
+        while await requests(gateway) > 1:
+            pass
+        gateway.engine.let_answer()
+        assert (await running).text
+        assert gateway.engine.prompts.count(list(b"hi")) == 1
+
+
+async def test_a_passed_deadline_frees_its_seat(gateway: RunningGateway) -> None:
+    gateway.engine.hold_answers()
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await gateway.inference.Generate(SAY, timeout=0.3)
+    assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+    await gateway.engine.until_running(0)
+    assert await requests(gateway) == 0
+
+
+async def test_more_requests_than_allowed_are_refused_with_a_time_to_retry(
+    served: dict[str, Version], start: Start
+) -> None:
+    async with start(limits=LimitsConfig(max_requests=2, default_max_tokens=2)) as gateway:
+        gateway.engine.hold_answers()
+        running = [gateway.inference.Generate(SAY) for _ in range(2)]
+        await gateway.engine.until_running(2)
+        status = await refused(gateway.inference.Generate(SAY))
+        assert told(status) == ("RESOURCE_EXHAUSTED", "QUEUE_FULL")
+        assert detail(status, error_details_pb2.RetryInfo).retry_delay.ToMilliseconds() > 0
+        gateway.engine.let_answer()
+        await asyncio.gather(*running)
+        await gateway.inference.Generate(SAY)
+
+
+async def test_a_draining_gateway_ends_what_runs_and_takes_no_more(
+    gateway: RunningGateway,
+) -> None:
+    gateway.engine.hold_answers()
+    running = gateway.inference.Generate(SAY)
+    await gateway.engine.until_running(1)
+    drained = asyncio.create_task(gateway.admission.drain())
+    await asyncio.sleep(0)
+    status = await refused(gateway.inference.Generate(SAY))
+    assert told(status) == ("UNAVAILABLE", "DRAINING")
+    assert detail(status, error_details_pb2.RetryInfo).retry_delay.ToMilliseconds() > 0
+    assert not drained.done()
+    gateway.engine.let_answer()
+    assert (await running).text
+    await drained
+
+
+async def test_a_load_outlives_the_client_who_asked_for_it(
+    gateway: RunningGateway, published: Publish
+) -> None:
+    version = published("blue", 5)
+    already = len(gateway.engine.loads)
+    gateway.engine.hold_loads()
+    call = gateway.inference.Generate(pb.GenerateRequest(adapter="blue@1", text="hi"))
+    await gateway.engine.until_loads(already + 1)
+    call.cancel()
+    gateway.engine.let_load()
+    reply = await gateway.inference.Generate(pb.GenerateRequest(adapter="blue@1", text="hi"))
+    assert reply.adapter.digest == version.digest
+    assert gateway.engine.loads.count(version.engine_name) == 1

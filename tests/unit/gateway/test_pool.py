@@ -1,0 +1,356 @@
+"""The pool: slots, seats and turns."""
+
+import asyncio
+import random
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+from datetime import UTC, datetime
+
+import pytest
+
+from manylora_gateway.pool import AdapterPool
+from manylora_registry import Version
+
+
+def version(name: str) -> Version:
+    return Version(
+        name=name,
+        number=1,
+        digest="sha256:" + name.encode().hex().ljust(64, "0"),
+        base_fingerprint="sha256:" + "0" * 64,
+        rank=8,
+        size=1,
+        created_at=datetime.now(UTC),
+        metrics={},
+        tags={},
+        lineage={},
+        yanked=False,
+    )
+
+
+RED, GREEN, BLUE, GREY = map(version, ("red", "green", "blue", "grey"))
+
+
+class Memory:
+    """An engine's memory: loads as the test allows, and tells what it holds."""
+
+    def __init__(self) -> None:
+        self.held: set[str] = set()
+        self.loads: list[str] = []
+        self.fails: set[str] = set()
+        self.may_load = asyncio.Event()
+        self.may_load.set()
+
+    async def load(self, version: Version) -> None:
+        self.loads.append(version.name)
+        await self.may_load.wait()
+        if version.name in self.fails:
+            raise OSError(version.name)
+        self.held.add(version.name)
+
+    async def unload(self, version: Version) -> None:
+        self.held.remove(version.name)
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def memory() -> Memory:
+    return Memory()
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def make(memory: Memory, clock: Clock) -> Callable[..., AdapterPool]:
+    def make(slots: int = 2, capacity: int = 4, seats: int = 8, turn_s: float = 1) -> AdapterPool:
+        return AdapterPool(
+            memory.load,
+            memory.unload,
+            slots=slots,
+            capacity=capacity,
+            seats=seats,
+            turn_s=turn_s,
+            clock=clock,
+        )
+
+    return make
+
+
+class Request:
+    """One request that holds its seat until it is told to end."""
+
+    def __init__(self, pool: AdapterPool, version: Version | None) -> None:
+        self.seated = asyncio.Event()
+        self._end = asyncio.Event()
+        self.task = asyncio.create_task(self._run(pool, version))
+
+    async def _run(self, pool: AdapterPool, version: Version | None) -> None:
+        async with pool.hold(version):
+            self.seated.set()
+            await self._end.wait()
+
+    async def end(self) -> None:
+        self._end.set()
+        await self.task
+
+
+async def turn() -> None:
+    """Until every task that can run has run."""
+    for _ in range(5):
+        await asyncio.sleep(0)
+
+
+async def settled(pool: AdapterPool) -> None:
+    """Until nothing in the pool moves without the test doing something."""
+    for _ in range(5):
+        await asyncio.sleep(0)
+        await pool.settle()
+
+
+async def test_an_adapter_is_loaded_once_for_all_who_wait(
+    make: Callable[..., AdapterPool], memory: Memory
+) -> None:
+    pool = make()
+    memory.may_load.clear()
+    requests = [Request(pool, RED) for _ in range(5)]
+    await turn()
+    assert memory.loads == ["red"]
+    memory.may_load.set()
+    await settled(pool)
+    assert all(request.seated.is_set() for request in requests)
+    assert memory.loads == ["red"]
+
+
+async def test_a_caller_who_gives_up_does_not_take_the_load_along(
+    make: Callable[..., AdapterPool], memory: Memory
+) -> None:
+    pool = make()
+    memory.may_load.clear()
+    first, second = Request(pool, RED), Request(pool, RED)
+    await turn()
+    first.task.cancel()
+    await asyncio.wait([first.task])
+    memory.may_load.set()
+    await settled(pool)
+    assert second.seated.is_set()
+    assert memory.loads == ["red"]
+    assert pool.requests == 1
+
+
+async def test_a_failed_load_reaches_all_who_wait_and_is_tried_again_later(
+    make: Callable[..., AdapterPool], memory: Memory
+) -> None:
+    pool = make(slots=1)
+    memory.fails.add("red")
+    requests = [Request(pool, RED) for _ in range(3)]
+    results = await asyncio.gather(*(request.task for request in requests), return_exceptions=True)
+    assert [str(result) for result in results] == ["red"] * 3
+    assert pool.requests == 0
+    assert pool.residents() == []
+    memory.fails.clear()
+    again = Request(pool, RED)
+    await settled(pool)
+    assert again.seated.is_set()
+
+
+async def test_never_more_adapters_at_once_than_slots(make: Callable[..., AdapterPool]) -> None:
+    pool = make(slots=2, turn_s=1000)
+    red, green, blue = (Request(pool, each) for each in (RED, GREEN, BLUE))
+    await settled(pool)
+    assert red.seated.is_set()
+    assert green.seated.is_set()
+    assert not blue.seated.is_set()
+    await red.end()
+    await settled(pool)
+    assert blue.seated.is_set()
+
+
+async def test_the_base_needs_a_seat_and_no_slot(make: Callable[..., AdapterPool]) -> None:
+    pool = make(slots=1, capacity=2, seats=2)
+    red = Request(pool, RED)
+    await settled(pool)
+    bare, another = Request(pool, None), Request(pool, None)
+    await settled(pool)
+    assert red.seated.is_set()
+    assert bare.seated.is_set()
+    assert not another.seated.is_set()
+    await bare.end()
+    await settled(pool)
+    assert another.seated.is_set()
+
+
+async def test_the_longest_idle_goes_when_memory_is_full(
+    make: Callable[..., AdapterPool], memory: Memory
+) -> None:
+    pool = make(slots=2, capacity=3)
+    for each in (RED, GREEN, BLUE):
+        async with pool.hold(each):
+            pass
+    async with pool.hold(RED):
+        pass
+    async with pool.hold(GREY):
+        assert memory.held == {"red", "blue", "grey"}
+
+
+async def test_a_flood_on_one_adapter_does_not_hold_up_another(
+    make: Callable[..., AdapterPool],
+) -> None:
+    """With one seat, the lines take turns however long they are."""
+    pool = make(seats=1)
+    flood = [Request(pool, RED) for _ in range(10)]
+    await settled(pool)
+    late = Request(pool, GREEN)
+    served = 0
+    while not late.seated.is_set():
+        await flood[served].end()
+        served += 1
+        await settled(pool)
+    assert served <= 2
+
+
+async def test_a_busy_adapter_gives_its_slot_away_when_its_turn_is_over(
+    make: Callable[..., AdapterPool], clock: Clock
+) -> None:
+    pool = make(slots=1, capacity=2, turn_s=1)
+    first = Request(pool, RED)
+    await settled(pool)
+    cold = Request(pool, GREEN)
+    clock.now = 0.5
+    second = Request(pool, RED)
+    await settled(pool)
+    assert second.seated.is_set(), "its turn is not over"
+    clock.now = 1.5
+    third = Request(pool, RED)
+    await settled(pool)
+    assert not third.seated.is_set(), "its turn is over and green waits"
+    await first.end()
+    await second.end()
+    await settled(pool)
+    assert cold.seated.is_set()
+    assert not third.seated.is_set()
+    await cold.end()
+    await settled(pool)
+    assert third.seated.is_set()
+
+
+async def test_a_prepared_version_needs_no_free_slot(make: Callable[..., AdapterPool]) -> None:
+    """One slot beyond those shared out is kept for it."""
+    pool = make(slots=2)
+    busy = [Request(pool, RED), Request(pool, GREEN)]
+    await settled(pool)
+    await pool.prepare(BLUE)
+    assert {resident.version.name for resident in pool.residents()} == {"red", "green", "blue"}
+    assert all(request.seated.is_set() for request in busy)
+
+
+async def test_a_successor_runs_beside_the_retiring_version(
+    make: Callable[..., AdapterPool],
+) -> None:
+    pool = make(slots=2, turn_s=1000)
+    old, other = Request(pool, RED), Request(pool, GREEN)
+    await settled(pool)
+    await pool.prepare(BLUE)
+    pool.retire(RED)
+    new = Request(pool, BLUE)
+    await settled(pool)
+    assert new.seated.is_set()
+    assert not old.task.done()
+    assert not other.task.done()
+
+
+async def test_a_retired_version_is_unloaded_when_its_last_request_ends(
+    make: Callable[..., AdapterPool], memory: Memory
+) -> None:
+    pool = make()
+    first, second = Request(pool, RED), Request(pool, RED)
+    await settled(pool)
+    assert pool.retire(RED)
+    await first.end()
+    await settled(pool)
+    assert memory.held == {"red"}
+    await second.end()
+    await settled(pool)
+    assert memory.held == set()
+    assert not pool.retire(RED)
+
+
+async def test_a_waiting_request_that_is_cancelled_leaves_nothing(
+    make: Callable[..., AdapterPool],
+) -> None:
+    pool = make(seats=1)
+    running = Request(pool, RED)
+    await settled(pool)
+    waiting = Request(pool, RED)
+    await asyncio.sleep(0)
+    assert pool.requests == 2
+    waiting.task.cancel()
+    await asyncio.wait([waiting.task])
+    assert pool.requests == 1
+    await running.end()
+    assert pool.requests == 0
+
+
+async def test_a_request_cancelled_as_it_is_seated_gives_the_seat_back(
+    make: Callable[..., AdapterPool],
+) -> None:
+    pool = make(seats=1)
+    async with pool.hold(None):
+        waiting = Request(pool, None)
+        await turn()
+    # Its seat is granted by the end above, and it has not run since.
+    waiting.task.cancel()
+    await asyncio.wait([waiting.task])
+    assert not waiting.seated.is_set()
+    assert pool.requests == 0
+    async with pool.hold(None):
+        assert pool.requests == 1
+
+
+@pytest.mark.parametrize("seed", range(20))
+async def test_random_traffic_leaks_nothing_and_never_overfills(
+    seed: int, memory: Memory, make: Callable[..., AdapterPool]
+) -> None:
+    chance = random.Random(seed)
+    pool = make(slots=2, capacity=4, seats=6, turn_s=0)
+    busy: list[str] = []
+
+    async def request(version: Version | None) -> None:
+        async with pool.hold(version):
+            name = "" if version is None else version.name
+            assert name in {"", *memory.held}
+            busy.append(name)
+            try:
+                assert len(busy) <= 6
+                assert len({*busy} - {""}) <= 3
+                for _ in range(chance.randrange(4)):
+                    await asyncio.sleep(0)
+            finally:
+                busy.remove(name)
+
+    versions = [version(name) for name in "abcdefg"]
+    async with asyncio.timeout(20), AsyncExitStack() as stack:
+        tasks = []
+        for _ in range(200):
+            chosen = chance.choice([None, *versions])
+            tasks.append(asyncio.create_task(request(chosen)))
+            if chance.random() < 0.2:
+                chance.choice(tasks).cancel()
+            if chance.random() < 0.1:
+                pool.retire(chance.choice(versions))
+            if chance.random() < 0.3:
+                await asyncio.sleep(0)
+        stack.push_async_callback(pool.settle)
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+    errors = [error for error in results if isinstance(error, Exception)]
+    assert errors == []
+    assert pool.requests == 0

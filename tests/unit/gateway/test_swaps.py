@@ -1,0 +1,186 @@
+"""Promise 6: a swap drops nothing, mixes nothing, and leaves no old weights behind."""
+
+import asyncio
+
+import grpc
+import pytest
+
+from manylora.inference.v1 import inference_pb2 as pb
+from manylora_registry import Registry, Version
+from tests.unit.gateway.conftest import Publish, Start
+from tests.unit.gateway.in_process import OTHER_BASE, RunningGateway
+
+
+async def stream(gateway: RunningGateway, adapter: str) -> tuple[int, str]:
+    """Version number and text of one streamed answer; checks that one version made all of it."""
+    started, texts = pb.GenerateStarted(), list[str]()
+    async for event in gateway.inference.GenerateStream(
+        pb.GenerateRequest(adapter=adapter, text="hi", sampling=pb.Sampling(max_tokens=12))
+    ):
+        if event.WhichOneof("event") == "started":
+            started = event.started
+        texts.append(event.delta.text)
+    words = "".join(texts).split()
+    digits = started.adapter.digest.removeprefix("sha256:")[:12]
+    expected = f"{started.adapter.name}@{started.adapter.number}-{digits}"
+    assert words == [expected] * 12
+    return started.adapter.number, words[0]
+
+
+@pytest.mark.parametrize("replicas", [1, 3])
+async def test_a_swap_under_load_drops_and_mixes_nothing(
+    served: dict[str, Version],
+    registry: Registry,
+    published: Publish,
+    start: Start,
+    replicas: int,
+) -> None:
+    async with start(replicas=replicas) as gateway:
+        seen: dict[str, set[int]] = {"red": set(), "green": set()}
+        stop = asyncio.Event()
+
+        async def ask(adapter: str) -> None:
+            while not stop.is_set():
+                number, _ = await stream(gateway, adapter)
+                seen[adapter].add(number)
+
+        streams = [asyncio.create_task(ask(name)) for name in ("red", "green") * 4]
+        newest = served["red"]
+        for seed in range(10, 15):
+            newest = published("red", seed)
+            registry.set_alias("red", "production", newest.number)
+            await gateway.until_serving("red@production", newest.number)
+        await stream(gateway, "red")
+        stop.set()
+        await asyncio.gather(*streams)
+        assert seen["green"] == {1}
+        assert {1, newest.number} <= seen["red"] | {(await stream(gateway, "red"))[0]}
+        for fake in gateway.engines:
+            assert not fake.dead
+            await fake.until_gone(served["red"].engine_name)
+            reds = {name for name in fake.loaded if name.startswith("red@")}
+            assert reds == {newest.engine_name}
+
+
+async def test_running_answers_keep_their_version_and_new_ones_get_the_new(
+    gateway: RunningGateway, served: dict[str, Version], registry: Registry, published: Publish
+) -> None:
+    gateway.engine.hold_answers()
+    before = asyncio.create_task(stream(gateway, "red"))
+    await gateway.engine.until_running(1)
+    version = published("red", 5)
+    registry.set_alias("red", "production", 2)
+    await gateway.until_serving("red@production", 2)
+    after = asyncio.create_task(stream(gateway, "red"))
+    await gateway.engine.until_running(2)
+    assert set(gateway.engine.running) == {served["red"].engine_name, version.engine_name}
+    gateway.engine.let_answer()
+    assert await before == (1, served["red"].engine_name)
+    assert await after == (2, version.engine_name)
+    await gateway.engine.until_gone(served["red"].engine_name)
+
+
+async def test_the_new_version_is_loaded_before_the_alias_means_it(
+    gateway: RunningGateway, served: dict[str, Version], registry: Registry, published: Publish
+) -> None:
+    already = len(gateway.engine.loads)
+    gateway.engine.hold_loads()
+    published("red", 5)
+    registry.set_alias("red", "production", 2)
+    await gateway.engine.until_loads(already + 1)
+    assert await stream(gateway, "red") == (1, served["red"].engine_name)
+    gateway.engine.let_load()
+    await gateway.until_serving("red@production", 2)
+    assert (await stream(gateway, "red"))[0] == 2
+
+
+@pytest.mark.parametrize("flaw", ["refused", "other base"])
+async def test_a_version_that_fails_leaves_the_old_one_serving_and_says_so(
+    gateway: RunningGateway, registry: Registry, published: Publish, flaw: str
+) -> None:
+    if flaw == "refused":
+        version = published("red", 5)
+        gateway.engine.refused.add(version.engine_name)
+    else:
+        version = published("red", 5, base=OTHER_BASE)
+    registry.set_alias("red", "production", 2)
+    entry = await gateway.until_failed("red@production")
+    assert (entry.serving.number, entry.pending.number) == (1, 2)
+    assert entry.pending_error
+    assert (await stream(gateway, "red"))[0] == 1
+    # Moving on mends it.
+    published("red", 6)
+    registry.set_alias("red", "production", 3)
+    await gateway.until_serving("red@production", 3)
+    assert version.engine_name not in gateway.engine.loaded
+
+
+async def test_a_failure_on_one_replica_is_a_failure(
+    served: dict[str, Version], registry: Registry, published: Publish, start: Start
+) -> None:
+    async with start(replicas=2) as gateway:
+        version = published("red", 5)
+        gateway.engines[1].refused.add(version.engine_name)
+        registry.set_alias("red", "production", 2)
+        await gateway.until_failed("red@production")
+        assert {(await stream(gateway, "red"))[0] for _ in range(4)} == {1}
+        # What could be retried is: the replica recovers.
+        gateway.engines[1].refused.clear()
+        await gateway.until_serving("red@production", 2)
+
+
+async def test_a_rollback_is_a_swap(
+    gateway: RunningGateway, served: dict[str, Version], registry: Registry, published: Publish
+) -> None:
+    published("red", 5)
+    for number in (2, 1, 2, 1):
+        registry.set_alias("red", "production", number)
+        await gateway.until_serving("red@production", number)
+        assert (await stream(gateway, "red"))[0] == number
+
+
+async def test_an_alias_is_followed_from_its_first_request(
+    gateway: RunningGateway, registry: Registry, published: Publish
+) -> None:
+    registry.set_alias("red", "canary", 1)
+    assert (await stream(gateway, "red@canary"))[0] == 1
+    version = published("red", 5)
+    registry.set_alias("red", "canary", 2)
+    await gateway.until_serving("red@canary", 2)
+    assert version.engine_name in gateway.engine.loaded
+    assert (await stream(gateway, "red"))[0] == 1, "production has not moved"
+
+
+async def test_a_version_another_alias_serves_is_kept(
+    gateway: RunningGateway, served: dict[str, Version], registry: Registry, published: Publish
+) -> None:
+    registry.set_alias("red", "stable", 1)
+    await stream(gateway, "red@stable")
+    published("red", 5)
+    registry.set_alias("red", "production", 2)
+    await gateway.until_serving("red@production", 2)
+    assert (await stream(gateway, "red@stable"))[0] == 1
+    assert gateway.engine.loads.count(served["red"].engine_name) == 1
+
+
+async def test_a_new_adapter_is_served_without_a_restart(
+    gateway: RunningGateway, registry: Registry, published: Publish
+) -> None:
+    with pytest.raises(grpc.aio.AioRpcError):
+        await stream(gateway, "blue")
+    published("blue", 5)
+    registry.set_alias("blue", "production", 1)
+    await gateway.until_serving("blue@production", 1)
+    assert (await stream(gateway, "blue"))[0] == 1
+
+
+async def test_a_broken_version_at_the_start_does_not_hold_up_the_others(
+    served: dict[str, Version], registry: Registry, published: Publish, start: Start
+) -> None:
+    published("alien", 5, base=OTHER_BASE)
+    registry.set_alias("alien", "production", 1)
+    async with start() as gateway:
+        assert (await stream(gateway, "red"))[0] == 1
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await stream(gateway, "alien")
+        assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
