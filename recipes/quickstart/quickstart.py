@@ -279,9 +279,10 @@ def conclude(swap: Swap, seconds: float) -> None:
     out.print(f"all in {seconds:.0f} s. Next, in two terminals:", highlight=False)
     out.print("  .venv/bin/manylora serve recipes/quickstart/gateway.yaml", highlight=False)
     out.print(
-        "  .venv/bin/manylora generate --adapter spelling "
-        "--system 'Correct the spelling.' 'recieve'",
+        "  .venv/bin/manylora generate --adapter spelling --system "
+        "'Correct the spelling of the word. Answer with the word alone.' recieve",
         highlight=False,
+        soft_wrap=True,
     )
     summary = {
         "scores": {

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from manylora_registry.base import identify_base
+from manylora_trainer.adapter_files import read_initial
 from manylora_trainer.dataset import part_of
 from manylora_trainer.errors import NoExamplesError
 from manylora_trainer.formats import render
@@ -50,9 +51,13 @@ def plan(recipe: Recipe) -> list[TaskPlan]:
 
     Raises:
         BaseError, UnsupportedBaseError: the base cannot be read or trained on.
+        InitialAdapterError: an adapter to go on from does not fit.
         DataError: rows cannot be read or trained on.
     """
-    linears = linears_of(identify_base(recipe.base))
+    identity = identify_base(recipe.base)
+    linears = linears_of(identity)
+    for task in recipe.tasks:
+        read_initial(task, targets_of(task, linears), identity.fingerprint)
     tokenizer = ChatTokenizer(recipe.base)
     return [_plan_task(task, linears, tokenizer) for task in recipe.tasks]
 
