@@ -286,7 +286,9 @@ def conclude(swap: Swap, seconds: float) -> None:
     )
     summary = {
         "scores": {
-            name: dict(zip(("base", "v1", "v2"), s, strict=False)) for name, s in scores.items()
+            name: {"scorer": means[0][0]}
+            | dict(zip(("base", "v1", "v2"), (mean for _, mean in means), strict=False))
+            for name, means in scores.items()
         },
         "sizes_bytes": sizes,
         "swap": {
