@@ -1,5 +1,7 @@
 """What operators and their tools find: the admin service, health and reflection."""
 
+from typing import Any
+
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
@@ -29,11 +31,13 @@ def test_both_ports_answer_health_and_reflection(gateway: Gateway) -> None:
     }
     for address, service in services.items():
         with grpc.insecure_channel(address) as channel:
-            health = health_pb2_grpc.HealthStub(channel)
+            # The stubs of both services set their methods at run time, past any type checker.
+            health: Any = health_pb2_grpc.HealthStub(channel)
             for name in ("", service):
                 answer = health.Check(health_pb2.HealthCheckRequest(service=name), timeout=10)
                 assert answer.status == health_pb2.HealthCheckResponse.SERVING
-            listing = reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo(
+            reflection: Any = reflection_pb2_grpc.ServerReflectionStub(channel)
+            listing = reflection.ServerReflectionInfo(
                 iter([reflection_pb2.ServerReflectionRequest(list_services="")]), timeout=10
             )
             names = {entry.name for entry in next(listing).list_services_response.service}
