@@ -98,7 +98,6 @@ class RunningGateway:
     engines: list[FakeEngine]
     inference: "inference_pb2_grpc.InferenceServiceAsyncStub"
     admin: "admin_pb2_grpc.AdminServiceAsyncStub"
-    channel: grpc.aio.Channel
     front: Front
     admission: Admission
 
@@ -158,20 +157,24 @@ async def running_gateway(
     await front.start(
         InferenceServicer(inference, Requests(limits, MAX_CONTEXT)), AdminServicer(inference)
     )
-    async with (
-        grpc.aio.insecure_channel(front.inference_address) as channel,
-        grpc.aio.insecure_channel(front.admin_address) as admin_channel,
-    ):
+    channel = grpc.aio.insecure_channel(front.inference_address)
+    admin_channel = grpc.aio.insecure_channel(front.admin_address)
+    try:
         yield RunningGateway(
             registry,
             engines,
             inference_pb2_grpc.InferenceServiceStub(channel),
             admin_pb2_grpc.AdminServiceStub(admin_channel),
-            channel,
             front,
             admission,
         )
-    await swaps.close()
-    await front.stop()
-    for worker in workers:
-        await worker.close()
+    finally:
+        for fake in engines:
+            fake.let_load()
+            fake.let_answer()
+        await channel.close()
+        await admin_channel.close()
+        await swaps.close()
+        await front.stop()
+        for worker in workers:
+            await worker.close()

@@ -27,7 +27,8 @@ Detail = TypeVar("Detail", bound=Message)
 async def refused(call: Awaitable[Message]) -> status_pb2.Status:
     """The status a call fails with."""
     with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await call
+        async with asyncio.timeout(20):
+            await call
     packed = dict(caught.value.trailing_metadata() or ())["grpc-status-details-bin"]
     assert isinstance(packed, bytes)
     status = status_pb2.Status.FromString(packed)

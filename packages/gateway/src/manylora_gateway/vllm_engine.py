@@ -1,4 +1,4 @@
-"""The engine: vLLM's AsyncLLM. The only file that imports vLLM."""
+"""The engine: vLLM's AsyncLLM. vLLM is imported here and in `executor`, nowhere else."""
 
 # vLLM and its tokenizers are not typed to the end.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
