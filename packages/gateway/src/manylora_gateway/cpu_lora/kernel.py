@@ -23,10 +23,7 @@ from numba.extending import intrinsic
 from torch import Tensor
 
 from manylora_gateway.cpu_lora.batch import Batch
-from manylora_gateway.cpu_lora.packing import PackedLayer
-
-OUTPUTS = 96
-"""Outputs a thread computes at a time: their part of a slot's B stays in its first-level cache."""
+from manylora_gateway.cpu_lora.packing import OUTPUTS, PackedLayer
 
 
 def _openmp(name: str, result: Any, *arguments: Any) -> Any:
@@ -63,25 +60,18 @@ _integers = _pointer_to(types.int64)
 # Sums may be reordered, which makes vectors of them; NaN and infinity stay what they are.
 @cfunc(types.void(types.CPointer(types.int64)), fastmath={"reassoc", "contract"})
 def _work(call):
-    c = carray(call, (16,))
-    rows, width_in, width_out, slices, slots, columns, few = (
-        c[0],
-        c[1],
-        c[2],
-        c[3],
-        c[4],
-        c[5],
-        c[6],
-    )
-    y = carray(_floats(c[7]), (rows, width_out))
-    x = carray(_floats(c[8]), (rows, width_in))
-    a = carray(_floats(c[9]), (slices, columns, width_in))
-    shrunk = carray(_floats(c[11]), (slices, few, columns))
-    row = carray(_integers(c[12]), (few,))
-    row_starts = carray(_integers(c[13]), (slots + 1,))
-    starts = carray(_integers(c[14]), (slots + 1,))
-    edges = carray(_integers(c[15]), (slices + 1,))
-    b = carray(_floats(c[10]), (columns, edges[slices]))
+    c = carray(call, (17,))
+    rows, width_in, width_out, few = c[0], c[1], c[2], c[3]
+    slices, slots, columns, blocks = c[4], c[5], c[6], c[7]
+    y = carray(_floats(c[8]), (rows, width_out))
+    x = carray(_floats(c[9]), (rows, width_in))
+    a = carray(_floats(c[10]), (slices, columns, width_in))
+    b = carray(_floats(c[11]), (blocks, columns, OUTPUTS))
+    shrunk = carray(_floats(c[12]), (slices, few, columns))
+    row = carray(_integers(c[13]), (few,))
+    row_starts = carray(_integers(c[14]), (slots + 1,))
+    starts = carray(_integers(c[15]), (slots + 1,))
+    block_of = carray(_integers(c[16]), (blocks, 3))
     thread, threads = np.int64(_thread()), np.int64(_threads())
 
     for index in range(slices):
@@ -102,38 +92,28 @@ def _work(call):
 
     _barrier()
 
-    blocks = (edges[slices] + OUTPUTS - 1) // OUTPUTS
     for block in range(blocks * thread // threads, blocks * (thread + 1) // threads):
-        low = block * OUTPUTS
-        end = min(low + OUTPUTS, edges[slices])
-        while low < end:
-            index = 0
-            while edges[index + 1] <= low:
-                index += 1
-            high = min(end, edges[index + 1])
-            for slot in range(slots):
-                if row_starts[slot] == row_starts[slot + 1]:
-                    continue
-                column = starts[slot]
-                while column + 4 <= starts[slot + 1]:
-                    b0, b1 = b[column, low:high], b[column + 1, low:high]
-                    b2, b3 = b[column + 2, low:high], b[column + 3, low:high]
-                    for item in range(row_starts[slot], row_starts[slot + 1]):
-                        out = y[row[item], low:high]
-                        h = shrunk[index, item]
-                        h0, h1, h2, h3 = h[column], h[column + 1], h[column + 2], h[column + 3]
-                        for o in range(high - low):
-                            out[o] += h0 * b0[o] + h1 * b1[o] + h2 * b2[o] + h3 * b3[o]
-                    column += 4
-                while column < starts[slot + 1]:
-                    b0 = b[column, low:high]
-                    for item in range(row_starts[slot], row_starts[slot + 1]):
-                        out = y[row[item], low:high]
-                        h0 = shrunk[index, item, column]
-                        for o in range(high - low):
-                            out[o] += h0 * b0[o]
-                    column += 1
-            low = high
+        index, low, width = block_of[block, 0], block_of[block, 1], block_of[block, 2]
+        for slot in range(slots):
+            column = starts[slot]
+            while column + 4 <= starts[slot + 1]:
+                b0, b1 = b[block, column], b[block, column + 1]
+                b2, b3 = b[block, column + 2], b[block, column + 3]
+                for item in range(row_starts[slot], row_starts[slot + 1]):
+                    out = y[row[item], low : low + width]
+                    h = shrunk[index, item]
+                    h0, h1, h2, h3 = h[column], h[column + 1], h[column + 2], h[column + 3]
+                    for o in range(width):
+                        out[o] += h0 * b0[o] + h1 * b1[o] + h2 * b2[o] + h3 * b3[o]
+                column += 4
+            while column < starts[slot + 1]:
+                b0 = b[block, column]
+                for item in range(row_starts[slot], row_starts[slot + 1]):
+                    out = y[row[item], low : low + width]
+                    h0 = shrunk[index, item, column]
+                    for o in range(width):
+                        out[o] += h0 * b0[o]
+                column += 1
 
 
 _work_address: Any = _work.address
@@ -149,29 +129,13 @@ def add_few(y: Tensor, x: Tensor, layer: PackedLayer, batch: Batch) -> None:
         batch: of no more rows than y and x have.
     """
     slices, columns, width_in = layer.a.shape
-    few = batch.few.shape[0]
+    blocks, few = layer.blocks.shape[0], batch.few.shape[0]
     shrunk = torch.empty(slices, few, columns)
-    call = (ctypes.c_int64 * 16)(
-        y.shape[0],
-        width_in,
-        y.shape[1],
-        slices,
-        len(layer.ranks),
-        columns,
-        few,
-        *(
-            tensor.data_ptr()
-            for tensor in (
-                y,
-                x,
-                layer.a,
-                layer.b,
-                shrunk,
-                batch.few,
-                batch.few_starts,
-                layer.starts,
-                layer.edges,
-            )
-        ),
+    call = (ctypes.c_int64 * 17)(
+        *(y.shape[0], width_in, y.shape[1], few),
+        *(slices, len(layer.ranks), columns, blocks),
+        *(tensor.data_ptr() for tensor in (y, x, layer.a, layer.b, shrunk)),
+        *(tensor.data_ptr() for tensor in (batch.few, batch.few_starts)),
+        *(tensor.data_ptr() for tensor in (layer.starts, layer.blocks)),
     )
     _parallel(_work_address, ctypes.addressof(call), torch.get_num_threads(), 0)

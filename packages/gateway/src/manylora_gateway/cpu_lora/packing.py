@@ -10,11 +10,14 @@ is empty, does not adapt the layer, or has a lower rank.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import cast
 
 import torch
 from torch import Tensor
+
+OUTPUTS = 96
+"""Outputs in a block of B: small enough to share out evenly, and a divisor of usual widths."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,12 +32,14 @@ class PackedLayer:
     """Columns of each slot."""
     starts: Tensor
     """First column of each slot, and the one after the last: int64 [slots + 1]."""
-    edges: Tensor
-    """Where each slice begins in the output, and where the last ends: int64 [slices + 1]."""
+    width: int
+    """Outputs of all slices."""
+    blocks: Tensor
+    """Slice, first output and number of outputs of each block of B: int64 [blocks, 3]."""
     a: Tensor
     """float32 [slices, columns, in]"""
     b: Tensor
-    """float32 [columns, out of all slices]"""
+    """float32 [blocks, columns, OUTPUTS], so that a block is read from one end to the other."""
     sources: tuple[Tensor, ...]
     states: tuple[tuple[int, int], ...]
 
@@ -62,16 +67,30 @@ def pack(lora_a: Sequence[Tensor], lora_b: Sequence[Tensor]) -> PackedLayer:
     states = tuple(map(state_of, sources))
     ranks = [max(slot_ranks) for slot_ranks in zip(*map(_ranks, lora_a), strict=True)]
     starts = list(accumulate(ranks, initial=0))
-    edges = list(accumulate((weights.shape[2] for weights in lora_b), initial=0))
+    columns = [slice(start, stop) for start, stop in pairwise(starts)]
     a = torch.empty(len(lora_a), starts[-1], lora_a[0].shape[3])
-    b = torch.empty(starts[-1], edges[-1])
-    for slot, rank in enumerate(ranks):
-        columns = slice(starts[slot], starts[slot + 1])
-        for index in range(len(lora_a)):
-            a[index, columns] = lora_a[index][slot, 0, :rank]
-            b[columns, edges[index] : edges[index + 1]] = lora_b[index][slot, 0, :, :rank].t()
+    blocks: list[tuple[int, int, int]] = []
+    b: list[Tensor] = []
+    first = 0
+    for index, (slice_a, slice_b) in enumerate(zip(lora_a, lora_b, strict=True)):
+        width = slice_b.shape[2]
+        offsets = range(0, width, OUTPUTS)
+        blocks += [(index, first + offset, min(OUTPUTS, width - offset)) for offset in offsets]
+        padded = torch.zeros(starts[-1], len(offsets) * OUTPUTS)
+        for slot, rank in enumerate(ranks):
+            a[index, columns[slot]] = slice_a[slot, 0, :rank]
+            padded[columns[slot], :width] = slice_b[slot, 0, :, :rank].t()
+        b.append(padded.view(-1, len(offsets), OUTPUTS).transpose(0, 1))
+        first += width
     return PackedLayer(
-        tuple(ranks), torch.tensor(starts), torch.tensor(edges), a, b, sources, states
+        ranks=tuple(ranks),
+        starts=torch.tensor(starts),
+        width=first,
+        blocks=torch.tensor(blocks),
+        a=a,
+        b=torch.cat(b).contiguous(),
+        sources=sources,
+        states=states,
     )
 
 

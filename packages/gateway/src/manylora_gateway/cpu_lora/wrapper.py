@@ -179,10 +179,9 @@ class GroupedLoRAWrapper(PunicaWrapperBase):
         layer = self._pack(lora_a, lora_b)
         if not any(layer.ranks):
             return
-        y, x = y.view(-1, y.shape[-1]), x.view(-1, x.shape[-1])
-        if min(y.shape[0], x.shape[0]) < batch.size or y.shape[1] < layer.b.shape[1]:
+        if min(y.shape[0], x.shape[0]) < batch.size or y.shape[1] < layer.width:
             raise ValueError(
-                f"A LoRA layer of {layer.b.shape[1]} outputs and a batch of {batch.size} rows do "
+                f"A LoRA layer of {layer.width} outputs and a batch of {batch.size} rows do "
                 f"not fit x {tuple(x.shape)} and y {tuple(y.shape)}."
             )
         if batch.few.numel():
