@@ -25,6 +25,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from manylora_gateway.config import EngineConfig
+from manylora_gateway.cpu_lora import plugin
 from manylora_gateway.engine import (
     Candidate,
     ChatPrompt,
@@ -56,6 +57,9 @@ class VllmEngine:
     Args:
         base: directory of the base model.
         gpus: GPUs of this replica; 0 runs on the CPU.
+
+    Raises:
+        StartError: the LoRA kernels would be vLLM's own on a CPU, without being asked for.
     """
 
     def __init__(self, base: Path, config: EngineConfig, gpus: int) -> None:
@@ -64,6 +68,8 @@ class VllmEngine:
         self._requests: dict[str, LoRARequest] = {}
         # Never reused: vLLM knows weights by this number in its caches.
         self._numbers = itertools.count(1)
+        # On a CPU vLLM's own LoRA kernels answer with wrong adapters: never serve with them unseen.
+        logger.info("LoRA kernels: %s", plugin.check())
         self._llm = AsyncLLM.from_engine_args(_arguments(base, config, gpus))
         self._tokenizer = self._llm.get_tokenizer()
         self._vocabulary = len(self._tokenizer)
