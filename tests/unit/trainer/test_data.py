@@ -6,10 +6,11 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from manylora_trainer.data_settings import ChatFormat, PromptCompletionFormat, Split, TemplateFormat
 from manylora_trainer.dataset import load_task, part_of
 from manylora_trainer.errors import NoExamplesError, RowError, SourceError, UnsupportedBaseError
 from manylora_trainer.formats import Message, Rendered, render
-from manylora_trainer.recipe import ChatFormat, PromptCompletionFormat, Split, Task, TemplateFormat
+from manylora_trainer.recipe import Task
 from manylora_trainer.sampling import Cursor, Sampler
 from manylora_trainer.sources import JsonLines, PythonFunction, Row
 from manylora_trainer.tokenization import ChatTokenizer

@@ -5,11 +5,11 @@ import pytest
 import torch
 from torch import nn
 
+from manylora_trainer.adapter_settings import Optimizer
 from manylora_trainer.base_model import BaseModel
 from manylora_trainer.lora import Adapter, Routing, attach
 from manylora_trainer.optimizer import AdamW, learning_rate
 from manylora_trainer.packing import Batch, Range, pack_batches
-from manylora_trainer.recipe import Optimizer
 from manylora_trainer.tokenization import Example
 
 CPU = torch.device("cpu")

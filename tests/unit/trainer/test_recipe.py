@@ -8,7 +8,7 @@ import yaml
 
 from manylora_registry.errors import ConfigError
 from manylora_trainer import load_recipe
-from manylora_trainer.recipe import JsonlSource
+from manylora_trainer.data_settings import JsonlSource
 
 GOOD = {
     "base": "base",

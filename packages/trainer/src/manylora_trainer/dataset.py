@@ -12,9 +12,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from manylora_trainer.data_settings import Split
 from manylora_trainer.errors import NoExamplesError
 from manylora_trainer.formats import Rendered, render
-from manylora_trainer.recipe import Split, Task
+from manylora_trainer.recipe import Task
 from manylora_trainer.sources import Source, open_source
 from manylora_trainer.tokenization import ChatTokenizer, Example
 

@@ -5,14 +5,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
-from manylora_trainer.errors import RowError
-from manylora_trainer.recipe import (
+from manylora_trainer.data_settings import (
     ChatFormat,
     FormatSettings,
     PromptCompletionFormat,
     TemplateFormat,
     placeholders,
 )
+from manylora_trainer.errors import RowError
 from manylora_trainer.sources import Row
 
 

@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-from manylora_trainer.recipe import Optimizer
+from manylora_trainer.adapter_settings import Optimizer
 
 
 def learning_rate(settings: Optimizer, step: int, steps: int) -> float:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, cast
 
+from manylora_trainer.data_settings import PythonSource, SourceSettings
 from manylora_trainer.errors import RowError, SourceError
-from manylora_trainer.recipe import PythonSource, SourceSettings
 
 MAX_LINE_BYTES = 16 * 1024 * 1024
 """A longer line is a mistake (a file without line ends), not an example."""

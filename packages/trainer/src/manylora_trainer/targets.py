@@ -3,8 +3,9 @@
 from collections.abc import Mapping, Sequence
 
 from manylora_registry.base import BaseModelIdentity
+from manylora_trainer.adapter_settings import UNSERVABLE_MODULES
 from manylora_trainer.errors import UnsupportedBaseError
-from manylora_trainer.recipe import UNSERVABLE_MODULES, Task
+from manylora_trainer.recipe import Task
 
 Shapes = Mapping[str, tuple[int, int]]
 """(out, in) of linear layers, by module name."""

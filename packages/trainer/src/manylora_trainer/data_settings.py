@@ -1,0 +1,133 @@
+"""Settings of a task's rows: where they come from, what is made of them, how they are divided."""
+
+import re
+from pathlib import Path
+from string import Formatter
+from typing import Annotated, Literal
+
+from pydantic import Field, ValidationInfo, field_validator, model_validator
+
+from manylora_registry.config import ConfigModel
+
+Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
+class PythonSource(ConfigModel):
+    """Rows from a Python generator function."""
+
+    kind: Literal["python"]
+    file: Path
+    """Python file, relative to the recipe."""
+    function: str = Field(min_length=1)
+    """Function in it that takes no arguments and yields one mapping a row."""
+
+    def relative_to(self, directory: Path) -> "PythonSource":
+        """The same with its file found from `directory`."""
+        return self.model_copy(update={"file": directory / self.file.expanduser()})
+
+
+class JsonlSource(ConfigModel):
+    """Rows from a file with one JSON object a line."""
+
+    kind: Literal["jsonl"]
+    path: Path
+    """The file, relative to the recipe."""
+
+    def relative_to(self, directory: Path) -> "JsonlSource":
+        """The same with its file found from `directory`."""
+        return self.model_copy(update={"path": directory / self.path.expanduser()})
+
+
+SourceSettings = Annotated[PythonSource | JsonlSource, Field(discriminator="kind")]
+
+
+class TemplateFormat(ConfigModel):
+    """One turn written from columns: `{column}` is replaced by the row's value."""
+
+    kind: Literal["template"]
+    system: str | None = None
+    """System message; may name columns. None: the base's own default."""
+    prompt: str = Field(min_length=1)
+    """User message, with `{column}` placeholders."""
+    completion: str | None = Field(default=None, min_length=1)
+    """What the adapter learns to answer, with `{column}` placeholders."""
+    completion_json: tuple[str, ...] | None = Field(default=None, min_length=1)
+    """Instead of `completion`: these columns as one canonical JSON object."""
+
+    @field_validator("system", "prompt", "completion")
+    @classmethod
+    def _placeholders_are_columns(cls, value: str | None) -> str | None:
+        if value is not None:
+            placeholders(value)
+        return value
+
+    @model_validator(mode="after")
+    def _one_completion(self) -> "TemplateFormat":
+        if (self.completion is None) == (self.completion_json is None):
+            raise ValueError("give either completion or completion_json")
+        return self
+
+
+class PromptCompletionFormat(ConfigModel):
+    """Rows that already hold a prompt and its completion."""
+
+    kind: Literal["prompt_completion"]
+    system: str | None = None
+    """System message. None: the base's own default."""
+    prompt_column: str = "prompt"
+    """Column with the user message."""
+    completion_column: str = "completion"
+    """Column with the answer to learn."""
+
+
+class ChatFormat(ConfigModel):
+    """Rows that hold a conversation whose last message is the answer to learn."""
+
+    kind: Literal["chat"]
+    system: str | None = None
+    """System message put before conversations that have none."""
+    messages_column: str = "messages"
+    """Column with a list of `{role, content}`; the last role must be `assistant`."""
+
+
+FormatSettings = Annotated[
+    TemplateFormat | PromptCompletionFormat | ChatFormat, Field(discriminator="kind")
+]
+
+
+class Split(ConfigModel):
+    """How rows are divided, by a hash of their rendered input: equal inputs stay together."""
+
+    validation: Fraction = 0.02
+    """Share of inputs kept for the validation loss."""
+    held_out: Fraction = 0.1
+    """Share of inputs kept out of training, for the evaluator."""
+    validation_rows: int = Field(default=64, ge=0)
+    """At most this many validation rows are used."""
+    held_out_rows: int = Field(default=200, ge=0)
+    """At most this many held-out rows are written."""
+
+    @field_validator("held_out")
+    @classmethod
+    def _leaves_rows_to_train_on(cls, value: float, info: ValidationInfo) -> float:
+        if value + info.data.get("validation", 0.0) >= 1.0:
+            raise ValueError("validation and held_out together must stay below 1")
+        return value
+
+
+def placeholders(template: str) -> list[str]:
+    """The columns a template names, in order.
+
+    Raises:
+        ValueError: a placeholder is not just a column name, or the braces do not match.
+    """
+    columns: list[str] = []
+    for _, column, specification, conversion in Formatter().parse(template):
+        if column is None:
+            continue
+        if specification or conversion or not re.fullmatch(r"[^\W\d]\w*", column):
+            raise ValueError(
+                f"{{{column}}} is not a column: write {{name}}, and {{{{ }}}} for literal braces"
+            )
+        columns.append(column)
+    return columns
