@@ -29,6 +29,27 @@ DIFFERENT = {
             "completion_json": ["right"],
         },
     },
+    "sgd": {
+        "lora": {"rank": 3, "alpha": 6, "use_rslora": True},
+        "optimizer": {"kind": "sgd", "learning_rate": 0.5, "momentum": 0.8, "clip_norm": None},
+        "steps": 5,
+    },
+    "dropped": {
+        "lora": {"rank": 5, "alpha": 10, "dropout": 0.3},
+        "optimizer": {"learning_rate": 0.01, "schedule": "wsd", "warmup_share": 0.2},
+        "batch_size": 5,
+    },
+    "dropped-sgd": {
+        "lora": {"rank": 2, "alpha": 8, "dropout": 0.1, "target_modules": ["k_proj", "up_proj"]},
+        "optimizer": {
+            "kind": "sgd",
+            "learning_rate": 0.3,
+            "lora_plus_ratio": 3.0,
+            "weight_decay": 0.01,
+            "normalizer": "examples",
+        },
+        "steps": 4,
+    },
 }
 
 
@@ -55,11 +76,23 @@ def test_tasks_together_equal_each_alone(make_task, write_recipe, tmp_path):
         assert_equal_to_rounding(together, alone, name)
 
 
-def test_packing_does_not_change_an_adapter(make_task, write_recipe, tmp_path):
-    task = make_task("words")
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_packing_does_not_change_an_adapter(make_task, write_recipe, tmp_path, dropout):
+    task = make_task("words", lora={"rank": 4, "alpha": 8, "dropout": dropout})
     manylora_trainer.train(write_recipe(task, pack_tokens=16), tmp_path / "single")
     manylora_trainer.train(write_recipe(task, pack_tokens=4096), tmp_path / "whole")
     assert_equal_to_rounding(tmp_path / "single", tmp_path / "whole", "words")
+
+
+def test_dropout_changes_what_is_learned(make_task, write_recipe, tmp_path):
+    plain = make_task("words")
+    dropped = {**plain, "lora": {"rank": 4, "alpha": 8, "dropout": 0.2}}
+    manylora_trainer.train(write_recipe(plain), tmp_path / "plain")
+    manylora_trainer.train(write_recipe(dropped), tmp_path / "dropped")
+    name = next(name for name in weights(tmp_path / "plain", "words") if "lora_A" in name)
+    assert weights(tmp_path / "plain", "words")[name] != pytest.approx(
+        weights(tmp_path / "dropped", "words")[name], abs=1e-3
+    )
 
 
 def test_an_adapter_that_ends_early_leaves_the_rest_unchanged(make_task, write_recipe, tmp_path):

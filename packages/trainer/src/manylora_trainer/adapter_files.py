@@ -41,7 +41,7 @@ def save_adapter(
         "lora_dropout": 0.0,
         "target_modules": _config_targets(task, targets),
         "bias": "none",
-        "use_rslora": False,
+        "use_rslora": task.lora.use_rslora,
         "use_dora": False,
         "fan_in_fan_out": False,
         "init_lora_weights": True,
@@ -79,6 +79,7 @@ def read_initial(task: Task, targets: Shapes, base_fingerprint: str) -> dict[str
         "base_model_name_or_path": base_fingerprint,
         "r": rank,
         "lora_alpha": task.lora.alpha,
+        "use_rslora": task.lora.use_rslora,
     }
     problems = [
         f"its {key} is {config.get(key)}, not {value}"

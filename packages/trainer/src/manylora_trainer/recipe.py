@@ -55,10 +55,8 @@ class Task(ConfigModel):
     @classmethod
     def _warmup_ends(cls, value: int, info: ValidationInfo) -> int:
         optimizer = info.data.get("optimizer")
-        if isinstance(optimizer, Optimizer) and optimizer.warmup_steps >= value:
-            raise ValueError(
-                f"must be greater than optimizer.warmup_steps ({optimizer.warmup_steps})"
-            )
+        if isinstance(optimizer, Optimizer) and (warmup := optimizer.warmup(value)) >= value:
+            raise ValueError(f"must be greater than optimizer.warmup_steps ({warmup})")
         return value
 
 
