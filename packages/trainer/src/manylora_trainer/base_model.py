@@ -5,6 +5,7 @@
 # pyright: reportUnknownArgumentType=false, reportMissingTypeStubs=false
 # pyright: reportUntypedBaseClass=false
 
+import functools
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812 (its name everywhere)
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM
 
 from manylora_trainer.attention import ATTENTION_NAME, AttentionPlan, attending
@@ -51,6 +53,23 @@ class BaseModel:
         self._embedding: nn.Embedding = model.get_input_embeddings()
         self._head: nn.Linear = model.get_output_embeddings()
         self._check_packing(directory)
+
+    def recompute_layers(self) -> None:
+        """From now on keeps only what enters each layer (https://arxiv.org/abs/1604.06174).
+
+        Raises:
+            UnsupportedBaseError: the base does not show its layers.
+        """
+        layers: Any = getattr(self._decoder, "layers", None)
+        if layers is None:
+            raise UnsupportedBaseError(
+                "this base does not show its layers; set training.gradient_checkpointing to off"
+            )
+        for layer in layers:
+            # Nothing random is drawn in a layer: dropout follows from places.
+            layer.forward = functools.partial(
+                checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False
+            )
 
     @contextmanager
     def reading(self, pack: Pack) -> Generator[None]:
