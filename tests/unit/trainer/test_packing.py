@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from manylora_registry import identify_base
+from manylora_trainer.adapter_settings import Lora
 from manylora_trainer.base_model import BaseModel
 from manylora_trainer.errors import UnsupportedBaseError
 from manylora_trainer.lora import Adapter, Routing, attach
@@ -36,13 +37,18 @@ def base(tiny_base):
     return BaseModel(tiny_base, torch.float32, torch.device("cpu"))
 
 
+def adapter_of_targets(pack):
+    """The adapter of each of a pack's targets."""
+    return np.array([s.adapter for s in pack.spans for _ in s.sequences])[pack.target_sequences]
+
+
 def logits_by_target(base, packs):
     """Logits of every prediction, keyed by adapter and target so that packings compare."""
     rows = [
         ((int(a), int(t)), row)
         for pack in packs
         for a, t, row in zip(
-            pack.target_adapters, pack.targets, base.logits(pack).detach(), strict=True
+            adapter_of_targets(pack), pack.targets, base.logits(pack).detach(), strict=True
         )
     ]
     return sorted(rows, key=lambda entry: (entry[0], entry[1].tolist()))
@@ -112,10 +118,15 @@ def test_every_prediction_is_made_exactly_once_at_its_own_position(shapes, pack_
     found = sorted(
         (int(a), int(p.positions[at]) + 1, int(p.tokens[at]), int(target))
         for p in packs
-        for at, target, a in zip(p.predicting, p.targets, p.target_adapters, strict=True)
+        for at, target, a in zip(p.predicting, p.targets, adapter_of_targets(p), strict=True)
     )
     assert found == expected
     for pack in packs:
+        numbered = [(s.adapter, number) for s in pack.spans for number in s.sequences]
+        for (adapter, number), trained in zip(
+            numbered, np.bincount(pack.target_sequences, minlength=len(numbered)), strict=True
+        ):
+            assert batches[adapter].trained[number] == trained
         covered = [at for r in pack.ranges for at in range(r.start, r.end)]
         assert covered == list(range(len(pack)))
         queried = np.concatenate([bucket.queries.ravel() for bucket in pack.buckets])
@@ -129,10 +140,35 @@ def test_a_shared_prompt_is_computed_once():
     assert len(pack) == 50 + 8 * 10
 
 
+def test_examples_of_several_instructions_share_within_each():
+    kinds = [random_examples(seed, 30, [10] * 4) for seed in (1, 2, 3)]
+    mixed = [kind[i] for i in range(4) for kind in kinds]
+    (pack,) = pack_batches([Batch(0, mixed)], 4096)
+    assert len(pack) == 3 * (30 + 4 * 10)
+
+
+def test_halves_of_a_preference_share_their_prompt_and_stay_in_one_pack():
+    pairs = [random_examples(seed, 40, [21, 22]) for seed in range(8)]
+    batch = Batch(0, [half for pair in pairs for half in pair], together=2)
+    packs = pack_batches([batch], 200)
+    assert len(packs) > 2
+    # One prompt and two answers a pair; the trained half of the answer does not end a prompt.
+    assert sum(len(pack) for pack in packs) == 8 * (40 + 21 + 22)
+    for pack in packs:
+        (span,) = pack.spans
+        assert {number ^ 1 for number in span.sequences} == set(span.sequences)
+
+
+def test_long_examples_share_nothing_so_that_attention_needs_no_square_mask():
+    (pack,) = pack_batches([Batch(0, random_examples(3, 600, [700, 701]))], 4096)
+    assert len(pack) == 1300 + 1301
+    assert all(bucket.prefix == 0 for bucket in pack.buckets)
+
+
 def test_gradients_through_a_shared_prompt_equal_those_of_separate_examples(tiny_base):
     base = BaseModel(tiny_base, torch.float32, torch.device("cpu"))
     shapes = linears_of(identify_base(tiny_base))
-    adapter = Adapter(shapes, 4, 8, torch.Generator().manual_seed(0), base.device)
+    adapter = Adapter(shapes, Lora(rank=4), torch.Generator().manual_seed(0), base.device)
     # With B at zero, A would have no gradient to compare.
     adapter.weights.add_(0.1 * torch.randn(adapter.weights.shape))
     routing = Routing(base.device)
@@ -143,8 +179,8 @@ def test_gradients_through_a_shared_prompt_equal_those_of_separate_examples(tiny
         adapter.gradients.zero_()
         for batch in batches:
             for pack in pack_batches([batch], 4096):
-                with routing.through(pack.ranges):
-                    base.losses(pack, torch.ones(1)).total.backward()
+                with base.reading(pack), routing.through(pack.ranges):
+                    base.cross_entropy(pack).sum().backward()
         return adapter.gradients.clone()
 
     together = gradients([Batch(0, examples)])

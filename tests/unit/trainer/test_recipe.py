@@ -109,6 +109,16 @@ def test_a_warmup_as_long_as_the_run_is_refused(tmp_path):
     assert "warmup_steps" in found["tasks.0.steps"]
 
 
+def test_early_stopping_needs_validation_rows(tmp_path):
+    found = problems(tmp_path, with_task(early_stopping={}, split={"validation": 0.0}))
+    assert "split.validation" in found["tasks.0.early_stopping"]
+
+
+def test_a_warmup_is_given_in_steps_or_as_a_share(tmp_path):
+    found = problems(tmp_path, with_task(optimizer={"warmup_steps": 2, "warmup_share": 0.1}))
+    assert "either warmup_steps or warmup_share" in found["tasks.0.optimizer"]
+
+
 @pytest.mark.parametrize("rank", [1, 512])
 def test_ranks_the_engine_takes_are_taken(tmp_path, rank):
     path = write(tmp_path / "recipe.yaml", with_task(lora={"rank": rank}))

@@ -2,6 +2,9 @@
 
 import json
 import os
+import random
+import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,8 +19,10 @@ from manylora_trainer.errors import (
     RunDirectoryError,
     RunExistsError,
     RunInterruptedError,
+    StorageError,
 )
 from manylora_trainer.progress import Progress
+from manylora_trainer.recipe import load_recipe
 
 # Kills its own process, without a chance to tidy up, just before the first file operation of the
 # kind and path that are asked for: audit events are raised by the interpreter itself.
@@ -87,6 +92,71 @@ def test_killed_at_any_moment_and_resumed_equals_uninterrupted(recipe, tmp_path)
         assert losses(run) == losses(tmp_path / "whole"), what
 
 
+# Kills its own process at a random file operation or instant, is resumed by the next one, and so
+# on until one comes through.
+CHAINS = """
+import os, random, signal, sys, time
+import manylora_trainer, manylora_trainer.loop  # Once: each victim is a fork.
+recipe, directory, chains, kills, seed = sys.argv[1:]
+chance = random.Random(seed)
+EVENTS = {"open", "os.rename", "os.mkdir", "os.rmdir", "os.remove", "os.truncate", "shutil.rmtree"}
+def victim(run, operations, seconds):
+    left = operations
+    def watch(event, arguments):
+        nonlocal left
+        if event in EVENTS and run in str(arguments[0]):
+            left -= 1
+            if not left:
+                os.kill(os.getpid(), signal.SIGKILL)
+    if operations:
+        sys.addaudithook(watch)
+    # Its default action ends the process between any two machine instructions.
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    started = time.monotonic()
+    manylora_trainer.train(recipe, run, resume=True)
+    print("took", time.monotonic() - started, flush=True)
+    os._exit(0)
+def spawn(run, operations, seconds):
+    child = os.fork() or victim(run, operations, seconds)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+started = time.monotonic()
+assert spawn(f"{directory}/whole", 0, 0) == 0
+whole = time.monotonic() - started
+for chain in range(int(chains)):
+    for kill in range(int(kills)):
+        operations, seconds = chance.randint(1, 60), 0
+        if kill % 2:
+            operations, seconds = 0, chance.uniform(0.01, whole)
+        if (ended := spawn(f"{directory}/chain-{chain}", operations, seconds)) == 0:
+            break
+        print("killed", -ended, operations, seconds, flush=True)
+"""
+
+
+def test_killed_again_and_again_at_random_equals_uninterrupted(make_task, write_recipe, tmp_path):
+    dropped = {"rank": 2, "alpha": 4, "dropout": 0.2}
+    recipe = write_recipe(
+        make_task("brief", steps=3, batch_size=9, optimizer={"kind": "sgd", "learning_rate": 0.3}),
+        make_task("long", steps=7, batch_size=13, lora=dropped, early_stopping={"patience": 9}),
+        checkpoint_every=1,
+        validate_every=1,
+        pack_tokens=64,
+    )
+    seed = str(random.randrange(10**6))
+    chains = subprocess.run(
+        [sys.executable, "-c", CHAINS, recipe, tmp_path, "2", "5", seed],
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    assert "killed" in chains.stdout
+    for chain in range(2):
+        run = tmp_path / f"chain-{chain}"
+        manylora_trainer.train(recipe, run, resume=True)
+        assert adapters(run) == adapters(tmp_path / "whole"), f"seed {seed}"
+        assert losses(run) == losses(tmp_path / "whole"), f"seed {seed}"
+
+
 class StopAt(Progress):
     """Sends this process a signal during a step."""
 
@@ -113,6 +183,17 @@ def test_a_signal_writes_a_checkpoint_and_says_how_to_resume(recipe, tmp_path, n
     assert adapters(tmp_path / "run") == adapters(tmp_path / "whole")
 
 
+class Listening(Progress):
+    """Keeps what is said."""
+
+    def __init__(self, said: list[str]) -> None:
+        super().__init__()
+        self._said = said
+
+    def say(self, text):
+        self._said.append(text)
+
+
 def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(recipe, tmp_path):
     manylora_trainer.train(recipe, tmp_path / "whole")
     with pytest.raises(RunInterruptedError):
@@ -121,7 +202,9 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(recipe, tmp_path
     content = bytearray(newest.read_bytes())
     content[-10] ^= 1
     newest.write_bytes(content)
-    manylora_trainer.train(recipe, tmp_path / "run", resume=True)
+    said: list[str] = []
+    manylora_trainer.train(recipe, tmp_path / "run", resume=True, progress=Listening(said))
+    assert any("passed over a damaged checkpoint, step-00000005" in line for line in said)
     assert adapters(tmp_path / "run") == adapters(tmp_path / "whole")
 
 
@@ -156,11 +239,143 @@ def test_two_processes_do_not_train_one_run(recipe, tmp_path):
     manylora_trainer.train(recipe, tmp_path / "run", progress=Second())
 
 
-def test_resume_refuses_another_recipe_and_names_the_change(make_task, write_recipe, tmp_path):
-    manylora_trainer.train(write_recipe(make_task("a", steps=1)), tmp_path / "run")
-    changed = write_recipe(make_task("a", steps=2))
-    with pytest.raises(RecipeChangedError, match=r"tasks\.0\.steps"):
+@pytest.fixture
+def interrupted(make_task, write_recipe, tmp_path):
+    """A run that was stopped after step 2, and a function that writes its recipe with changes."""
+    # As many rows as one batch: another number of steps draws the same examples.
+    task = make_task("a", rows=ROWS, batch_size=40, steps=4)
+    with pytest.raises(RunInterruptedError):
+        manylora_trainer.train(
+            write_recipe(task), tmp_path / "run", progress=StopAt(2, signal.SIGTERM)
+        )
+    return lambda training=(), **changes: write_recipe({**task, **changes}, **dict(training))
+
+
+ROWS = [{"wrong": f"wrd{i}", "right": f"word{i}"} for i in range(20)]
+
+
+def test_resume_refuses_a_changed_recipe_and_names_every_change(interrupted, tmp_path):
+    changed = interrupted(
+        {"checkpoint_every": 3}, steps=5, optimizer={"learning_rate": 0.02}, batch_size=39
+    )
+    with pytest.raises(RecipeChangedError) as refused:
         manylora_trainer.train(changed, tmp_path / "run", resume=True)
+    for field in ("tasks.0.steps", "tasks.0.optimizer.learning_rate", "training.checkpoint_every"):
+        assert f"--allow-change {field}" in str(refused.value)
+    assert "tasks.0.batch_size cannot change within a run" in str(refused.value)
+
+
+def test_a_stated_change_is_taken_up_and_recorded(interrupted, tmp_path):
+    result = manylora_trainer.train(
+        interrupted({"checkpoint_every": 3}, steps=5),
+        tmp_path / "run",
+        resume=True,
+        allow_changes=["tasks.0.steps", "training"],
+    )
+    assert {step for step, _, _ in losses(tmp_path / "run")} == {1, 2, 3, 4, 5}
+    assert result.tasks["a"].adapter is not None
+    run = json.loads((tmp_path / "run" / "run.json").read_text())
+    (change,) = run["changes"]
+    assert change["fields"] == ["training.checkpoint_every", "tasks.0.steps"]
+    assert run["recipe_digest"] == load_recipe(tmp_path / "run" / "recipe.yaml").digest
+
+
+def test_what_checkpoints_hold_cannot_change_even_if_stated(interrupted, tmp_path):
+    changed = interrupted(lora={"rank": 2, "alpha": 8})
+    with pytest.raises(RecipeChangedError, match=r"tasks\.0\.lora\.rank cannot change"):
+        manylora_trainer.train(
+            changed, tmp_path / "run", resume=True, allow_changes=["tasks.0.lora.rank"]
+        )
+
+
+def test_an_end_that_is_already_behind_is_refused(interrupted, tmp_path):
+    with pytest.raises(RecipeChangedError, match="has done 2 steps, so it cannot end at 1"):
+        manylora_trainer.train(
+            interrupted(steps=1), tmp_path / "run", resume=True, allow_changes=["tasks.0.steps"]
+        )
+
+
+def test_a_run_that_has_ended_does_not_take_changes(interrupted, tmp_path):
+    manylora_trainer.train(interrupted(), tmp_path / "run", resume=True)
+    with pytest.raises(RecipeChangedError, match="init_from is its adapter"):
+        manylora_trainer.train(
+            interrupted(steps=9), tmp_path / "run", resume=True, allow_changes=["tasks.0.steps"]
+        )
+
+
+def test_a_resume_does_not_need_the_adapter_it_went_on_from(make_task, write_recipe, tmp_path):
+    manylora_trainer.train(write_recipe(make_task("old", steps=1)), tmp_path / "first")
+    old = tmp_path / "first" / "adapters" / "old"
+    recipe = write_recipe(
+        make_task("new", steps=3, lora={"rank": 4, "alpha": 8, "init_from": str(old)}),
+        checkpoint_every=50,
+    )
+    manylora_trainer.train(recipe, tmp_path / "whole")
+    with pytest.raises(GoneError):
+        manylora_trainer.train(recipe, tmp_path / "run", progress=FailAt(2))
+    weights = old / "adapter_model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(RecipeChangedError, match="holds other weights"):
+        manylora_trainer.train(recipe, tmp_path / "run", resume=True)
+    shutil.rmtree(old)
+    manylora_trainer.train(recipe, tmp_path / "run", resume=True)
+    assert adapters(tmp_path / "run") == adapters(tmp_path / "whole")
+
+
+class GoneError(Exception):
+    """An error that nobody expects."""
+
+
+class FailAt(Progress):
+    """Ends the run without a checkpoint."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__()
+        self._step = step
+
+    def step(self, step, losses, tokens_per_s):
+        if step == self._step:
+            raise GoneError
+
+
+class FillDiskAt(Progress):
+    """From a step on, the system refuses to make files longer than a few bytes."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__()
+        self._step = step
+
+    def step(self, step, losses, tokens_per_s):
+        if step == self._step:
+            _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (self.limit, hard))
+
+    limit = 20_000
+
+
+@pytest.mark.parametrize("step", [1, 3, 4])
+@pytest.mark.parametrize("limit", [10, 20_000])
+def test_a_full_disk_is_one_clear_error_and_the_run_goes_on_after_it(recipe, tmp_path, step, limit):
+    manylora_trainer.train(recipe, tmp_path / "whole")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    watch = FillDiskAt(step)
+    watch.limit = limit
+    try:
+        with pytest.raises(StorageError, match=r"File too large.*go on with: resume=True"):
+            manylora_trainer.train(recipe, tmp_path / "run", progress=watch)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not [*(tmp_path / "run" / "checkpoints").glob(".*")]
+    manylora_trainer.train(recipe, tmp_path / "run", resume=True)
+    assert adapters(tmp_path / "run") == adapters(tmp_path / "whole")
+
+
+def test_a_directory_that_cannot_be_written_is_one_clear_error(recipe, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunDirectoryError, match="cannot be used"):
+        manylora_trainer.train(recipe, tmp_path / "file" / "run")
 
 
 def test_resume_refuses_other_rows(make_task, write_recipe, tmp_path):

@@ -102,7 +102,8 @@ def test_the_run_directory_tells_the_run(run, tmp_path):
     steps = [line for line in lines if "loss" in line and line["task"] == "second"]
     assert [line["step"] for line in steps] == [1, 2, 3, 4]
     assert steps[0].keys() == {
-        *("step", "task", "loss", "tokens", "tokens_per_s", "grad_norm", "lr"),
+        *("step", "task", "loss", "tokens", "trained_tokens", "computed_tokens"),
+        *("tokens_per_s", "grad_norm", "lr"),
     }
     validations = [line["step"] for line in lines if "validation_loss" in line]
     assert validations == [2, 2, 4, 4, 6]

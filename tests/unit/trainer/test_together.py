@@ -29,6 +29,27 @@ DIFFERENT = {
             "completion_json": ["right"],
         },
     },
+    "sgd": {
+        "lora": {"rank": 3, "alpha": 6, "use_rslora": True},
+        "optimizer": {"kind": "sgd", "learning_rate": 0.5, "momentum": 0.8, "clip_norm": None},
+        "steps": 5,
+    },
+    "dropped": {
+        "lora": {"rank": 5, "alpha": 10, "dropout": 0.3},
+        "optimizer": {"learning_rate": 0.01, "schedule": "wsd", "warmup_share": 0.2},
+        "batch_size": 5,
+    },
+    "dropped-sgd": {
+        "lora": {"rank": 2, "alpha": 8, "dropout": 0.1, "target_modules": ["k_proj", "up_proj"]},
+        "optimizer": {
+            "kind": "sgd",
+            "learning_rate": 0.3,
+            "lora_plus_ratio": 3.0,
+            "weight_decay": 0.01,
+            "normalizer": "examples",
+        },
+        "steps": 4,
+    },
 }
 
 
@@ -55,11 +76,36 @@ def test_tasks_together_equal_each_alone(make_task, write_recipe, tmp_path):
         assert_equal_to_rounding(together, alone, name)
 
 
-def test_packing_does_not_change_an_adapter(make_task, write_recipe, tmp_path):
-    task = make_task("words")
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_packing_does_not_change_an_adapter(make_task, write_recipe, tmp_path, dropout):
+    task = make_task("words", lora={"rank": 4, "alpha": 8, "dropout": dropout})
     manylora_trainer.train(write_recipe(task, pack_tokens=16), tmp_path / "single")
     manylora_trainer.train(write_recipe(task, pack_tokens=4096), tmp_path / "whole")
     assert_equal_to_rounding(tmp_path / "single", tmp_path / "whole", "words")
+
+
+def test_computing_activations_again_changes_nothing(make_task, write_recipe, tmp_path):
+    tasks = [
+        make_task("plain"),
+        make_task("dropped", lora={"rank": 4, "alpha": 8, "dropout": 0.2}),
+    ]
+    for kept in ("on", "off"):
+        recipe = write_recipe(*tasks, gradient_checkpointing=kept)
+        manylora_trainer.train(recipe, tmp_path / kept)
+    for task in ("plain", "dropped"):
+        on, off = weights(tmp_path / "on", task), weights(tmp_path / "off", task)
+        assert all((on[name] == off[name]).all() for name in on)
+
+
+def test_dropout_changes_what_is_learned(make_task, write_recipe, tmp_path):
+    plain = make_task("words")
+    dropped = {**plain, "lora": {"rank": 4, "alpha": 8, "dropout": 0.2}}
+    manylora_trainer.train(write_recipe(plain), tmp_path / "plain")
+    manylora_trainer.train(write_recipe(dropped), tmp_path / "dropped")
+    name = next(name for name in weights(tmp_path / "plain", "words") if "lora_A" in name)
+    assert weights(tmp_path / "plain", "words")[name] != pytest.approx(
+        weights(tmp_path / "dropped", "words")[name], abs=1e-3
+    )
 
 
 def test_an_adapter_that_ends_early_leaves_the_rest_unchanged(make_task, write_recipe, tmp_path):
@@ -87,12 +133,53 @@ def test_an_adapter_with_nan_loss_stops_alone_and_says_why(make_task, write_reci
     assert "loss" in (result.tasks["hopeless"].stopped or "")
     assert result.tasks["healthy"].stopped is None
     assert not (tmp_path / "both" / "adapters" / "hopeless").exists()
+    # What the bad step was taken from is kept: here the initial weights.
+    kept = load_file(tmp_path / "both" / "stopped" / "hopeless" / "adapter_model.safetensors")
+    assert all(abs(tensor).max() < 1 for tensor in kept.values())
     run = json.loads((tmp_path / "both" / "run.json").read_text())
     assert run["status"] == "finished"
     assert run["tasks"]["hopeless"]["stopped"] == result.tasks["hopeless"].stopped
     lines = (tmp_path / "both" / "metrics.jsonl").read_text().splitlines()
     entries = [json.loads(line, parse_constant=pytest.fail) for line in lines]
     assert [e["task"] for e in entries if "stopped" in e] == ["hopeless"]
+
+
+ENDS_EARLY = {
+    "early_stopping": {"patience": 2, "min_delta": 0.01},
+    "optimizer": {"learning_rate": 0.05, "schedule": "constant"},
+    "steps": 40,
+    # More than there are rows, so that any number of steps draws from all of them.
+    "batch_size": 40,
+}
+
+
+def entries(run: Path, task: str, key: str) -> list[tuple[int, float]]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [(line["step"], line[key]) for line in lines if line["task"] == task and key in line]
+
+
+def test_an_adapter_ends_when_validation_gets_no_better_and_keeps_its_best_weights(
+    make_task, write_recipe, tmp_path
+):
+    steady, early = make_task("steady", steps=25), make_task("early", **ENDS_EARLY)
+    both = tmp_path / "both"
+    result = manylora_trainer.train(write_recipe(steady, early, validate_every=1), both)
+    measured = entries(both, "early", "validation_loss")
+    best_step, best = min(measured, key=lambda entry: entry[1])
+    ended = measured[-1][0]
+    assert ended < 25
+    assert entries(both, "early", "ended")[0][0] == ended
+    assert entries(both, "early", "loss")[-1][0] == ended
+    assert result.tasks["early"].stopped is None
+    assert result.tasks["early"].metrics["validation_loss"] == best
+
+    # The saved weights are those of the best step, and the other adapter did not notice.
+    cut = {key: value for key, value in ENDS_EARLY.items() if key != "early_stopping"}
+    until_best = make_task("early", **{**cut, "steps": best_step})
+    manylora_trainer.train(write_recipe(until_best), tmp_path / "best")
+    assert_equal_to_rounding(both, tmp_path / "best", "early")
+    manylora_trainer.train(write_recipe(steady), tmp_path / "alone")
+    assert_equal_to_rounding(both, tmp_path / "alone", "steady")
 
 
 def test_equal_runs_are_equal_bytes(make_task, write_recipe, tmp_path):

@@ -19,6 +19,14 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the newest checkpoint of the run.")
     ] = False,
+    allow_change: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--allow-change",
+            metavar="PATH",
+            help="With --resume: a key that may differ from the run's, e.g. tasks.0.steps.",
+        ),
+    ] = None,
     set_: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="PATH=VALUE", help="Override a key, e.g. tasks.0.steps=100."),
@@ -56,7 +64,15 @@ def train(
     again = ["manylora", "train", str(recipe), "--run-dir", str(path), "--resume"]
     for entry in set_ or ():
         again += ["--set", entry]
-    result = run(loaded, path, resume, how_to_resume=shlex.join(again))
+    for entry in allow_change or ():
+        again += ["--allow-change", entry]
+    result = run(
+        loaded,
+        path,
+        resume,
+        how_to_resume=shlex.join(again),
+        allow_changes=allow_change or (),
+    )
     if as_json:
         print(json.dumps(result.as_json()))
     else:

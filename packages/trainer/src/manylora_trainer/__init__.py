@@ -1,6 +1,7 @@
 """Trains many LoRA adapters over one base model in one run."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,7 @@ def train(
     *,
     progress: "Progress | None" = None,
     how_to_resume: str = "resume=True",
+    allow_changes: Sequence[str] = (),
 ) -> "RunResult":
     """Trains every task of a recipe in one run, and writes one adapter for each.
 
@@ -33,6 +35,8 @@ def train(
             CPU with the same number of threads the adapters are the same bytes as without the
             interruption.
         progress: Where to show progress; standard error unless given.
+        allow_changes: Dotted paths such as `tasks.0.steps` in which the recipe may differ from
+            the one that the run was started with.
         how_to_resume: What the message of an interruption tells the user to do.
 
     Raises:
@@ -40,6 +44,7 @@ def train(
         BaseError, UnsupportedBaseError: the base cannot be read or trained on.
         DataError: rows cannot be read or trained on.
         RunDirectoryError: the run directory cannot be used as asked.
+        StorageError: the disk is full; the last checkpoint is whole.
         RunInterruptedError: SIGINT or SIGTERM came; a checkpoint was written first.
     """
     # Bases are local directories: without this the libraries look for a hub first.
@@ -51,4 +56,11 @@ def train(
         recipe = load_recipe(Path(recipe))
     path = Path(run_dir) if run_dir is not None else recipe.run_directory
     with progress or Progress() as watch:
-        return train_run(recipe, path, resume=resume, watch=watch, how_to_resume=how_to_resume)
+        return train_run(
+            recipe,
+            path,
+            resume=resume,
+            watch=watch,
+            how_to_resume=how_to_resume,
+            allow_changes=allow_changes,
+        )

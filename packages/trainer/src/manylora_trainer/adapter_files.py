@@ -3,15 +3,17 @@
 # safetensors' torch half is only partly typed.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
 
+import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load
 from torch import Tensor
 
-from manylora_trainer.durable import write_directory
+from manylora_trainer.durable import write_directory, write_tensors
 from manylora_trainer.errors import InitialAdapterError
 from manylora_trainer.recipe import Task
 from manylora_trainer.targets import Shapes, last_names
@@ -41,7 +43,7 @@ def save_adapter(
         "lora_dropout": 0.0,
         "target_modules": _config_targets(task, targets),
         "bias": "none",
-        "use_rslora": False,
+        "use_rslora": task.lora.use_rslora,
         "use_dora": False,
         "fan_in_fan_out": False,
         "init_lora_weights": True,
@@ -50,8 +52,7 @@ def save_adapter(
     }
 
     def fill(temporary: Path) -> None:
-        kept = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        save_file(kept, temporary / WEIGHTS_FILE, metadata={"format": "pt"})
+        write_tensors(temporary / WEIGHTS_FILE, tensors)
         (temporary / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         (temporary / "README.md").write_text(_card(task, base_fingerprint, metrics))
 
@@ -59,18 +60,29 @@ def save_adapter(
     return (directory / WEIGHTS_FILE).stat().st_size
 
 
-def read_initial(task: Task, targets: Shapes, base_fingerprint: str) -> dict[str, Tensor]:
-    """The weights a task goes on from, by their PEFT names; empty where it starts fresh.
+@dataclass(frozen=True)
+class InitialAdapter:
+    """The weights that a task goes on from."""
+
+    tensors: Mapping[str, Tensor]
+    """By their PEFT names."""
+    digest: str
+    """`sha256:…` of the file they stand in."""
+
+
+def read_initial(task: Task, targets: Shapes, base_fingerprint: str) -> InitialAdapter | None:
+    """The adapter a task goes on from; None where it starts fresh.
 
     Raises:
         InitialAdapterError: they cannot be read, or belong to another base, rank, alpha or targets.
     """
     directory, rank = task.lora.init_from, task.lora.rank
     if directory is None:
-        return {}
+        return None
     try:
         config = json.loads((directory / CONFIG_FILE).read_bytes())
-        tensors = load_file(directory / WEIGHTS_FILE)
+        content = (directory / WEIGHTS_FILE).read_bytes()
+        tensors = load(content)
     except (OSError, ValueError, SafetensorError) as error:
         raise InitialAdapterError(
             f"task {task.name}: init_from {directory} cannot be read as an adapter: {error}"
@@ -79,6 +91,7 @@ def read_initial(task: Task, targets: Shapes, base_fingerprint: str) -> dict[str
         "base_model_name_or_path": base_fingerprint,
         "r": rank,
         "lora_alpha": task.lora.alpha,
+        "use_rslora": task.lora.use_rslora,
     }
     problems = [
         f"its {key} is {config.get(key)}, not {value}"
@@ -93,7 +106,7 @@ def read_initial(task: Task, targets: Shapes, base_fingerprint: str) -> dict[str
         problems.append("it changes other modules than target_modules names")
     if problems:
         raise InitialAdapterError(f"task {task.name}: init_from {directory}: {'; '.join(problems)}")
-    return tensors
+    return InitialAdapter(tensors, f"sha256:{hashlib.sha256(content).hexdigest()}")
 
 
 def _config_targets(task: Task, targets: Shapes) -> list[str]:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from manylora_registry.config import ConfigModel
 
@@ -27,11 +27,20 @@ class Lora(ConfigModel):
     """Inner dimension r."""
     alpha: int = Field(default=16, ge=1)
     """The update is scaled by alpha / rank."""
+    use_rslora: bool = False
+    """Scale by alpha / sqrt(rank) instead (https://arxiv.org/abs/2312.03732)."""
+    dropout: Decay = 0.0
+    """Share of each layer's inputs that the adapter, not the base, does without in training."""
     target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
     """`all-linear`, or names of linear layers such as `[q_proj, v_proj]`."""
     init_from: Path | None = None
     """Directory of an adapter of the same shape to go on from, relative to the recipe. None: fresh
     weights."""
+
+    @property
+    def scaling(self) -> float:
+        """Factor of the update."""
+        return self.alpha / (self.rank**0.5 if self.use_rslora else self.rank)
 
     def relative_to(self, directory: Path) -> "Lora":
         """The same with `init_from` found from `directory`."""
@@ -62,19 +71,53 @@ class Lora(ConfigModel):
 
 
 class Optimizer(ConfigModel):
-    """AdamW (https://arxiv.org/abs/1711.05101) and its schedule, for one adapter alone."""
+    """How one adapter is optimised, alone: nothing here is shared with other tasks."""
 
+    kind: Literal["adamw", "sgd"] = "adamw"
+    """AdamW or SGD with momentum, both with decoupled weight decay
+    (https://arxiv.org/abs/1711.05101)."""
     learning_rate: float = Field(default=1e-3, gt=0.0, allow_inf_nan=False)
     """Peak learning rate."""
-    schedule: Literal["constant", "linear", "cosine"] = "linear"
-    """Course after the warm-up; linear and cosine end at 0."""
+    lora_plus_ratio: float = Field(default=1.0, gt=0.0, allow_inf_nan=False)
+    """LoRA B learns this many times as fast as A (LoRA+, https://arxiv.org/abs/2402.12354)."""
+    schedule: Literal["constant", "linear", "cosine", "wsd"] = "linear"
+    """Course after the warm-up. linear and cosine fall to 0 all the way; wsd stays at its peak and
+    falls to 0 over the last steps (https://arxiv.org/abs/2404.06395)."""
     warmup_steps: int = Field(default=0, ge=0)
     """Steps over which the rate climbs to its peak."""
+    warmup_share: Decay = 0.0
+    """Instead of `warmup_steps`: the same as a share of all steps."""
+    decay_share: float = Field(default=0.1, gt=0.0, le=1.0)
+    """Share of all steps over which wsd falls."""
     weight_decay: float = Field(default=0.0, ge=0.0, allow_inf_nan=False)
     """Decoupled weight decay."""
     betas: tuple[Decay, Decay] = (0.9, 0.999)
-    """Decay of the running mean and of the running square."""
+    """AdamW's decay of the running mean and of the running square."""
     epsilon: float = Field(default=1e-8, gt=0.0, allow_inf_nan=False)
-    """Added to the root of the running square."""
+    """AdamW adds it to the root of the running square."""
+    momentum: Decay = 0.9
+    """SGD's share of the last update that is taken again."""
     clip_norm: float | None = Field(default=1.0, gt=0.0, allow_inf_nan=False)
     """The adapter's gradient is scaled down to this L2 norm; null: never."""
+    normalizer: Literal["tokens", "examples"] = "tokens"
+    """What a step's loss is the mean of: tokens, every trained token weighs the same; examples,
+    every example does, however long its answer."""
+
+    def warmup(self, steps: int) -> int:
+        """Steps of warm-up in a training of `steps`."""
+        return self.warmup_steps or int(self.warmup_share * steps)
+
+    @model_validator(mode="after")
+    def _one_warmup(self) -> "Optimizer":
+        if self.warmup_steps and self.warmup_share:
+            raise ValueError("give either warmup_steps or warmup_share")
+        return self
+
+
+class EarlyStopping(ConfigModel):
+    """An adapter ends when its validation loss gets no better; the best weights are kept."""
+
+    patience: int = Field(default=3, ge=1)
+    """Validations in a row without a gain after which the adapter ends."""
+    min_delta: float = Field(default=0.0, ge=0.0, allow_inf_nan=False)
+    """A validation loss is a gain if it is lower than the best one by more than this."""

@@ -41,12 +41,12 @@ class _Call:
 class AttentionPlan:
     """The buckets of a pack as index tensors, made once and used by every layer."""
 
-    def __init__(self, pack: Pack, device: torch.device) -> None:
+    def __init__(self, pack: Pack, device: torch.device, dtype: torch.dtype) -> None:
         self.calls: list[_Call] = []
         self.longest = 0
         for bucket in pack.buckets:
             examples, own = bucket.queries.shape
-            mask = None if bucket.prefix == 0 else _mask(own, bucket.prefix).to(device)
+            mask = None if bucket.prefix == 0 else _mask(own, bucket.prefix).to(device, dtype)
             self.calls.append(_Call(examples, bucket.prefix, int(bucket.keys[0, 0]), mask))
             self.longest = max(self.longest, bucket.prefix + own)
         # Rows of each call, to split by: the gradient of a split is one concatenation, that of a
@@ -122,7 +122,10 @@ class _PutBack(torch.autograd.Function):
 
 
 def _mask(own: int, prefix: int) -> Tensor:
-    return torch.arange(prefix + own)[None, :] <= torch.arange(own)[:, None] + prefix
+    # Added to the scores, not boolean: torch would make that of it again in every layer, and keep
+    # each for the backward.
+    hidden = torch.arange(prefix + own)[None, :] > torch.arange(own)[:, None] + prefix
+    return torch.zeros(own, prefix + own).masked_fill_(hidden, float("-inf"))
 
 
 _plans: list[AttentionPlan] = []

@@ -5,7 +5,9 @@
 # pyright: reportUnknownArgumentType=false, reportMissingTypeStubs=false
 # pyright: reportUntypedBaseClass=false
 
-from dataclasses import dataclass
+import functools
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812 (its name everywhere)
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM
 
 from manylora_trainer.attention import ATTENTION_NAME, AttentionPlan, attending
@@ -23,16 +26,6 @@ from manylora_trainer.tokenization import Example
 LOGITS_CHUNK = 256
 """Predictions whose logits exist at one time."""
 PROBE_TOLERANCE = 1e-3
-
-
-@dataclass(frozen=True)
-class Losses:
-    """What one pack adds to the losses."""
-
-    total: Tensor
-    """Sum over predictions of weight times cross-entropy; its gradient trains."""
-    sums: Tensor
-    """Summed cross-entropy of each adapter, unweighted, [adapters]."""
 
 
 class BaseModel:
@@ -61,28 +54,52 @@ class BaseModel:
         self._head: nn.Linear = model.get_output_embeddings()
         self._check_packing(directory)
 
+    def recompute_layers(self) -> None:
+        """From now on keeps only what enters each layer (https://arxiv.org/abs/1604.06174).
+
+        Raises:
+            UnsupportedBaseError: the base does not show its layers.
+        """
+        layers: Any = getattr(self._decoder, "layers", None)
+        if layers is None:
+            raise UnsupportedBaseError(
+                "this base does not show its layers; set training.gradient_checkpointing to off"
+            )
+        for layer in layers:
+            # Nothing random is drawn in a layer: dropout follows from places.
+            layer.forward = functools.partial(
+                checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False
+            )
+
+    @contextmanager
+    def reading(self, pack: Pack) -> Generator[None]:
+        """Attention follows this pack inside the block; forward and backward both belong there."""
+        with attending(AttentionPlan(pack, self.device, self._head.weight.dtype)):
+            yield
+
     def hidden_states(self, pack: Pack) -> Tensor:
-        """Final hidden states at the pack's predicting tokens, [targets, hidden]."""
+        """Final hidden states at the predicting tokens of the pack being read.
+
+        [targets, hidden]
+        """
         tokens = torch.from_numpy(pack.tokens).to(self.device)[None]
         positions = torch.from_numpy(pack.positions).to(self.device)[None]
-        with attending(AttentionPlan(pack, self.device)):
-            states = self._decoder(
-                inputs_embeds=self._embedding(tokens), position_ids=positions, use_cache=False
-            ).last_hidden_state
+        states = self._decoder(
+            inputs_embeds=self._embedding(tokens), position_ids=positions, use_cache=False
+        ).last_hidden_state
         return states[0].index_select(0, torch.from_numpy(pack.predicting).to(self.device))
 
-    def losses(self, pack: Pack, weights: Tensor) -> Losses:
-        """Cross-entropy of a pack; `weights` is the factor of each adapter, [adapters]."""
+    def cross_entropy(self, pack: Pack) -> Tensor:
+        """Cross-entropy of each of the pack's targets, in nats, float32 [targets]."""
         targets = torch.from_numpy(pack.targets).to(self.device)
-        adapters = torch.from_numpy(pack.target_adapters).to(self.device)
-        total, sums = _HeadLoss.apply(
-            self.hidden_states(pack), self._head.weight, self._head.bias, targets, adapters, weights
-        )
-        return Losses(total, sums)
+        states = self.hidden_states(pack)
+        return head_loss(states, self._head.weight, self._head.bias, targets)
 
+    @torch.no_grad()
     def logits(self, pack: Pack) -> Tensor:
         """Logits at the pack's predicting tokens, [targets, vocabulary]; for checks only."""
-        return self._head(self.hidden_states(pack))
+        with self.reading(pack):
+            return self._head(self.hidden_states(pack))
 
     @torch.no_grad()
     def _check_packing(self, directory: Path) -> None:
@@ -113,26 +130,32 @@ class BaseModel:
             )
 
 
+def head_loss(states: Tensor, head: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+    """Cross-entropy of each target under a frozen linear head, float32 [targets].
+
+    Args:
+        states: final hidden states, [targets, hidden].
+        head: weight, [vocabulary, hidden].
+        bias: [vocabulary], or None.
+        targets: token ids, [targets].
+    """
+    return _HeadLoss.apply(states, head, bias, targets)
+
+
 class _HeadLoss(torch.autograd.Function):
     """Head and cross-entropy in chunks; the gradient is made on the way, full logits never are.
 
-    The head is frozen, so the gradient with respect to the hidden states is all there is to keep.
+    The head is frozen, so each target's gradient with respect to its own hidden state is all there
+    is to keep; what the losses are then summed up to only scales it.
     """
 
     @staticmethod
     def forward(
-        ctx: Any,
-        states: Tensor,
-        head: Tensor,
-        bias: Tensor | None,
-        targets: Tensor,
-        adapters: Tensor,
-        weights: Tensor,
-    ) -> tuple[Tensor, Tensor]:
+        ctx: Any, states: Tensor, head: Tensor, bias: Tensor | None, targets: Tensor
+    ) -> Tensor:
         losses = torch.empty(len(targets), device=states.device)
         needs_gradient: bool = ctx.needs_input_grad[0]
         gradient = torch.empty_like(states) if needs_gradient else None
-        factors = weights[adapters]
         for start in range(0, len(targets), LOGITS_CHUNK):
             chunk = slice(start, start + LOGITS_CHUNK)
             wanted = targets[chunk, None]
@@ -142,14 +165,11 @@ class _HeadLoss(torch.autograd.Function):
             if gradient is not None:
                 slope = logits.sub_(normaliser).exp_()
                 slope.scatter_add_(1, wanted, torch.full_like(wanted, -1, dtype=slope.dtype))
-                slope.mul_(factors[chunk, None])
                 gradient[chunk] = slope.to(head.dtype) @ head
         ctx.save_for_backward(gradient)
-        sums = torch.zeros_like(weights).index_add_(0, adapters, losses)
-        ctx.mark_non_differentiable(sums)
-        return (losses * factors).sum(), sums
+        return losses
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        return gradient * gradients[0], None, None, None, None, None
+        return gradient * gradients[0][:, None].to(gradient.dtype), None, None, None

@@ -10,15 +10,16 @@ the hash of its tensors, so damage is seen. Safetensors only, no pickle.
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
-from manylora_trainer.durable import sync_directory, write_directory
+from manylora_trainer.durable import sync_directory, write_directory, write_tensors
 from manylora_trainer.errors import CheckpointError
 from manylora_trainer.result import TaskProgress
 from manylora_trainer.sampling import Cursor
@@ -36,15 +37,14 @@ class Checkpoint:
     """Length of metrics.jsonl at that moment."""
     tasks: Mapping[str, TaskProgress]
     tensors: Mapping[str, Tensor]
-    """`TASK/weights`, `TASK/mean`, `TASK/square`."""
+    """`TASK/weights`, the optimiser's `TASK/mean` and so on, and `TASK/best` where it is kept."""
 
 
 def save_checkpoint(directory: Path, checkpoint: Checkpoint, keep: int) -> None:
     """Writes `directory/step-N`, then removes all but the newest `keep`."""
 
     def fill(temporary: Path) -> None:
-        tensors = {name: tensor.cpu() for name, tensor in checkpoint.tensors.items()}
-        save_file(tensors, temporary / TENSORS_FILE)
+        write_tensors(temporary / TENSORS_FILE, checkpoint.tensors)
         state = {
             "step": checkpoint.step,
             "metrics_bytes": checkpoint.metrics_bytes,
@@ -60,8 +60,10 @@ def save_checkpoint(directory: Path, checkpoint: Checkpoint, keep: int) -> None:
     sync_directory(directory)
 
 
-def load_checkpoint(directory: Path) -> Checkpoint | None:
+def load_checkpoint(directory: Path, warn: Callable[[str], None]) -> Checkpoint | None:
     """The newest whole checkpoint; None when none was ever written.
+
+    A damaged one is passed over with a warning.
 
     Raises:
         CheckpointError: there are checkpoints, and every one is damaged.
@@ -70,9 +72,13 @@ def load_checkpoint(directory: Path) -> Checkpoint | None:
     problems: list[str] = []
     for path in found:
         try:
-            return _read(path)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            checkpoint = _read(path)
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             problems.append(f"{path.name}: {error}")
+        else:
+            for problem in problems:
+                warn(f"passed over a damaged checkpoint, {problem}; going on from {path.name}")
+            return checkpoint
     if problems:
         raise CheckpointError(f"{directory}: no checkpoint is whole ({'; '.join(problems)})")
     return None

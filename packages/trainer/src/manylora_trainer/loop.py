@@ -5,7 +5,7 @@
 
 import os
 import signal
-from collections.abc import Generator
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from types import FrameType
@@ -15,41 +15,54 @@ import torch
 import transformers
 
 from manylora_registry.base import identify_base
-from manylora_trainer.adapter_files import read_initial, save_adapter
+from manylora_trainer.adapter_files import InitialAdapter, read_initial, save_adapter
 from manylora_trainer.base_model import BaseModel
 from manylora_trainer.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from manylora_trainer.dataset import TaskData, load_task
-from manylora_trainer.errors import RunInterruptedError
+from manylora_trainer.durable import stating_storage_faults
+from manylora_trainer.errors import (
+    InitialAdapterError,
+    NoExamplesError,
+    RecipeChangedError,
+    RunInterruptedError,
+)
+from manylora_trainer.memory import ACTIVATION_SHARE, activation_bytes, device_memory
 from manylora_trainer.plots import plot_curves
 from manylora_trainer.progress import Progress
 from manylora_trainer.recipe import Recipe, Task
 from manylora_trainer.result import RunResult
 from manylora_trainer.run_directory import (
     MetricsFile,
+    RunDirectory,
     begin_run,
     end_run,
     ended_result,
     open_run,
     update_run,
 )
-from manylora_trainer.targets import linears_of, targets_of
+from manylora_trainer.targets import Shapes, linears_of, targets_of
 from manylora_trainer.tokenization import ChatTokenizer
 from manylora_trainer.trainees import StepReport, Trainee, Trainees
 
 
 def train_run(
-    recipe: Recipe, path: Path, *, resume: bool, watch: Progress, how_to_resume: str
+    recipe: Recipe,
+    path: Path,
+    *,
+    resume: bool,
+    watch: Progress,
+    how_to_resume: str,
+    allow_changes: Sequence[str] = (),
 ) -> RunResult:
     """Trains every task of the recipe in one loop; see `manylora_trainer.train`."""
     training = recipe.training
     identity = identify_base(recipe.base)
     linears = linears_of(identity)
     targets = {task.name: targets_of(task, linears) for task in recipe.tasks}
-    initial = {
-        task.name: read_initial(task, targets[task.name], identity.fingerprint)
-        for task in recipe.tasks
-    }
-    directory = open_run(path, recipe, identity, resume=resume)
+    earlier = RunDirectory(path).read_run() if resume else None
+    initial = _initial_adapters(recipe, targets, identity.fingerprint, earlier)
+    with stating_storage_faults(path, how_to_resume):
+        directory = open_run(path, recipe, identity, resume=resume, allow_changes=allow_changes)
     if (ended := ended_result(directory)) is not None:
         watch.say(f"{path} has ended already")
         return ended
@@ -61,14 +74,22 @@ def train_run(
     for task in recipe.tasks:
         data[task.name] = load_task(task, tokenizer, recipe.seed)
         watch.say(_describe(task, data[task.name]))
-    run = begin_run(directory, recipe, identity, data, torch.get_num_threads())
-    checkpoint = load_checkpoint(directory.checkpoints)
+        if task.early_stopping and not data[task.name].validation:
+            raise NoExamplesError(
+                f"task {task.name}: early_stopping has no validation rows to go by; "
+                "raise split.validation"
+            )
+    with stating_storage_faults(path, how_to_resume):
+        run = begin_run(directory, recipe, identity, data, torch.get_num_threads())
+    checkpoint = load_checkpoint(directory.checkpoints, watch.say)
     first = 0 if checkpoint is None else checkpoint.step
     last = max(task.steps for task in recipe.tasks)
 
     watch.say(f"base {recipe.base.name} on {device}, steps {first + 1} to {last}")
     transformers.utils.logging.disable_progress_bar()
     base = BaseModel(recipe.base, _dtype(recipe, device), device)
+    if _recomputes(recipe, base):
+        base.recompute_layers()
     trainees = Trainees(
         base,
         [
@@ -78,15 +99,48 @@ def train_run(
         training.pack_tokens,
     )
     for trainee in trainees:
-        if checkpoint is None:
-            trainee.go_on_from(initial[trainee.name])
-        else:
+        if checkpoint is not None:
             trainee.restore(checkpoint.tasks[trainee.name], checkpoint.tensors)
+            _check_steps(path, trainee, first)
+        elif (start := initial.get(trainee.name)) is not None:
+            trainee.go_on_from(start.tensors)
+            run["tasks"][trainee.name]["init_from"] = start.digest
+        elif trainee.task.lora.init_from is not None:
+            raise InitialAdapterError(
+                f"task {trainee.name}: {trainee.task.lora.init_from} is gone, and no checkpoint "
+                "holds its weights yet"
+            )
     progress = {trainee.name: trainee.progress for trainee in trainees}
-    update_run(directory, run, progress)
+
+    def save(done: int, metrics: MetricsFile) -> None:
+        tensors = {name: tensor for t in trainees for name, tensor in t.state().items()}
+        save_checkpoint(
+            directory.checkpoints,
+            Checkpoint(done, metrics.sync(), progress, tensors),
+            training.keep_checkpoints,
+        )
+        update_run(directory, run, progress)
+
+    def save_weights(place: Path, trainee: Trainee) -> int:
+        return save_adapter(
+            place / trainee.name,
+            trainee.adapter.tensors(),
+            trainee.task,
+            trainee.targets,
+            identity.fingerprint,
+            trainee.progress.metrics,
+        )
 
     metrics_bytes = 0 if checkpoint is None else checkpoint.metrics_bytes
-    with closing(MetricsFile(directory.metrics, metrics_bytes)) as metrics, _signals() as stop:
+    with (
+        stating_storage_faults(path, how_to_resume),
+        closing(MetricsFile(directory.metrics, metrics_bytes)) as metrics,
+        _signals() as stop,
+    ):
+        update_run(directory, run, progress)
+        if checkpoint is None and initial:
+            # From here on a resume needs none of the adapters that the tasks go on from.
+            save(0, metrics)
         watch.start({task.name: task.steps for task in recipe.tasks}, first)
         for step in range(first, last):
             reports = trainees.train_step(step)
@@ -95,43 +149,76 @@ def train_run(
             done = step + 1
             speed = next(iter(reports.values())).tokens_per_s
             for name, report in reports.items():
-                if (why := progress[name].stopped) is None:
+                if progress[name].stopped is None:
                     metrics.write(_metrics_line(done, name, report))
-                else:
-                    metrics.write({"step": done, "task": name, "stopped": why})
-                    watch.say(f"{name} stops at {why}; the others go on")
             watch.step(done, {name: report.loss for name, report in reports.items()}, speed)
-            running = [t for t in trainees if t.name in reports and t.progress.stopped is None]
-            finished = [t for t in running if t.task.steps == done]
-            measured = running if done % training.validate_every == 0 else finished
-            for name, loss in trainees.validation_losses([t.name for t in measured]).items():
-                metrics.write({"step": done, "task": name, "validation_loss": loss})
-                watch.validated(name, loss)
-            for trainee in finished:
-                # Before the checkpoint that counts it as done, so that no resume misses it.
-                trainee.progress.size_bytes = save_adapter(
-                    directory.adapters / trainee.name,
-                    trainee.adapter.tensors(),
-                    trainee.task,
-                    trainee.targets,
-                    identity.fingerprint,
-                    trainee.progress.metrics,
-                )
+            taking_part = [trainee for trainee in trainees if trainee.name in reports]
+            running = [t for t in taking_part if t.progress.stopped is None]
+            due = done % training.validate_every == 0
+            measured = [t.name for t in running if due or t.task.steps == done]
+            for name, loss in trainees.validate(done, measured).items():
+                if progress[name].stopped is None:
+                    metrics.write({"step": done, "task": name, "validation_loss": loss})
+                    watch.validated(name, loss)
+            for trainee in taking_part:
+                name, went = trainee.name, trainee.progress
+                if went.stopped is not None:
+                    trainee.retreat()
+                    save_weights(directory.path / "stopped", trainee)
+                    metrics.write({"step": done, "task": name, "stopped": went.stopped})
+                    watch.say(f"{name} stops at {went.stopped}; the others go on")
+                elif went.ended_early or trainee.task.steps == done:
+                    if went.ended_early:
+                        metrics.write({"step": done, "task": name, "ended": went.ended_early})
+                        watch.say(f"{name} ends well at {went.ended_early}")
+                    trainee.settle()
+                    # Before the checkpoint that counts it as done, so that no resume misses it.
+                    went.size_bytes = save_weights(directory.adapters, trainee)
             if stop or done % training.checkpoint_every == 0:
-                tensors = {k: v for trainee in trainees for k, v in trainee.state().items()}
-                save_checkpoint(
-                    directory.checkpoints,
-                    Checkpoint(done, metrics.sync(), progress, tensors),
-                    training.keep_checkpoints,
-                )
-                update_run(directory, run, progress)
+                save(done, metrics)
             if stop and done < last:
                 raise RunInterruptedError(
                     f"stopped by {stop[0]} after step {done} of {last}, and a checkpoint was "
                     f"written; go on with: {how_to_resume}"
                 )
-    plot_curves(directory.metrics, directory.curves)
-    return end_run(directory, run, progress)
+        plot_curves(directory.metrics, directory.curves)
+        return end_run(directory, run, progress)
+
+
+def _initial_adapters(
+    recipe: Recipe, targets: Mapping[str, Shapes], fingerprint: str, earlier: dict[str, Any] | None
+) -> dict[str, InitialAdapter]:
+    """The adapters that tasks go on from; a run that is taken up again may do without them."""
+    found: dict[str, InitialAdapter] = {}
+    for task in recipe.tasks:
+        recorded = ((earlier or {}).get("tasks", {}).get(task.name, {})).get("init_from")
+        directory = task.lora.init_from
+        if recorded and directory is not None and not directory.exists():
+            continue
+        initial = read_initial(task, targets[task.name], fingerprint)
+        if initial is None:
+            continue
+        if recorded not in (None, initial.digest):
+            raise RecipeChangedError(
+                f"task {task.name}: init_from {directory} holds other weights than when the run "
+                "was started; put those back, remove it, or train into a new --run-dir"
+            )
+        found[task.name] = initial
+    return found
+
+
+def _check_steps(path: Path, trainee: Trainee, done: int) -> None:
+    """A changed number of steps must lie ahead of a task that has not ended."""
+    progress, steps = trainee.progress, trainee.task.steps
+    ended = progress.size_bytes is not None or progress.stopped is not None
+    if ended and steps > done and progress.ended_early is None and progress.stopped is None:
+        raise RecipeChangedError(
+            f"{path}: {trainee.name} has ended, so more steps cannot be added to it in this run"
+        )
+    if not ended and steps <= done:
+        raise RecipeChangedError(
+            f"{path}: {trainee.name} has done {done} steps, so it cannot end at {steps}"
+        )
 
 
 def _dtype(recipe: Recipe, device: torch.device) -> torch.dtype:
@@ -142,6 +229,15 @@ def _dtype(recipe: Recipe, device: torch.device) -> torch.dtype:
             return torch.bfloat16
         case "auto":
             return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def _recomputes(recipe: Recipe, base: BaseModel) -> bool:
+    training = recipe.training
+    if training.gradient_checkpointing != "auto":
+        return training.gradient_checkpointing == "on"
+    tokens = max(training.pack_tokens, *(task.max_length for task in recipe.tasks))
+    kept = activation_bytes(base.model.config, tokens, base.model.dtype)
+    return kept > ACTIVATION_SHARE * device_memory(base.device)
 
 
 def _describe(task: Task, data: TaskData) -> str:
@@ -162,6 +258,8 @@ def _metrics_line(step: int, name: str, report: StepReport) -> dict[str, Any]:
         "task": name,
         "loss": report.loss,
         "tokens": report.tokens,
+        "trained_tokens": report.trained_tokens,
+        "computed_tokens": report.computed_tokens,
         "tokens_per_s": round(report.tokens_per_s, 1),
         "grad_norm": report.grad_norm,
         "lr": report.lr,

@@ -1,15 +1,15 @@
 """Many LoRA adapters over one frozen linear layer, each on its own range of tokens.
 
-Every adapter keeps its weights in one flat float32 buffer and its gradients in another; the
-matrices of the layers are views into them. The optimiser, the clipping and a checkpoint then
-handle one tensor an adapter, whatever the number of layers.
+Every adapter keeps its weights in one flat float32 buffer, all As before all Bs, and its gradients
+in another; the matrices of the layers are views into them. The optimiser, the clipping and a
+checkpoint then handle one tensor an adapter, whatever the number of layers.
 """
 
 # torch is only partly typed.
 # pyright: reportUnknownMemberType=false, reportUntypedBaseClass=false
 
 import math
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -18,8 +18,11 @@ import torch
 import torch.nn.functional as F  # noqa: N812 (its name everywhere)
 from torch import Tensor, nn
 
+from manylora_trainer.adapter_settings import Lora
+from manylora_trainer.dropout import keep_mask, layer_key
 from manylora_trainer.errors import UnsupportedBaseError
 from manylora_trainer.packing import Range
+from manylora_trainer.targets import Shapes
 
 
 @dataclass(frozen=True)
@@ -33,47 +36,48 @@ class LoraMatrices:
     down_gradient: Tensor
     up_gradient: Tensor
     scaling: float
-    """alpha / rank."""
+    """Factor of the update."""
+    dropout: float
+    """Share of the inputs that A does without in training."""
+    layer: int
+    """Tells this layer's dropout from the others'."""
 
 
 class Adapter:
     """The weights of one adapter over all layers it targets."""
 
     def __init__(
-        self,
-        shapes: Mapping[str, tuple[int, int]],
-        rank: int,
-        alpha: int,
-        generator: torch.Generator,
-        device: torch.device,
+        self, shapes: Shapes, settings: Lora, generator: torch.Generator, device: torch.device
     ) -> None:
         """Initialises as PEFT does: A Kaiming-uniform from the adapter's own generator, B zero.
 
         `shapes` gives (out, in) of every targeted linear, by module name.
         """
-        self.rank = rank
-        size = sum(rank * (out + into) for out, into in shapes.values())
-        self.weights = torch.zeros(size)
-        self.gradients = torch.zeros(size, device=device)
-        at = 0
-        for out, into in shapes.values():
-            down = self.weights[at : at + rank * into].view(rank, into)
+        rank = settings.rank
+        downs = [rank * into for _, into in shapes.values()]
+        sizes = [*downs, *(rank * out for out, _ in shapes.values())]
+        self.up_from = sum(downs)
+        """Where in the flat buffers the Bs follow the As."""
+        self.weights = torch.zeros(sum(sizes))
+        for down, (_, into) in zip(_split(self.weights, sizes), shapes.values(), strict=False):
             # On the CPU, so that a seed means the same weights on every device.
-            nn.init.kaiming_uniform_(down, a=math.sqrt(5), generator=generator)
-            at += rank * (into + out)
+            nn.init.kaiming_uniform_(down.view(rank, into), a=math.sqrt(5), generator=generator)
         self.weights = self.weights.to(device)
-        self.matrices: dict[str, LoraMatrices] = {}
-        at = 0
-        for name, (out, into) in shapes.items():
-            middle, end = at + rank * into, at + rank * (into + out)
-            self.matrices[name] = LoraMatrices(
-                self.weights[at:middle].view(rank, into),
-                self.weights[middle:end].view(out, rank),
-                self.gradients[at:middle].view(rank, into),
-                self.gradients[middle:end].view(out, rank),
-                alpha / rank,
+        self.gradients = torch.zeros_like(self.weights)
+        weights, gradients = _split(self.weights, sizes), _split(self.gradients, sizes)
+        layers = len(shapes)
+        self.matrices = {
+            name: LoraMatrices(
+                weights[number].view(rank, into),
+                weights[layers + number].view(out, rank),
+                gradients[number].view(rank, into),
+                gradients[layers + number].view(out, rank),
+                settings.scaling,
+                settings.dropout,
+                layer_key(name),
             )
-            at = end
+            for number, (name, (out, into)) in enumerate(shapes.items())
+        }
 
     def tensors(self) -> dict[str, Tensor]:
         """The weights under PEFT's names."""
@@ -84,23 +88,33 @@ class Adapter:
         return named
 
 
+def _split(flat: Tensor, sizes: list[int]) -> tuple[Tensor, ...]:
+    return cast("tuple[Tensor, ...]", flat.split(sizes))
+
+
 class Routing:
     """Which tokens go through which adapter; shared by all layers, set for one pack at a time."""
 
     def __init__(self, device: torch.device) -> None:
         self.ranges: Sequence[Range] = ()
+        self.dropout: Tensor | None = None
         # Autograd records a function only if an input needs a gradient; the adapters' weights,
         # which do, are not inputs, and the embeddings that enter the first layer do not.
         self.anchor = torch.zeros((), device=device, requires_grad=True)
 
     @contextmanager
-    def through(self, ranges: Sequence[Range]) -> Generator[None]:
-        """Routes the packs computed inside the block."""
+    def through(self, ranges: Sequence[Range], dropout: Tensor | None = None) -> Generator[None]:
+        """Routes the packs computed inside the block, forward and backward.
+
+        `dropout` holds the tokens' keys, int32 [tokens]; without it nothing is dropped.
+        """
         self.ranges = ranges
+        self.dropout = dropout
         try:
             yield
         finally:
             self.ranges = ()
+            self.dropout = None
 
 
 class MultiLoraLinear(nn.Module):
@@ -116,21 +130,40 @@ class MultiLoraLinear(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """[..., in] -> [..., out]; the last but one dimension is the pack's tokens."""
+        keys = self._routing.dropout
         routed = [
-            (matrices, route.start, route.end)
+            _Route(matrices, route.start, route.end, keys)
             for route in self._routing.ranges
             if (matrices := self._adapters[route.adapter]) is not None
         ]
         if not routed:
             return self.base(inputs)
         rows = inputs.flatten(0, -2)
-        base = self.base
-        anchor = self._routing.anchor
-        outputs = cast("Tensor", _LoraLinear.apply(rows, anchor, base.weight, base.bias, routed))
+        outputs = cast("Tensor", _LoraLinear.apply(rows, self._routing.anchor, self.base, routed))
         return outputs.view(*inputs.shape[:-1], -1)
 
 
-Routed = Sequence[tuple[LoraMatrices, int, int]]
+@dataclass(frozen=True)
+class _Route:
+    """Tokens `start:end` through one adapter's part of a layer."""
+
+    lora: LoraMatrices
+    start: int
+    end: int
+    keys: Tensor | None
+
+    def keep(self, width: int) -> Tensor | None:
+        """What its dropout leaves, [tokens, width]; None where all of it stays."""
+        if self.keys is None or not self.lora.dropout:
+            return None
+        keys = self.keys[self.start : self.end]
+        return keep_mask(keys, self.lora.layer, width, self.lora.dropout)
+
+    @property
+    def scaling(self) -> float:
+        """Factor of the update, with what makes up for dropped inputs."""
+        dropped = 0.0 if self.keys is None else self.lora.dropout
+        return self.lora.scaling / (1.0 - dropped)
 
 
 class _LoraLinear(torch.autograd.Function):
@@ -144,35 +177,48 @@ class _LoraLinear(torch.autograd.Function):
         ctx: Any,
         inputs: Tensor,
         anchor: Tensor,  # noqa: ARG004 (makes autograd record this node)
-        weight: Tensor,
-        bias: Tensor | None,
-        routed: Routed,
+        base: nn.Linear,
+        routed: Sequence[_Route],
     ) -> Tensor:
-        outputs = F.linear(inputs, weight, bias)
+        outputs = F.linear(inputs, base.weight, base.bias)
+        kept: list[Tensor | None] = []
         inner: list[Tensor] = []
-        for lora, start, end in routed:
-            lowered = inputs[start:end] @ lora.down.to(inputs.dtype).t()
-            outputs[start:end].addmm_(lowered, lora.up.to(inputs.dtype).t(), alpha=lora.scaling)
+        for route in routed:
+            lora, rows = route.lora, inputs[route.start : route.end]
+            keep = route.keep(inputs.shape[1])
+            lowered = (rows if keep is None else rows * keep) @ lora.down.to(inputs.dtype).t()
+            outputs[route.start : route.end].addmm_(
+                lowered, lora.up.to(inputs.dtype).t(), alpha=route.scaling
+            )
+            kept.append(keep)
             inner.append(lowered)
+        ctx.base = base
         ctx.routed = routed
-        ctx.save_for_backward(inputs, weight, *inner)
+        ctx.save_for_backward(inputs, *kept, *inner)
         return outputs
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, None, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, None, None]:
         (gradient,) = gradients
-        inputs, weight, *inner = ctx.saved_tensors
-        routed: Routed = ctx.routed
+        routed: Sequence[_Route] = ctx.routed
+        inputs, *saved = ctx.saved_tensors
+        kept, inner = saved[: len(routed)], saved[len(routed) :]
         needs_input: bool = ctx.needs_input_grad[0]
-        input_gradient = gradient @ weight if needs_input else None
-        for (lora, start, end), lowered in zip(routed, inner, strict=True):
-            rows = gradient[start:end]
-            through = (rows @ lora.up.to(rows.dtype)).mul_(lora.scaling)
-            _accumulate(lora.down_gradient, through.t(), inputs[start:end], 1.0)
-            _accumulate(lora.up_gradient, rows.t(), lowered, lora.scaling)
-            if input_gradient is not None:
-                input_gradient[start:end].addmm_(through, lora.down.to(rows.dtype))
-        return input_gradient, None, None, None, None
+        input_gradient = gradient @ ctx.base.weight if needs_input else None
+        for route, keep, lowered in zip(routed, kept, inner, strict=True):
+            lora, part = route.lora, slice(route.start, route.end)
+            rows, outer = inputs[part], gradient[part]
+            through = (outer @ lora.up.to(outer.dtype)).mul_(route.scaling)
+            seen = rows if keep is None else rows * keep
+            _accumulate(lora.down_gradient, through.t(), seen, 1.0)
+            _accumulate(lora.up_gradient, outer.t(), lowered, route.scaling)
+            if input_gradient is None:
+                continue
+            if keep is None:
+                input_gradient[part].addmm_(through, lora.down.to(outer.dtype))
+            else:
+                input_gradient[part].add_((through @ lora.down.to(outer.dtype)).mul_(keep))
+        return input_gradient, None, None, None
 
 
 def _accumulate(into: Tensor, left: Tensor, right: Tensor, scale: float) -> None:

@@ -11,7 +11,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 from manylora_registry.config import ConfigModel, load_config
 from manylora_registry.errors import InvalidNameError
 from manylora_registry.reference import check_adapter_name
-from manylora_trainer.adapter_settings import Lora, Optimizer
+from manylora_trainer.adapter_settings import EarlyStopping, Lora, Optimizer
 from manylora_trainer.data_settings import FormatSettings, SourceSettings, Split
 
 
@@ -25,6 +25,8 @@ class Task(ConfigModel):
     split: Split = Split()
     lora: Lora = Lora()
     optimizer: Optimizer = Optimizer()
+    early_stopping: EarlyStopping | None = None
+    """When to end before the last step; null: never."""
     steps: int = Field(ge=1)
     """Optimiser steps."""
     batch_size: int = Field(default=16, ge=1)
@@ -51,14 +53,22 @@ class Task(ConfigModel):
             seen.add(value)
         return value
 
+    @field_validator("early_stopping")
+    @classmethod
+    def _has_something_to_validate(
+        cls, value: EarlyStopping | None, info: ValidationInfo
+    ) -> EarlyStopping | None:
+        split = info.data.get("split")
+        if value and isinstance(split, Split) and not (split.validation and split.validation_rows):
+            raise ValueError("needs validation rows: raise split.validation")
+        return value
+
     @field_validator("steps")
     @classmethod
     def _warmup_ends(cls, value: int, info: ValidationInfo) -> int:
         optimizer = info.data.get("optimizer")
-        if isinstance(optimizer, Optimizer) and optimizer.warmup_steps >= value:
-            raise ValueError(
-                f"must be greater than optimizer.warmup_steps ({optimizer.warmup_steps})"
-            )
+        if isinstance(optimizer, Optimizer) and (warmup := optimizer.warmup(value)) >= value:
+            raise ValueError(f"must be greater than optimizer.warmup_steps ({warmup})")
         return value
 
 
@@ -75,8 +85,18 @@ class Training(ConfigModel):
     """Checkpoints kept, newest first."""
     threads: int | None = Field(default=None, ge=1)
     """CPU threads; null: as many as there are cores. Part of what makes a run repeatable."""
+    gradient_checkpointing: Literal["auto", "on", "off"] = "auto"
+    """Keep only what enters each layer, and compute the rest again in the backward: about a third
+    more time for a fraction of the memory, and the same result. auto: where the activations of the
+    largest pack would fill a good part of the memory."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the frozen base. auto: float32 on a CPU, bfloat16 on a GPU. Adapters are float32."""
+
+    @field_validator("gradient_checkpointing", mode="before")
+    @classmethod
+    def _on_and_off_are_words(cls, value: Any) -> Any:
+        # YAML reads a bare on or off as a truth value.
+        return {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
 
 
 class Recipe(ConfigModel):

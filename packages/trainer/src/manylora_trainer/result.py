@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from manylora_trainer.adapter_settings import EarlyStopping
 from manylora_trainer.sampling import Cursor
 
 RECENT_STEPS = 20
@@ -26,13 +27,35 @@ class TaskProgress:
     size_bytes: int | None = None
     """Of the saved weights; None until they are saved."""
     stopped: str | None = None
-    """Why this adapter stopped before its last step."""
+    """Why this adapter failed before its last step."""
+    ended_early: str | None = None
+    """Why it ended well before its last step."""
+    best_validation_loss: float | None = None
+    best_step: int | None = None
+    validations_without_gain: int = 0
 
     def record(self, loss: float, tokens: int, seconds: float) -> None:
         """Counts one step."""
         self.recent_losses = [*self.recent_losses, loss][-RECENT_STEPS:]
         self.tokens += tokens
         self.seconds += seconds
+
+    def validated(self, step: int, loss: float, settings: EarlyStopping | None) -> bool:
+        """Takes note of a validation loss; True if these are the weights to keep."""
+        self.validation_loss = loss
+        if settings is None:
+            return False
+        best = self.best_validation_loss
+        if best is None or loss < best - settings.min_delta:
+            self.best_validation_loss, self.best_step = loss, step
+            self.validations_without_gain = 0
+            return True
+        self.validations_without_gain += 1
+        if self.validations_without_gain >= settings.patience:
+            self.ended_early = (
+                f"step {step}: no better validation loss than {best:.4f} of step {self.best_step}"
+            )
+        return False
 
     @property
     def metrics(self) -> dict[str, float]:

@@ -5,11 +5,11 @@ import json
 import os
 import platform
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import yaml
 
@@ -18,6 +18,7 @@ from manylora_trainer.dataset import TaskData
 from manylora_trainer.durable import write_file
 from manylora_trainer.errors import RecipeChangedError, RunDirectoryError, RunExistsError
 from manylora_trainer.recipe import Recipe
+from manylora_trainer.recipe_changes import accept_changes
 from manylora_trainer.result import RunResult, TaskProgress, TaskResult
 
 LIBRARIES = ("manylora-trainer", "torch", "transformers", "safetensors", "numpy")
@@ -59,8 +60,17 @@ class RunDirectory:
         write_file(self.path / "run.json", json.dumps(run, indent=2).encode() + b"\n")
 
 
-def open_run(path: Path, recipe: Recipe, base: BaseModelIdentity, *, resume: bool) -> RunDirectory:
+def open_run(
+    path: Path,
+    recipe: Recipe,
+    base: BaseModelIdentity,
+    *,
+    resume: bool,
+    allow_changes: Sequence[str] = (),
+) -> RunDirectory:
     """Makes a run directory, or takes up the one that is there.
+
+    `allow_changes` are dotted paths in which the recipe may differ from the run's.
 
     Raises:
         RunExistsError: it is not empty and `resume` was not asked for.
@@ -83,17 +93,37 @@ def open_run(path: Path, recipe: Recipe, base: BaseModelIdentity, *, resume: boo
         raise RunDirectoryError(f"{path} holds no run to resume")
     run = directory.read_run()
     if run is not None and run["recipe_digest"] != recipe.digest:
-        raise RecipeChangedError(
-            f"{path} was started with another recipe ({_changes(directory, recipe)}); resuming "
-            "would mix the two. Undo the change, or train into a new --run-dir."
-        )
+        _change_recipe(directory, run, recipe, allow_changes)
     if run is not None and run["base"]["fingerprint"] != base.fingerprint:
         raise RecipeChangedError(f"{path} was started on another base than {recipe.base} is now")
     if run is None:
-        text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-        write_file(path / "recipe.yaml", text.encode())
+        _write_recipe(path, recipe)
         write_file(path / "base.json", json.dumps(asdict(base)).encode())
     return directory
+
+
+def _write_recipe(path: Path, recipe: Recipe) -> None:
+    text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    write_file(path / "recipe.yaml", text.encode())
+
+
+def _change_recipe(
+    directory: RunDirectory, run: dict[str, Any], recipe: Recipe, allowed: Sequence[str]
+) -> None:
+    """Lets a run go on with a changed recipe, if the changes were stated."""
+    path = directory.path
+    before = yaml.safe_load((path / "recipe.yaml").read_text(encoding="utf-8"))
+    fields = accept_changes(str(path), before, recipe.model_dump(mode="json"), allowed)
+    if run["status"] != "running":
+        raise RecipeChangedError(
+            f"{path} has ended. To train on, start a new run whose lora.init_from is its adapter."
+        )
+    _write_recipe(path, recipe)
+    run["changes"] = [*run.get("changes", []), {"from": run["recipe_digest"], "fields": fields}]
+    run["recipe_digest"] = recipe.digest
+    for task in recipe.tasks:
+        run["tasks"][task.name]["steps"] = task.steps
+    directory.write_run(run)
 
 
 def begin_run(
@@ -232,27 +262,6 @@ class MetricsFile:
     def close(self) -> None:
         """Closes the file."""
         self._file.close()
-
-
-def _changes(directory: RunDirectory, recipe: Recipe) -> str:
-    """The dotted paths in which a recipe differs from the run's."""
-    before: Any = yaml.safe_load((directory.path / "recipe.yaml").read_text(encoding="utf-8"))
-    after: Any = recipe.model_dump(mode="json")
-    paths = [path for path in _differing(before, after, "") if path != "run_directory"]
-    return ", ".join(paths[:5]) + (" and more" if len(paths) > 5 else "")
-
-
-def _differing(before: Any, after: Any, path: str) -> Iterable[str]:
-    if isinstance(before, list) and isinstance(after, list):
-        before = dict(enumerate(cast("list[Any]", before)))
-        after = dict(enumerate(cast("list[Any]", after)))
-    if isinstance(before, dict) and isinstance(after, dict):
-        left, right = cast("dict[Any, Any]", before), cast("dict[Any, Any]", after)
-        for key in dict.fromkeys([*left, *right]):
-            below = f"{path}.{key}" if path else str(key)
-            yield from _differing(left.get(key), right.get(key), below)
-    elif before != after:
-        yield path
 
 
 def _lines(lines: Iterable[str]) -> bytes:

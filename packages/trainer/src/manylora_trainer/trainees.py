@@ -10,13 +10,21 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
+import numpy as np
 import torch
 
 from manylora_trainer.base_model import BaseModel
 from manylora_trainer.dataset import TaskData
+from manylora_trainer.dropout import step_key, token_keys
 from manylora_trainer.lora import Adapter, Routing, attach
-from manylora_trainer.optimizer import AdamW
-from manylora_trainer.packing import Batch, pack_batches
+from manylora_trainer.objectives import (
+    MeanCrossEntropy,
+    Objective,
+    losses_by_adapter,
+    sums_by_example,
+)
+from manylora_trainer.optimizer import make_optimizer
+from manylora_trainer.packing import Batch, Pack, pack_batches
 from manylora_trainer.recipe import Task
 from manylora_trainer.result import TaskProgress
 from manylora_trainer.sampling import Sampler
@@ -28,9 +36,13 @@ class StepReport:
     """What one step did to one adapter."""
 
     loss: float
-    """Mean cross-entropy of its completion tokens, in nats."""
+    """Of its whole batch; for supervised tasks the mean cross-entropy, in nats."""
     tokens: int
     """Tokens of its examples."""
+    trained_tokens: int
+    """Those of them that were learned."""
+    computed_tokens: int
+    """Those that went through the base: prefixes that examples share count once a pack."""
     tokens_per_s: float
     """Of the whole step, all adapters together."""
     grad_norm: float
@@ -48,12 +60,15 @@ class Trainee:
         """Sets the task up as at its start. Nothing in it depends on the other tasks."""
         digest = hashlib.sha256(f"{seed}/{task.name}/weights".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8]) >> 1)
+        self._seed = seed
         self.task = task
         self.data = data
         self.targets = targets
         self.progress = TaskProgress()
-        self.adapter = Adapter(targets, task.lora.rank, task.lora.alpha, generator, device)
-        self.optimizer = AdamW(task.optimizer, self.adapter.weights)
+        self.adapter = Adapter(targets, task.lora, generator, device)
+        self.optimizer = make_optimizer(task.optimizer, self.adapter.weights, self.adapter.up_from)
+        self._best = self.adapter.weights.clone() if task.early_stopping else None
+        self._sound = self.adapter.weights.clone()
         self.sampler = Sampler(len(data.train), task.batch_size, seed=seed, task=task.name)
 
     @property
@@ -63,14 +78,16 @@ class Trainee:
 
     def trains_at(self, step: int) -> bool:
         """Whether it takes part in step `step`, counted from 0."""
-        return self.progress.stopped is None and step < self.task.steps
+        progress = self.progress
+        return not (progress.stopped or progress.ended_early) and step < self.task.steps
 
     def state(self) -> dict[str, torch.Tensor]:
         """Weights and optimiser state; the live tensors, by name."""
+        kept = {} if self._best is None else {f"{self.name}/best": self._best}
         return {
+            **kept,
             f"{self.name}/weights": self.adapter.weights,
-            f"{self.name}/mean": self.optimizer.mean,
-            f"{self.name}/square": self.optimizer.square,
+            **{f"{self.name}/{name}": kept for name, kept in self.optimizer.state.items()},
         }
 
     def go_on_from(self, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -78,6 +95,7 @@ class Trainee:
         own = self.adapter.tensors()
         for name, tensor in tensors.items():
             own[name].copy_(tensor)
+        self._sound.copy_(self.adapter.weights)
 
     def restore(self, progress: TaskProgress, tensors: Mapping[str, torch.Tensor]) -> None:
         """Takes up where a checkpoint left it."""
@@ -85,6 +103,46 @@ class Trainee:
         self.sampler.move_to(progress.cursor)
         for name, tensor in self.state().items():
             tensor.copy_(tensors[name])
+        self._sound.copy_(self.adapter.weights)
+
+    def apply_gradient(self, step: int, loss: float) -> tuple[float, float | None]:
+        """Applies the gradient of step `step`, if it is finite; gives its norm and the rate.
+
+        What is not finite is not applied, and stops the adapter: the rate is None then.
+        """
+        gradients = self.adapter.gradients
+        norm = cast("float", torch.linalg.vector_norm(gradients).item())
+        rate = None
+        if math.isfinite(loss) and math.isfinite(norm):
+            self._sound.copy_(self.adapter.weights)
+            rate = self.optimizer.step(gradients, norm, step, self.task.steps)
+        else:
+            self.progress.stopped = f"step {step + 1}: loss {loss}, gradient norm {norm}"
+        gradients.zero_()
+        return norm, rate
+
+    def validated(self, step: int, loss: float) -> None:
+        """Takes note of the validation loss after `step` steps, and keeps the best weights."""
+        if not math.isfinite(loss):
+            self.progress.stopped = f"step {step}: validation loss {loss}"
+        elif (
+            self.progress.validated(step, loss, self.task.early_stopping) and self._best is not None
+        ):
+            self._best.copy_(self.adapter.weights)
+
+    def settle(self) -> None:
+        """At its end: goes back to its best weights, where these are kept."""
+        if self._best is not None and self.progress.best_step is not None:
+            self.adapter.weights.copy_(self._best)
+            self.progress.validation_loss = self.progress.best_validation_loss
+
+    def retreat(self) -> None:
+        """When it has stopped: goes back to the last weights that gave a finite loss."""
+        self.adapter.weights.copy_(self._sound)
+
+    def dropout_key(self, step: int) -> int:
+        """What all of its dropout in a step follows from."""
+        return step_key(self._seed, self.name, step)
 
     def next_batch(self, index: int) -> Batch:
         """The examples of its next step, for the adapter number `index` of the run."""
@@ -117,58 +175,86 @@ class Trainees:
             for index, trainee in enumerate(self._trainees)
             if trainee.trains_at(step)
         ]
-        # Every adapter's loss is the mean over its own completion tokens of the whole step, so
-        # neither the packing nor the other adapters weigh in.
-        counts = torch.ones(len(self._trainees))
-        for batch in batches:
-            counts[batch.adapter] = batch.trained_tokens
-        weights = (1.0 / counts).to(self._base.device)
-        sums = torch.zeros_like(weights)
-        for pack in pack_batches(batches, self._pack_tokens):
-            with self._routing.through(pack.ranges):
-                losses = self._base.losses(pack, weights)
-                losses.total.backward()
-            sums.add_(losses.sums)
-        means = cast("list[float]", (sums * weights).tolist())
-        applied = [self._apply(step, batch.adapter, means[batch.adapter]) for batch in batches]
+        packs = pack_batches(batches, self._pack_tokens)
+        means = self._backward(step, batches, packs)
+        applied = [
+            self._trainees[batch.adapter].apply_gradient(step, means[batch.adapter])
+            for batch in batches
+        ]
         seconds = time.perf_counter() - started
         total = sum(batch.tokens for batch in batches)
         reports: dict[str, StepReport] = {}
         for batch, (norm, rate) in zip(batches, applied, strict=True):
             trainee, loss = self._trainees[batch.adapter], means[batch.adapter]
-            reports[trainee.name] = StepReport(loss, batch.tokens, total / seconds, norm, rate)
+            reports[trainee.name] = StepReport(
+                loss=loss,
+                tokens=batch.tokens,
+                trained_tokens=int(batch.trained.sum()),
+                computed_tokens=sum(
+                    r.end - r.start for p in packs for r in p.ranges if r.adapter == batch.adapter
+                ),
+                tokens_per_s=total / seconds,
+                grad_norm=norm,
+                lr=rate,
+            )
             if rate is not None:
                 trainee.progress.record(loss, batch.tokens, seconds * batch.tokens / total)
         return reports
 
     @torch.no_grad()
-    def validation_losses(self, names: Sequence[str]) -> dict[str, float]:
-        """Mean cross-entropy over the validation examples of these tasks that have any."""
+    def validate(self, step: int, names: Sequence[str]) -> dict[str, float]:
+        """Loss of these tasks after `step` steps over the validation examples, if they have any."""
         batches = [
             Batch(index, trainee.data.validation)
             for index, trainee in enumerate(self._trainees)
             if trainee.name in names and trainee.data.validation
         ]
         sums = torch.zeros(len(self._trainees), device=self._base.device)
+        objectives = self._objectives(batches)
         for pack in pack_batches(batches, self._pack_tokens):
-            with self._routing.through(pack.ranges):
-                sums.add_(self._base.losses(pack, torch.ones_like(sums)).sums)
+            with self._base.reading(pack), self._routing.through(pack.ranges):
+                summed = sums_by_example(pack, self._base.cross_entropy(pack))
+            for adapter, loss in losses_by_adapter(pack, summed, objectives):
+                sums[adapter] += loss
         losses: dict[str, float] = {}
         for batch in batches:
             trainee = self._trainees[batch.adapter]
-            loss = float(sums[batch.adapter]) / batch.trained_tokens
-            trainee.progress.validation_loss = losses[trainee.name] = loss
+            loss = float(sums[batch.adapter])
+            losses[trainee.name] = loss
+            trainee.validated(step, loss)
         return losses
 
-    def _apply(self, step: int, index: int, loss: float) -> tuple[float, float | None]:
-        """Applies one adapter's gradient, if it is finite; gives its norm and the rate."""
-        trainee = self._trainees[index]
-        gradients = trainee.adapter.gradients
-        norm = cast("float", torch.linalg.vector_norm(gradients).item())
-        rate = None
-        if math.isfinite(loss) and math.isfinite(norm):
-            rate = trainee.optimizer.step(gradients, norm, step, trainee.task.steps)
-        else:
-            trainee.progress.stopped = f"step {step + 1}: loss {loss}, gradient norm {norm}"
-        gradients.zero_()
-        return norm, rate
+    def _backward(self, step: int, batches: Sequence[Batch], packs: Sequence[Pack]) -> list[float]:
+        """Adds up every adapter's gradient over a step; gives their losses by adapter number."""
+        sums = torch.zeros(len(self._trainees), device=self._base.device)
+        objectives = self._objectives(batches)
+        for pack in packs:
+            keys = self._dropout_keys(step, pack)
+            with self._base.reading(pack), self._routing.through(pack.ranges, keys):
+                summed = sums_by_example(pack, self._base.cross_entropy(pack))
+                losses = losses_by_adapter(pack, summed, objectives)
+                torch.stack([loss for _, loss in losses]).sum().backward()
+            for adapter, loss in losses:
+                sums[adapter] += loss.detach()
+        return cast("list[float]", sums.tolist())
+
+    def _objectives(self, batches: Sequence[Batch]) -> list[Objective | None]:
+        """By adapter number; None for those without a batch."""
+        objectives: list[Objective | None] = [None] * len(self._trainees)
+        for batch in batches:
+            settings = self._trainees[batch.adapter].task.optimizer
+            objectives[batch.adapter] = MeanCrossEntropy(
+                batch, settings.normalizer, self._base.device
+            )
+        return objectives
+
+    def _dropout_keys(self, step: int, pack: Pack) -> torch.Tensor | None:
+        """What the dropout of each of a pack's tokens follows from; None where no task drops."""
+        if not any(self._trainees[r.adapter].task.lora.dropout for r in pack.ranges):
+            return None
+        keys = np.empty(len(pack), dtype=np.uint32)
+        for r in pack.ranges:
+            part = slice(r.start, r.end)
+            key = self._trainees[r.adapter].dropout_key(step)
+            keys[part] = token_keys(key, pack.token_sequences[part], pack.positions[part])
+        return torch.from_numpy(keys.view(np.int32)).to(self._base.device)

@@ -1,0 +1,68 @@
+"""What a step makes smaller: from the cross-entropy of each example to one adapter's loss."""
+
+# torch is only partly typed.
+# pyright: reportUnknownMemberType=false
+
+from collections.abc import Sequence
+from typing import Literal, Protocol, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from manylora_trainer.packing import Batch, Pack
+
+
+class Objective(Protocol):
+    """The loss of one adapter's batch, whose parts come pack by pack."""
+
+    def loss(self, sequences: Sequence[int], summed: Tensor) -> Tensor:
+        """What some examples of the batch add to its loss.
+
+        Args:
+            sequences: their numbers in the batch.
+            summed: cross-entropy of each, summed over its trained tokens, [examples].
+        """
+        ...
+
+
+class MeanCrossEntropy:
+    """Supervised fine-tuning: the mean cross-entropy of a whole step's completions."""
+
+    def __init__(
+        self, batch: Batch, normalizer: Literal["tokens", "examples"], device: torch.device
+    ) -> None:
+        # Divided by what the whole step holds: averaging the averages of packs would weigh tokens
+        # by the pack they happen to be in.
+        trained = batch.trained
+        match normalizer:
+            case "tokens":
+                weights = np.full(len(trained), 1.0 / trained.sum())
+            case "examples":
+                weights = 1.0 / (trained * len(trained))
+        self._weights = torch.from_numpy(weights.astype(np.float32)).to(device)
+
+    def loss(self, sequences: Sequence[int], summed: Tensor) -> Tensor:
+        """See `Objective`."""
+        return (summed * self._weights[list(sequences)]).sum()
+
+
+def sums_by_example(pack: Pack, losses: Tensor) -> Tensor:
+    """Adds up the losses of a pack's targets for each of its examples, [examples]."""
+    examples = sum(len(span.sequences) for span in pack.spans)
+    targets = torch.from_numpy(pack.target_sequences).to(losses.device)
+    return losses.new_zeros(examples).index_add(0, targets, losses)
+
+
+def losses_by_adapter(
+    pack: Pack, summed: Tensor, objectives: Sequence[Objective | None]
+) -> list[tuple[int, Tensor]]:
+    """What a pack adds to the loss of each adapter that has examples in it."""
+    lengths = [len(span.sequences) for span in pack.spans]
+    parts = cast("tuple[Tensor, ...]", summed.split(lengths))
+    losses: list[tuple[int, Tensor]] = []
+    for span, part in zip(pack.spans, parts, strict=True):
+        objective = objectives[span.adapter]
+        assert objective is not None, "every batch has an objective"
+        losses.append((span.adapter, objective.loss(span.sequences, part)))
+    return losses
