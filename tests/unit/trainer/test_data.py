@@ -8,11 +8,11 @@ import pytest
 
 from manylora_trainer.data_settings import ChatFormat, PromptCompletionFormat, Split, TemplateFormat
 from manylora_trainer.dataset import load_task, part_of
-from manylora_trainer.errors import NoExamplesError, RowError, SourceError, UnsupportedBaseError
+from manylora_trainer.errors import NoExamplesError, RowError, UnsupportedBaseError
 from manylora_trainer.formats import Message, Rendered, render
 from manylora_trainer.recipe import Task
 from manylora_trainer.sampling import Cursor, Sampler
-from manylora_trainer.sources import JsonLines, PythonFunction, Row
+from manylora_trainer.sources import Row
 from manylora_trainer.tokenization import ChatTokenizer
 
 
@@ -32,7 +32,7 @@ def template(**changes):
 
 def test_template_fills_columns():
     row = Row(1, {"wrong": "teh", "right": "the", "n": 3})
-    rendered = render(template(system="Use {n} words."), "rows", row)
+    rendered = render(template(system="Use {n} words."), row)
     assert rendered == Rendered(
         (Message("system", "Use 3 words."), Message("user", "Fix teh")), "the"
     )
@@ -40,15 +40,13 @@ def test_template_fills_columns():
 
 def test_columns_as_canonical_json():
     row = Row(1, {"wrong": "ua", "os": "Línux", "browser": "Fox", "version": None})
-    rendered = render(
-        template(completion=None, completion_json=["os", "browser", "version"]), "rows", row
-    )
+    rendered = render(template(completion=None, completion_json=["os", "browser", "version"]), row)
     assert rendered.completion == '{"browser":"Fox","os":"Línux","version":null}'
 
 
 def test_prompt_completion():
     row = Row(1, {"prompt": "2+2?", "completion": "4"})
-    rendered = render(PromptCompletionFormat(kind="prompt_completion"), "rows", row)
+    rendered = render(PromptCompletionFormat(kind="prompt_completion"), row)
     assert rendered == Rendered((Message("user", "2+2?"),), "4")
 
 
@@ -59,9 +57,7 @@ def test_chat_learns_the_last_answer():
         {"role": "user", "content": "2+2?"},
         {"role": "assistant", "content": "4"},
     ]
-    rendered = render(
-        ChatFormat(kind="chat", system="Be brief."), "rows", Row(1, {"messages": turns})
-    )
+    rendered = render(ChatFormat(kind="chat", system="Be brief."), Row(1, {"messages": turns}))
     assert [message.role for message in rendered.messages] == [
         "system",
         "user",
@@ -112,59 +108,9 @@ def test_chat_learns_the_last_answer():
 )
 def test_a_malformed_row_names_its_field(settings, columns, field, said):
     with pytest.raises(RowError, match=said) as caught:
-        render(settings, "rows.jsonl", Row(12, columns))
+        render(settings, Row(12, columns, "rows.jsonl"))
     assert (caught.value.source, caught.value.row, caught.value.field) == ("rows.jsonl", 12, field)
     assert str(caught.value).startswith(f"rows.jsonl, row 12, field {field!r}: ")
-
-
-# Sources
-
-
-@pytest.mark.parametrize(
-    ("line", "said"),
-    [
-        (b'{"a": ', "not JSON"),
-        (b"[1, 2]", "must be an object with columns, is list"),
-        (b'{"a": "\xff"}', "not UTF-8"),
-        (b'{"a": "' + b"x" * (17 << 20) + b'"}', "longer than 16 MiB"),
-    ],
-)
-def test_a_malformed_line_names_file_and_row(tmp_path, line, said):
-    path = tmp_path / "rows.jsonl"
-    path.write_bytes(b'{"a": 1}\n\n' + line + b"\n")
-    rows = JsonLines(path).rows()
-    assert next(rows).columns == {"a": 1}
-    with pytest.raises(RowError, match=said) as caught:
-        next(rows)
-    assert caught.value.row == 3
-    assert caught.value.source == str(path)
-
-
-def test_a_missing_file_is_told(tmp_path):
-    with pytest.raises(SourceError, match=r"none\.jsonl cannot be read: No such file"):
-        list(JsonLines(tmp_path / "none.jsonl").rows())
-
-
-def test_a_python_function_is_a_source(tmp_path):
-    file = tmp_path / "tasks.py"
-    file.write_text("def rows():\n    for i in range(3):\n        yield {'i': i}\n")
-    assert [row.columns["i"] for row in PythonFunction(file, "rows").rows()] == [0, 1, 2]
-
-
-@pytest.mark.parametrize(
-    ("code", "said"),
-    [
-        ("def rows():\n    yield {}\n    raise KeyError('x')\n", "failed after 1 rows: KeyError"),
-        ("import nowhere\n", "cannot be imported: ModuleNotFoundError"),
-        ("other = 1\n", "has no function 'rows'"),
-        ("def rows():\n    yield 7\n", "row 1: must be an object"),
-    ],
-)
-def test_a_failing_function_is_told(tmp_path, code, said):
-    file = tmp_path / "tasks.py"
-    file.write_text(code)
-    with pytest.raises((SourceError, RowError), match=said):
-        list(PythonFunction(file, "rows").rows())
 
 
 # Tokens
@@ -221,8 +167,10 @@ class Rows:
     def __init__(self, rows):
         self._rows = rows
 
-    def rows(self):
-        return (Row(number, row) for number, row in enumerate(self._rows, start=1))
+    def rows(self, after=None):
+        first = 0 if after is None else after["row"]
+        for number, row in enumerate(self._rows[first:], start=first + 1):
+            yield Row(number, row, after={"row": number})
 
 
 def task(**changes) -> Task:

@@ -95,7 +95,7 @@ def load_task(
     rows_read = 0
     for row in source.rows():
         rows_read += 1
-        rendered = render(task.format, source.name, row)
+        rendered = render(task.format, row)
         part, digest = part_of(rendered, task.split)
         if part == "train":
             sample.offer(rendered)

@@ -71,7 +71,7 @@ def _plan_task(task: Task, linears: Shapes, tokenizer: ChatTokenizer) -> TaskPla
     targets = targets_of(task, linears)
     source = open_source(task.source)
     rows = itertools.islice(source.rows(), SAMPLED_ROWS)
-    rendered = [render(task.format, source.name, row) for row in rows]
+    rendered = [render(task.format, row) for row in rows]
     if not rendered:
         raise NoExamplesError(f"task {task.name}: {source.name} has no rows")
     examples = tokenizer.encode(rendered)

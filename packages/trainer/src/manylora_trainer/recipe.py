@@ -12,7 +12,8 @@ from manylora_registry.config import ConfigModel, load_config
 from manylora_registry.errors import InvalidNameError
 from manylora_registry.reference import check_adapter_name
 from manylora_trainer.adapter_settings import Lora, Optimizer
-from manylora_trainer.data_settings import FormatSettings, SourceSettings, Split
+from manylora_trainer.data_settings import FormatSettings, Split
+from manylora_trainer.source_settings import SourceSettings
 
 
 class Task(ConfigModel):
