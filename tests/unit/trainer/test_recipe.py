@@ -77,7 +77,7 @@ def test_every_mistake_is_reported_with_its_place(tmp_path):
         "tasks.1.batch_size",
         "tasks.2.name",
         "tasks.2.source",
-        "tasks.2.steps",
+        "tasks.2.epochs",
     }
     assert found["sede"] == "unknown key"
     assert found["tasks.1.name"] == "two tasks are named 'spelling'"

@@ -76,6 +76,9 @@ class Split(ConfigModel):
     """At most this many validation rows are used."""
     held_out_rows: int = Field(default=200, ge=0)
     """At most this many held-out rows are written."""
+    scan_rows: int = Field(default=100_000, ge=1)
+    """Rows looked through for both before training starts; with `epochs` it is all of them. Inputs
+    of either part never train, wherever they stand."""
 
     @field_validator("held_out")
     @classmethod

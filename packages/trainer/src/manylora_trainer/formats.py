@@ -36,6 +36,16 @@ class Rendered:
         """Equal for equal inputs, whatever the completion."""
         return json.dumps([[m.role, m.content] for m in self.messages]).encode()
 
+    @property
+    def content_key(self) -> bytes:
+        """Equal for equal examples."""
+        return self.input_key + json.dumps(self.completion).encode()
+
+    def held_out(self) -> dict[str, Any]:
+        """The input, and the answer to compare with."""
+        messages = [{"role": m.role, "content": m.content} for m in self.messages]
+        return {"messages": messages, "expected": self.completion}
+
 
 def render(settings: FormatSettings, row: Row) -> Rendered:
     """Renders one row.

@@ -19,7 +19,8 @@ from manylora_trainer.adapter_files import read_initial, save_adapter
 from manylora_trainer.base_model import BaseModel
 from manylora_trainer.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from manylora_trainer.dataset import TaskData, load_task
-from manylora_trainer.errors import RunInterruptedError
+from manylora_trainer.errors import DataError, RunInterruptedError
+from manylora_trainer.formats import Rendered
 from manylora_trainer.plots import plot_curves
 from manylora_trainer.progress import Progress
 from manylora_trainer.recipe import Recipe, Task
@@ -32,8 +33,9 @@ from manylora_trainer.run_directory import (
     open_run,
     update_run,
 )
+from manylora_trainer.sampling import prepared_ahead
 from manylora_trainer.targets import linears_of, targets_of
-from manylora_trainer.tokenization import ChatTokenizer
+from manylora_trainer.tokenization import ChatTokenizer, Example
 from manylora_trainer.trainees import StepReport, Trainee, Trainees
 
 
@@ -57,14 +59,14 @@ def train_run(
     torch.set_num_threads(training.threads or os.cpu_count() or 1)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = ChatTokenizer(recipe.base)
-    data: dict[str, TaskData] = {}
+    data: dict[str, TaskData[Rendered, Example]] = {}
     for task in recipe.tasks:
         data[task.name] = load_task(task, tokenizer, recipe.seed)
         watch.say(_describe(task, data[task.name]))
     run = begin_run(directory, recipe, identity, data, torch.get_num_threads())
     checkpoint = load_checkpoint(directory.checkpoints)
     first = 0 if checkpoint is None else checkpoint.step
-    last = max(task.steps for task in recipe.tasks)
+    last = max(task.steps for task in data.values())
 
     watch.say(f"base {recipe.base.name} on {device}, steps {first + 1} to {last}")
     transformers.utils.logging.disable_progress_bar()
@@ -86,10 +88,33 @@ def train_run(
     update_run(directory, run, progress)
 
     metrics_bytes = 0 if checkpoint is None else checkpoint.metrics_bytes
-    with closing(MetricsFile(directory.metrics, metrics_bytes)) as metrics, _signals() as stop:
-        watch.start({task.name: task.steps for task in recipe.tasks}, first)
+    with (
+        closing(MetricsFile(directory.metrics, metrics_bytes)) as metrics,
+        _signals() as stop,
+        prepared_ahead([trainee.stream for trainee in trainees]),
+    ):
+
+        def checkpoint_after(steps: int) -> None:
+            tensors = {k: v for trainee in trainees for k, v in trainee.state().items()}
+            save_checkpoint(
+                directory.checkpoints,
+                Checkpoint(steps, metrics.sync(), progress, tensors),
+                training.keep_checkpoints,
+            )
+            update_run(directory, run, progress)
+
+        watch.start({name: task.steps for name, task in data.items()}, first)
         for step in range(first, last):
-            reports = trainees.train_step(step)
+            try:
+                reports = trainees.train_step(step)
+            except DataError:
+                # Nothing was drawn or changed: the steps before it are whole.
+                checkpoint_after(step)
+                watch.say(
+                    f"the rows failed; a checkpoint was written after step {step} of {last}. Once "
+                    f"they can be read, go on with: {how_to_resume}"
+                )
+                raise
             if not reports:
                 break
             done = step + 1
@@ -102,11 +127,19 @@ def train_run(
                     watch.say(f"{name} stops at {why}; the others go on")
             watch.step(done, {name: report.loss for name, report in reports.items()}, speed)
             running = [t for t in trainees if t.name in reports and t.progress.stopped is None]
-            finished = [t for t in running if t.task.steps == done]
+            finished = [t for t in running if t.data.steps == done]
             measured = running if done % training.validate_every == 0 else finished
             for name, loss in trainees.validation_losses([t.name for t in measured]).items():
                 metrics.write({"step": done, "task": name, "validation_loss": loss})
                 watch.validated(name, loss)
+            for trainee in measured:
+                cursor = trainee.progress.cursor
+                if cursor.overlong_dropped or cursor.overlong_truncated:
+                    counts = {
+                        "overlong_dropped": cursor.overlong_dropped,
+                        "overlong_truncated": cursor.overlong_truncated,
+                    }
+                    metrics.write({"step": done, "task": trainee.name, **counts})
             for trainee in finished:
                 # Before the checkpoint that counts it as done, so that no resume misses it.
                 trainee.progress.size_bytes = save_adapter(
@@ -118,13 +151,7 @@ def train_run(
                     trainee.progress.metrics,
                 )
             if stop or done % training.checkpoint_every == 0:
-                tensors = {k: v for trainee in trainees for k, v in trainee.state().items()}
-                save_checkpoint(
-                    directory.checkpoints,
-                    Checkpoint(done, metrics.sync(), progress, tensors),
-                    training.keep_checkpoints,
-                )
-                update_run(directory, run, progress)
+                checkpoint_after(done)
             if stop and done < last:
                 raise RunInterruptedError(
                     f"stopped by {stop[0]} after step {done} of {last}, and a checkpoint was "
@@ -144,11 +171,15 @@ def _dtype(recipe: Recipe, device: torch.device) -> torch.dtype:
             return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
-def _describe(task: Task, data: TaskData) -> str:
+def _describe(task: Task, data: TaskData[Rendered, Example]) -> str:
     text = (
-        f"{task.name}: {data.rows_read} rows, {len(data.train)} to train on, "
+        f"{task.name}: {data.rows_read} rows, {data.train_rows} to train on, "
         f"{len(data.validation)} to validate, {len(data.held_out)} held out"
     )
+    if task.epochs is not None:
+        text += f"; {task.epochs:g} epochs are {data.steps} steps"
+    if data.rows_skipped:
+        text += f"; skipped {data.rows_skipped} malformed"
     if data.overlong_dropped:
         text += f"; dropped {data.overlong_dropped} longer than {task.max_length} tokens"
     if data.overlong_truncated:

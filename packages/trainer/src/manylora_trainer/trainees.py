@@ -14,13 +14,15 @@ import torch
 
 from manylora_trainer.base_model import BaseModel
 from manylora_trainer.dataset import TaskData
+from manylora_trainer.formats import Rendered
 from manylora_trainer.lora import Adapter, Routing, attach
 from manylora_trainer.optimizer import AdamW
 from manylora_trainer.packing import Batch, pack_batches
 from manylora_trainer.recipe import Task
 from manylora_trainer.result import TaskProgress
-from manylora_trainer.sampling import Sampler
+from manylora_trainer.sampling import ExampleStream
 from manylora_trainer.targets import Shapes
+from manylora_trainer.tokenization import Example
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,13 @@ class Trainee:
     """One task on its way: its data, its adapter, its optimiser and how far it has come."""
 
     def __init__(
-        self, task: Task, data: TaskData, targets: Shapes, *, seed: int, device: torch.device
+        self,
+        task: Task,
+        data: TaskData[Rendered, Example],
+        targets: Shapes,
+        *,
+        seed: int,
+        device: torch.device,
     ) -> None:
         """Sets the task up as at its start. Nothing in it depends on the other tasks."""
         digest = hashlib.sha256(f"{seed}/{task.name}/weights".encode()).digest()
@@ -54,7 +62,7 @@ class Trainee:
         self.progress = TaskProgress()
         self.adapter = Adapter(targets, task.lora.rank, task.lora.alpha, generator, device)
         self.optimizer = AdamW(task.optimizer, self.adapter.weights)
-        self.sampler = Sampler(len(data.train), task.batch_size, seed=seed, task=task.name)
+        self.stream = ExampleStream(task, data, seed=seed)
 
     @property
     def name(self) -> str:
@@ -63,7 +71,7 @@ class Trainee:
 
     def trains_at(self, step: int) -> bool:
         """Whether it takes part in step `step`, counted from 0."""
-        return self.progress.stopped is None and step < self.task.steps
+        return self.progress.stopped is None and step < self.data.steps
 
     def state(self) -> dict[str, torch.Tensor]:
         """Weights and optimiser state; the live tensors, by name."""
@@ -82,15 +90,13 @@ class Trainee:
     def restore(self, progress: TaskProgress, tensors: Mapping[str, torch.Tensor]) -> None:
         """Takes up where a checkpoint left it."""
         self.progress = progress
-        self.sampler.move_to(progress.cursor)
+        self.stream.move_to(progress.cursor)
         for name, tensor in self.state().items():
             tensor.copy_(tensors[name])
 
     def next_batch(self, index: int) -> Batch:
         """The examples of its next step, for the adapter number `index` of the run."""
-        batch = Batch(index, [self.data.train[i] for i in self.sampler.next_batch()])
-        self.progress.cursor = self.sampler.cursor
-        return batch
+        return Batch(index, self.stream.next_batch())
 
 
 class Trainees:
@@ -117,6 +123,10 @@ class Trainees:
             for index, trainee in enumerate(self._trainees)
             if trainee.trains_at(step)
         ]
+        # Once all are there: a source that fails must not leave others a batch ahead.
+        for batch in batches:
+            trainee = self._trainees[batch.adapter]
+            trainee.progress.cursor = trainee.stream.cursor
         # Every adapter's loss is the mean over its own completion tokens of the whole step, so
         # neither the packing nor the other adapters weigh in.
         counts = torch.ones(len(self._trainees))
@@ -167,7 +177,7 @@ class Trainees:
         norm = cast("float", torch.linalg.vector_norm(gradients).item())
         rate = None
         if math.isfinite(loss) and math.isfinite(norm):
-            rate = trainee.optimizer.step(gradients, norm, step, trainee.task.steps)
+            rate = trainee.optimizer.step(gradients, norm, step, trainee.data.steps)
         else:
             trainee.progress.stopped = f"step {step + 1}: loss {loss}, gradient norm {norm}"
         gradients.zero_()
