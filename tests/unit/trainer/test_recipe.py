@@ -8,7 +8,7 @@ import yaml
 
 from manylora_registry.errors import ConfigError
 from manylora_trainer import load_recipe
-from manylora_trainer.data_settings import JsonlSource
+from manylora_trainer.source_settings import JsonlSource
 
 GOOD = {
     "base": "base",
@@ -45,7 +45,7 @@ def test_paths_are_relative_to_the_recipe(tmp_path):
     assert recipe.run_directory == tmp_path / "runs" / "one"
     source = recipe.tasks[0].source
     assert isinstance(source, JsonlSource)
-    assert source.path == tmp_path / "rows.jsonl"
+    assert source.path == str(tmp_path / "rows.jsonl")
 
 
 def test_every_mistake_is_reported_with_its_place(tmp_path):
@@ -77,7 +77,7 @@ def test_every_mistake_is_reported_with_its_place(tmp_path):
         "tasks.1.batch_size",
         "tasks.2.name",
         "tasks.2.source",
-        "tasks.2.steps",
+        "tasks.2.epochs",
     }
     assert found["sede"] == "unknown key"
     assert found["tasks.1.name"] == "two tasks are named 'spelling'"

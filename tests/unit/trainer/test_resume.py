@@ -68,10 +68,11 @@ def losses(run: Path) -> list[tuple[int, str, float]]:
 
 @pytest.fixture
 def recipe(make_task, write_recipe):
-    # Batches that do not divide the rows: epochs end within a batch, and resumes in mid-epoch.
+    # Batches that divide neither the rows nor the shuffle buffer: epochs and windows end within a
+    # batch, and resumes fall in the middle of both.
     return write_recipe(
-        make_task("brief", steps=3, batch_size=9),
-        make_task("long", steps=7, batch_size=13),
+        make_task("brief", steps=3, batch_size=9, shuffle_buffer=11),
+        make_task("long", steps=7, batch_tokens=1000),
     )
 
 

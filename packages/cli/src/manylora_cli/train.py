@@ -99,7 +99,6 @@ def _show_plans(plans: "list[TaskPlan]") -> None:
     table.add_row("share of tokens that train", *(f"{entry.trained_share:.0%}" for entry in plans))
     table.add_row("trainable parameters", *(f"{entry.trainable_parameters:,}" for entry in plans))
     table.add_row("steps", *(f"{entry.steps}" for entry in plans))
-    table.add_row("examples drawn", *(f"{entry.examples}" for entry in plans))
     console.print(table)
     for entry in plans:
         console.print(Text(f"\n{entry.task}: one example; what it learns is highlighted"))

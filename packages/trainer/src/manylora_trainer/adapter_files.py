@@ -115,6 +115,13 @@ def _config_targets(task: Task, targets: Shapes) -> list[str]:
     return last_names(targets) if isinstance(wanted, str) else sorted(wanted)
 
 
+def _length(task: Task) -> str:
+    length = f"{task.steps} steps" if task.epochs is None else f"{task.epochs:g} epochs"
+    if task.batch_tokens is not None:
+        return f"{length} of {task.batch_tokens} tokens"
+    return f"{length} of {task.examples_per_step} examples"
+
+
 def _card(task: Task, base_fingerprint: str, metrics: Mapping[str, float]) -> str:
     losses = "\n".join(
         f"| {name.replace('_', ' ')} | {value:.4f} |" for name, value in metrics.items()
@@ -131,7 +138,7 @@ A LoRA adapter trained with manylora. It is right only on the base with the fing
 | | |
 |---|---|
 | rank / alpha | {task.lora.rank} / {task.lora.alpha} |
-| steps of examples | {task.steps} of {task.batch_size} |
+| length | {_length(task)} |
 | learning rate | {task.optimizer.learning_rate:g}, {task.optimizer.schedule} |
 {losses}
 """

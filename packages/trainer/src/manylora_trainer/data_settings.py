@@ -1,7 +1,6 @@
-"""Settings of a task's rows: where they come from, what is made of them, how they are divided."""
+"""Settings of what is made of a task's rows, and how they are divided."""
 
 import re
-from pathlib import Path
 from string import Formatter
 from typing import Annotated, Literal
 
@@ -10,35 +9,6 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 from manylora_registry.config import ConfigModel
 
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
-
-
-class PythonSource(ConfigModel):
-    """Rows from a Python generator function."""
-
-    kind: Literal["python"]
-    file: Path
-    """Python file, relative to the recipe."""
-    function: str = Field(min_length=1)
-    """Function in it that takes no arguments and yields one mapping a row."""
-
-    def relative_to(self, directory: Path) -> "PythonSource":
-        """The same with its file found from `directory`."""
-        return self.model_copy(update={"file": directory / self.file.expanduser()})
-
-
-class JsonlSource(ConfigModel):
-    """Rows from a file with one JSON object a line."""
-
-    kind: Literal["jsonl"]
-    path: Path
-    """The file, relative to the recipe."""
-
-    def relative_to(self, directory: Path) -> "JsonlSource":
-        """The same with its file found from `directory`."""
-        return self.model_copy(update={"path": directory / self.path.expanduser()})
-
-
-SourceSettings = Annotated[PythonSource | JsonlSource, Field(discriminator="kind")]
 
 
 class TemplateFormat(ConfigModel):
@@ -106,6 +76,9 @@ class Split(ConfigModel):
     """At most this many validation rows are used."""
     held_out_rows: int = Field(default=200, ge=0)
     """At most this many held-out rows are written."""
+    scan_rows: int = Field(default=100_000, ge=1)
+    """Rows looked through for both before training starts; with `epochs` it is all of them. Inputs
+    of either part never train, wherever they stand."""
 
     @field_validator("held_out")
     @classmethod

@@ -37,9 +37,7 @@ class TaskPlan:
     trained_share: float
     """Of all tokens, those the adapter learns."""
     trainable_parameters: int
-    steps: int
-    examples: int
-    """Examples the run would draw: steps times batch size."""
+    steps: int | None
     prompt: str
     """One rendered example as the model sees it …"""
     completion: str
@@ -71,7 +69,7 @@ def _plan_task(task: Task, linears: Shapes, tokenizer: ChatTokenizer) -> TaskPla
     targets = targets_of(task, linears)
     source = open_source(task.source)
     rows = itertools.islice(source.rows(), SAMPLED_ROWS)
-    rendered = [render(task.format, source.name, row) for row in rows]
+    rendered = [render(task.format, row) for row in rows]
     if not rendered:
         raise NoExamplesError(f"task {task.name}: {source.name} has no rows")
     examples = tokenizer.encode(rendered)
@@ -89,7 +87,6 @@ def _plan_task(task: Task, linears: Shapes, tokenizer: ChatTokenizer) -> TaskPla
         trained_share=round(trained / int(lengths.sum()), 4),
         trainable_parameters=trainable_parameters(targets, task.lora.rank),
         steps=task.steps,
-        examples=task.steps * task.batch_size,
         prompt=tokenizer.decode(shown.tokens[: shown.prompt_length]),
         completion=tokenizer.decode(shown.tokens[shown.prompt_length :]),
     )

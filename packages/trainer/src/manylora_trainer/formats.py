@@ -36,14 +36,26 @@ class Rendered:
         """Equal for equal inputs, whatever the completion."""
         return json.dumps([[m.role, m.content] for m in self.messages]).encode()
 
+    @property
+    def content_key(self) -> bytes:
+        """Equal for equal examples."""
+        return self.input_key + json.dumps(self.completion).encode()
 
-def render(settings: FormatSettings, source: str, row: Row) -> Rendered:
-    """Renders one row; `source` names it in errors.
+    def held_out(self) -> dict[str, Any]:
+        """The input, and the answer to compare with."""
+        messages = [{"role": m.role, "content": m.content} for m in self.messages]
+        return {"messages": messages, "expected": self.completion}
+
+
+def render(settings: FormatSettings, row: Row) -> Rendered:
+    """Renders one row.
 
     Raises:
-        RowError: a column is missing, of the wrong type or empty.
+        RowError: the row is malformed, or a column is missing, of the wrong type or empty.
     """
-    reader = _RowReader(source, row)
+    if row.error is not None:
+        raise row.error
+    reader = _RowReader(row)
     match settings:
         case TemplateFormat():
             return _render_template(settings, reader)
@@ -59,11 +71,10 @@ def render(settings: FormatSettings, source: str, row: Row) -> Rendered:
 class _RowReader:
     """Reads columns and says which row and field is at fault."""
 
-    source: str
     row: Row
 
     def error(self, column: str | None, problem: str) -> RowError:
-        return RowError(self.source, self.row.number, column, problem)
+        return RowError(self.row.source, self.row.number, column, problem)
 
     def value(self, column: str) -> Any:
         if column not in self.row.columns:

@@ -21,11 +21,13 @@ from manylora_trainer.checkpoint import Checkpoint, load_checkpoint, save_checkp
 from manylora_trainer.dataset import TaskData, load_task
 from manylora_trainer.durable import stating_storage_faults
 from manylora_trainer.errors import (
+    DataError,
     InitialAdapterError,
     NoExamplesError,
     RecipeChangedError,
     RunInterruptedError,
 )
+from manylora_trainer.formats import Rendered
 from manylora_trainer.memory import ACTIVATION_SHARE, activation_bytes, device_memory
 from manylora_trainer.plots import plot_curves
 from manylora_trainer.progress import Progress
@@ -40,8 +42,9 @@ from manylora_trainer.run_directory import (
     open_run,
     update_run,
 )
+from manylora_trainer.sampling import prepared_ahead
 from manylora_trainer.targets import Shapes, linears_of, targets_of
-from manylora_trainer.tokenization import ChatTokenizer
+from manylora_trainer.tokenization import ChatTokenizer, Example
 from manylora_trainer.trainees import StepReport, Trainee, Trainees
 
 
@@ -70,7 +73,7 @@ def train_run(
     torch.set_num_threads(training.threads or os.cpu_count() or 1)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = ChatTokenizer(recipe.base)
-    data: dict[str, TaskData] = {}
+    data: dict[str, TaskData[Rendered, Example]] = {}
     for task in recipe.tasks:
         data[task.name] = load_task(task, tokenizer, recipe.seed)
         watch.say(_describe(task, data[task.name]))
@@ -83,7 +86,7 @@ def train_run(
         run = begin_run(directory, recipe, identity, data, torch.get_num_threads())
     checkpoint = load_checkpoint(directory.checkpoints, watch.say)
     first = 0 if checkpoint is None else checkpoint.step
-    last = max(task.steps for task in recipe.tasks)
+    last = max(task.steps for task in data.values())
 
     watch.say(f"base {recipe.base.name} on {device}, steps {first + 1} to {last}")
     transformers.utils.logging.disable_progress_bar()
@@ -136,14 +139,24 @@ def train_run(
         stating_storage_faults(path, how_to_resume),
         closing(MetricsFile(directory.metrics, metrics_bytes)) as metrics,
         _signals() as stop,
+        prepared_ahead([trainee.stream for trainee in trainees]),
     ):
         update_run(directory, run, progress)
         if checkpoint is None and initial:
             # From here on a resume needs none of the adapters that the tasks go on from.
             save(0, metrics)
-        watch.start({task.name: task.steps for task in recipe.tasks}, first)
+        watch.start({name: task.steps for name, task in data.items()}, first)
         for step in range(first, last):
-            reports = trainees.train_step(step)
+            try:
+                reports = trainees.train_step(step)
+            except DataError:
+                # Nothing was drawn or changed: the steps before it are whole.
+                save(step, metrics)
+                watch.say(
+                    f"the rows failed; a checkpoint was written after step {step} of {last}. Once "
+                    f"they can be read, go on with: {how_to_resume}"
+                )
+                raise
             if not reports:
                 break
             done = step + 1
@@ -155,11 +168,19 @@ def train_run(
             taking_part = [trainee for trainee in trainees if trainee.name in reports]
             running = [t for t in taking_part if t.progress.stopped is None]
             due = done % training.validate_every == 0
-            measured = [t.name for t in running if due or t.task.steps == done]
+            measured = [t.name for t in running if due or t.data.steps == done]
             for name, loss in trainees.validate(done, measured).items():
                 if progress[name].stopped is None:
                     metrics.write({"step": done, "task": name, "validation_loss": loss})
                     watch.validated(name, loss)
+            for name in measured:
+                cursor = progress[name].cursor
+                if cursor.overlong_dropped or cursor.overlong_truncated:
+                    counts = {
+                        "overlong_dropped": cursor.overlong_dropped,
+                        "overlong_truncated": cursor.overlong_truncated,
+                    }
+                    metrics.write({"step": done, "task": name, **counts})
             for trainee in taking_part:
                 name, went = trainee.name, trainee.progress
                 if went.stopped is not None:
@@ -167,7 +188,7 @@ def train_run(
                     save_weights(directory.path / "stopped", trainee)
                     metrics.write({"step": done, "task": name, "stopped": went.stopped})
                     watch.say(f"{name} stops at {went.stopped}; the others go on")
-                elif went.ended_early or trainee.task.steps == done:
+                elif went.ended_early or trainee.data.steps == done:
                     if went.ended_early:
                         metrics.write({"step": done, "task": name, "ended": went.ended_early})
                         watch.say(f"{name} ends well at {went.ended_early}")
@@ -209,7 +230,7 @@ def _initial_adapters(
 
 def _check_steps(path: Path, trainee: Trainee, done: int) -> None:
     """A changed number of steps must lie ahead of a task that has not ended."""
-    progress, steps = trainee.progress, trainee.task.steps
+    progress, steps = trainee.progress, trainee.data.steps
     ended = progress.size_bytes is not None or progress.stopped is not None
     if ended and steps > done and progress.ended_early is None and progress.stopped is None:
         raise RecipeChangedError(
@@ -240,11 +261,15 @@ def _recomputes(recipe: Recipe, base: BaseModel) -> bool:
     return kept > ACTIVATION_SHARE * device_memory(base.device)
 
 
-def _describe(task: Task, data: TaskData) -> str:
+def _describe(task: Task, data: TaskData[Rendered, Example]) -> str:
     text = (
-        f"{task.name}: {data.rows_read} rows, {len(data.train)} to train on, "
+        f"{task.name}: {data.rows_read} rows, {data.train_rows} to train on, "
         f"{len(data.validation)} to validate, {len(data.held_out)} held out"
     )
+    if task.epochs is not None:
+        text += f"; {task.epochs:g} epochs are {data.steps} steps"
+    if data.rows_skipped:
+        text += f"; skipped {data.rows_skipped} malformed"
     if data.overlong_dropped:
         text += f"; dropped {data.overlong_dropped} longer than {task.max_length} tokens"
     if data.overlong_truncated:

@@ -121,8 +121,6 @@ def _change_recipe(
     _write_recipe(path, recipe)
     run["changes"] = [*run.get("changes", []), {"from": run["recipe_digest"], "fields": fields}]
     run["recipe_digest"] = recipe.digest
-    for task in recipe.tasks:
-        run["tasks"][task.name]["steps"] = task.steps
     directory.write_run(run)
 
 
@@ -130,7 +128,7 @@ def begin_run(
     directory: RunDirectory,
     recipe: Recipe,
     base: BaseModelIdentity,
-    data: Mapping[str, TaskData],
+    data: Mapping[str, TaskData[Any, Any]],
     threads: int,
 ) -> dict[str, Any]:
     """Writes run.json and the held-out rows, or checks them against what is there.
@@ -150,6 +148,8 @@ def begin_run(
                 f"{directory.path}: the rows of {', '.join(changed)} have changed since the run "
                 "was started; resuming would mix the two"
             )
+        for name, task in data.items():
+            run["tasks"][name]["steps"] = task.steps
         return run
     held_out = directory.path / "held_out"
     held_out.mkdir(exist_ok=True)
@@ -168,14 +168,13 @@ def begin_run(
         },
         "tasks": {
             task.name: {
-                "steps": task.steps,
+                "steps": data[task.name].steps,
                 "rank": task.lora.rank,
                 "rows_read": data[task.name].rows_read,
-                "train_rows": len(data[task.name].train),
+                "rows_skipped": data[task.name].rows_skipped,
+                "train_rows": data[task.name].train_rows,
                 "validation_rows": len(data[task.name].validation),
                 "held_out_rows": len(data[task.name].held_out),
-                "overlong_dropped": data[task.name].overlong_dropped,
-                "overlong_truncated": data[task.name].overlong_truncated,
                 "data_fingerprint": data[task.name].data_fingerprint,
             }
             for task in recipe.tasks
@@ -195,6 +194,9 @@ def update_run(
             size_bytes=task.size_bytes,
             seconds=round(task.seconds, 3),
             tokens=task.tokens,
+            examples=task.cursor.examples,
+            overlong_dropped=task.cursor.overlong_dropped,
+            overlong_truncated=task.cursor.overlong_truncated,
             stopped=task.stopped,
         )
     directory.write_run(run)
@@ -224,6 +226,9 @@ def _result(directory: RunDirectory, run: Mapping[str, Any]) -> RunResult:
             task["tokens"],
             task["seconds"],
             task["stopped"],
+            task["overlong_dropped"],
+            task["overlong_truncated"],
+            task["rows_skipped"],
         )
         for name, task in run["tasks"].items()
     }

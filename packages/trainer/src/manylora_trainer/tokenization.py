@@ -5,6 +5,7 @@
 # pyright: reportUnknownArgumentType=false, reportMissingTypeStubs=false
 
 import json
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +14,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from manylora_trainer.data_settings import FormatSettings
 from manylora_trainer.errors import UnsupportedBaseError
-from manylora_trainer.formats import Message, Rendered
+from manylora_trainer.formats import Message, Rendered, render
+from manylora_trainer.sources import Row
 
 
 @dataclass(frozen=True)
@@ -34,9 +37,15 @@ class Example:
         """Tokens before the first one that trains."""
         return int(np.argmax(self.trained))
 
-    def truncated(self, length: int) -> "Example":
-        """The first `length` tokens."""
-        return Example(self.tokens[:length], self.trained[:length])
+    @property
+    def longest(self) -> int:
+        """Its length: it is one sequence."""
+        return len(self.tokens)
+
+    def truncated(self, length: int) -> "Example | None":
+        """The first `length` tokens; None if none of them trains."""
+        trained = self.trained[:length]
+        return Example(self.tokens[:length], trained) if trained.any() else None
 
 
 class ChatTokenizer:
@@ -61,6 +70,7 @@ class ChatTokenizer:
             raise UnsupportedBaseError(f"{base}: its tokenizer cannot be read: {error}") from error
         if not self._tokenizer.chat_template:
             raise UnsupportedBaseError(f"{base}: its tokenizer has no chat template")
+        self._lock = threading.Lock()
         self.stop_token: int = self._find_stop_token(base)
 
     def render_prompt(self, messages: Sequence[Message]) -> str:
@@ -89,8 +99,10 @@ class ChatTokenizer:
         return self._tokenizer.decode(tokens.tolist(), skip_special_tokens=False)
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
-        # The template has already written the special tokens.
-        return self._tokenizer(texts, add_special_tokens=False)["input_ids"]
+        # The template has already written the special tokens. One call at a time: a call sets its
+        # options in the tokenizer, which refuses that while another thread is in it.
+        with self._lock:
+            return self._tokenizer(texts, add_special_tokens=False)["input_ids"]
 
     def _find_stop_token(self, base: Path) -> int:
         """The first end-of-sequence token the template writes after an answer."""
@@ -106,6 +118,22 @@ class ChatTokenizer:
         if self._tokenizer.eos_token_id is None:
             raise UnsupportedBaseError(f"{base}: its tokenizer has no end-of-sequence token")
         return int(self._tokenizer.eos_token_id)
+
+
+@dataclass(frozen=True)
+class ChatPreparation:
+    """Makes examples of supervised training of a task's rows."""
+
+    format: FormatSettings
+    tokenizer: ChatTokenizer
+
+    def render(self, row: Row) -> Rendered:
+        """The row as its format says."""
+        return render(self.format, row)
+
+    def encode(self, rendered: Sequence[Rendered]) -> list[Example]:
+        """The conversations as tokens."""
+        return self.tokenizer.encode(rendered)
 
 
 def _generation_stops(base: Path) -> list[int]:

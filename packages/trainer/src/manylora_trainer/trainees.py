@@ -16,6 +16,7 @@ import torch
 from manylora_trainer.base_model import BaseModel
 from manylora_trainer.dataset import TaskData
 from manylora_trainer.dropout import step_key, token_keys
+from manylora_trainer.formats import Rendered
 from manylora_trainer.lora import Adapter, Routing, attach
 from manylora_trainer.objectives import (
     MeanCrossEntropy,
@@ -27,8 +28,9 @@ from manylora_trainer.optimizer import make_optimizer
 from manylora_trainer.packing import Batch, Pack, pack_batches
 from manylora_trainer.recipe import Task
 from manylora_trainer.result import TaskProgress
-from manylora_trainer.sampling import Sampler
+from manylora_trainer.sampling import ExampleStream
 from manylora_trainer.targets import Shapes
+from manylora_trainer.tokenization import Example
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,13 @@ class Trainee:
     """One task on its way: its data, its adapter, its optimiser and how far it has come."""
 
     def __init__(
-        self, task: Task, data: TaskData, targets: Shapes, *, seed: int, device: torch.device
+        self,
+        task: Task,
+        data: TaskData[Rendered, Example],
+        targets: Shapes,
+        *,
+        seed: int,
+        device: torch.device,
     ) -> None:
         """Sets the task up as at its start. Nothing in it depends on the other tasks."""
         digest = hashlib.sha256(f"{seed}/{task.name}/weights".encode()).digest()
@@ -69,7 +77,7 @@ class Trainee:
         self.optimizer = make_optimizer(task.optimizer, self.adapter.weights, self.adapter.up_from)
         self._best = self.adapter.weights.clone() if task.early_stopping else None
         self._sound = self.adapter.weights.clone()
-        self.sampler = Sampler(len(data.train), task.batch_size, seed=seed, task=task.name)
+        self.stream = ExampleStream(task, data, seed=seed)
 
     @property
     def name(self) -> str:
@@ -79,7 +87,7 @@ class Trainee:
     def trains_at(self, step: int) -> bool:
         """Whether it takes part in step `step`, counted from 0."""
         progress = self.progress
-        return not (progress.stopped or progress.ended_early) and step < self.task.steps
+        return not (progress.stopped or progress.ended_early) and step < self.data.steps
 
     def state(self) -> dict[str, torch.Tensor]:
         """Weights and optimiser state; the live tensors, by name."""
@@ -100,7 +108,7 @@ class Trainee:
     def restore(self, progress: TaskProgress, tensors: Mapping[str, torch.Tensor]) -> None:
         """Takes up where a checkpoint left it."""
         self.progress = progress
-        self.sampler.move_to(progress.cursor)
+        self.stream.move_to(progress.cursor)
         for name, tensor in self.state().items():
             tensor.copy_(tensors[name])
         self._sound.copy_(self.adapter.weights)
@@ -115,7 +123,7 @@ class Trainee:
         rate = None
         if math.isfinite(loss) and math.isfinite(norm):
             self._sound.copy_(self.adapter.weights)
-            rate = self.optimizer.step(gradients, norm, step, self.task.steps)
+            rate = self.optimizer.step(gradients, norm, step, self.data.steps)
         else:
             self.progress.stopped = f"step {step + 1}: loss {loss}, gradient norm {norm}"
         gradients.zero_()
@@ -146,9 +154,7 @@ class Trainee:
 
     def next_batch(self, index: int) -> Batch:
         """The examples of its next step, for the adapter number `index` of the run."""
-        batch = Batch(index, [self.data.train[i] for i in self.sampler.next_batch()])
-        self.progress.cursor = self.sampler.cursor
-        return batch
+        return Batch(index, self.stream.next_batch())
 
 
 class Trainees:
@@ -175,6 +181,10 @@ class Trainees:
             for index, trainee in enumerate(self._trainees)
             if trainee.trains_at(step)
         ]
+        # Once all are there: a source that fails must not leave others a batch ahead.
+        for batch in batches:
+            trainee = self._trainees[batch.adapter]
+            trainee.progress.cursor = trainee.stream.cursor
         packs = pack_batches(batches, self._pack_tokens)
         means = self._backward(step, batches, packs)
         applied = [
