@@ -1,7 +1,6 @@
 """Promise 4: killed at any moment and resumed, the adapters are the same bytes."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -18,6 +17,7 @@ from manylora_trainer.errors import (
     RunInterruptedError,
 )
 from manylora_trainer.progress import Progress
+from tests.unit.trainer.conftest import StopAt
 
 # Kills its own process, without a chance to tidy up, just before the first file operation of the
 # kind and path that are asked for: audit events are raised by the interpreter itself.
@@ -85,19 +85,6 @@ def test_killed_at_any_moment_and_resumed_equals_uninterrupted(recipe, tmp_path)
         manylora_trainer.train(recipe, run, resume=True)
         assert adapters(run) == adapters(tmp_path / "whole"), what
         assert losses(run) == losses(tmp_path / "whole"), what
-
-
-class StopAt(Progress):
-    """Sends this process a signal during a step."""
-
-    def __init__(self, step: int, number: signal.Signals) -> None:
-        super().__init__()
-        self._step = step
-        self._number = number
-
-    def step(self, step, losses, tokens_per_s):
-        if step == self._step:
-            os.kill(os.getpid(), self._number)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -17,8 +17,10 @@ import transformers
 from manylora_registry.base import identify_base
 from manylora_trainer.adapter_files import read_initial, save_adapter
 from manylora_trainer.base_model import BaseModel
+from manylora_trainer.cards import adapter_card
 from manylora_trainer.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from manylora_trainer.dataset import TaskData, load_task
+from manylora_trainer.environment import peak_memory_bytes
 from manylora_trainer.errors import RunInterruptedError
 from manylora_trainer.plots import plot_curves
 from manylora_trainer.progress import Progress
@@ -115,7 +117,12 @@ def train_run(
                     trainee.task,
                     trainee.targets,
                     identity.fingerprint,
-                    trainee.progress.metrics,
+                    adapter_card(
+                        trainee.task,
+                        identity.fingerprint,
+                        run["tasks"][trainee.name]["data_fingerprint"],
+                        trainee.progress.metrics,
+                    ),
                 )
             if stop or done % training.checkpoint_every == 0:
                 tensors = {k: v for trainee in trainees for k, v in trainee.state().items()}
@@ -165,6 +172,7 @@ def _metrics_line(step: int, name: str, report: StepReport) -> dict[str, Any]:
         "tokens_per_s": round(report.tokens_per_s, 1),
         "grad_norm": report.grad_norm,
         "lr": report.lr,
+        "peak_memory_bytes": peak_memory_bytes(),
     }
 
 

@@ -116,11 +116,10 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """
     recipe = load_config(path, Recipe, overrides)
     here = path.resolve().parent
-    # Joined, not resolved further: a link in a path is the user's choice of name.
     return recipe.model_copy(
         update={
-            "base": here / recipe.base.expanduser(),
-            "run_directory": here / recipe.run_directory.expanduser(),
+            "base": anchored(recipe.base, here),
+            "run_directory": anchored(recipe.run_directory, here),
             "tasks": tuple(
                 task.model_copy(
                     update={
@@ -132,3 +131,14 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
             ),
         }
     )
+
+
+def anchored(path: Path, directory: Path) -> Path:
+    """`path` as seen from the resolved `directory`, without the `..` it begins with.
+
+    Not resolved further: a link in a path is the user's choice of name.
+    """
+    path = path.expanduser()
+    while path.parts[:1] == ("..",):
+        directory, path = directory.parent, Path(*path.parts[1:])
+    return directory / path

@@ -4,21 +4,27 @@ import fcntl
 import json
 import os
 import platform
+import time
 import uuid
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import yaml
 
 from manylora_registry.base import BaseModelIdentity
 from manylora_trainer.dataset import TaskData
+from manylora_trainer.dotted import differing
 from manylora_trainer.durable import write_file
+from manylora_trainer.environment import describe_environment, git_state
 from manylora_trainer.errors import RecipeChangedError, RunDirectoryError, RunExistsError
 from manylora_trainer.recipe import Recipe
 from manylora_trainer.result import RunResult, TaskProgress, TaskResult
+from manylora_trainer.source_files import source_files
+from manylora_trainer.targets import linears_of, targets_of, trainable_parameters
 
 LIBRARIES = ("manylora-trainer", "torch", "transformers", "safetensors", "numpy")
 
@@ -43,6 +49,11 @@ class RunDirectory:
     def metrics(self) -> Path:
         """Losses of every step as JSON lines."""
         return self.path / "metrics.jsonl"
+
+    @property
+    def environment(self) -> Path:
+        """What it ran on, one entry for each time it was started or resumed."""
+        return self.path / "environment.json"
 
     @property
     def curves(self) -> Path:
@@ -120,14 +131,17 @@ def begin_run(
                 f"{directory.path}: the rows of {', '.join(changed)} have changed since the run "
                 "was started; resuming would mix the two"
             )
+        _record_start(directory, threads)
         return run
     held_out = directory.path / "held_out"
     held_out.mkdir(exist_ok=True)
     for name, task in data.items():
         write_file(held_out / f"{name}.jsonl", _lines(row.as_json() for row in task.held_out))
+    linears = linears_of(base)
     run = {
         "id": uuid.uuid4().hex,
         "status": "running",
+        "started_at": _now(),
         "recipe_digest": recipe.digest,
         "base": {"path": str(recipe.base), "fingerprint": base.fingerprint},
         "seed": recipe.seed,
@@ -140,6 +154,9 @@ def begin_run(
             task.name: {
                 "steps": task.steps,
                 "rank": task.lora.rank,
+                "trainable_parameters": trainable_parameters(
+                    targets_of(task, linears), task.lora.rank
+                ),
                 "rows_read": data[task.name].rows_read,
                 "train_rows": len(data[task.name].train),
                 "validation_rows": len(data[task.name].validation),
@@ -147,10 +164,12 @@ def begin_run(
                 "overlong_dropped": data[task.name].overlong_dropped,
                 "overlong_truncated": data[task.name].overlong_truncated,
                 "data_fingerprint": data[task.name].data_fingerprint,
+                "files": source_files(task.source),
             }
             for task in recipe.tasks
         },
     }
+    _record_start(directory, threads)
     directory.write_run(run)
     return run
 
@@ -176,6 +195,7 @@ def end_run(
     """Writes that the run has ended, and gives its result."""
     kept = any(task.stopped is None for task in progress.values())
     run["status"] = "finished" if kept else "failed"
+    run["ended_at"] = _now()
     update_run(directory, run, progress)
     return _result(directory, run)
 
@@ -220,8 +240,9 @@ class MetricsFile:
         self._file.truncate(length)
 
     def write(self, entry: Mapping[str, Any]) -> None:
-        """Adds one line, readable at once by who follows the file."""
-        self._file.write(json.dumps(entry).encode() + b"\n")
+        """Adds one line with the time, readable at once by who follows the file."""
+        stamped = {**entry, "time": round(time.time(), 3)}
+        self._file.write(json.dumps(stamped).encode() + b"\n")
         self._file.flush()
 
     def sync(self) -> int:
@@ -234,25 +255,26 @@ class MetricsFile:
         self._file.close()
 
 
+def _record_start(directory: RunDirectory, threads: int) -> None:
+    """Adds what the run goes on from here with to environment.json."""
+    file = directory.environment
+    starts: list[Any] = json.loads(file.read_bytes())["starts"] if file.is_file() else []
+    starts.append(
+        {"at": _now(), "git": git_state(Path.cwd()), "environment": describe_environment(threads)}
+    )
+    write_file(file, json.dumps({"starts": starts}, indent=1).encode() + b"\n")
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
 def _changes(directory: RunDirectory, recipe: Recipe) -> str:
     """The dotted paths in which a recipe differs from the run's."""
     before: Any = yaml.safe_load((directory.path / "recipe.yaml").read_text(encoding="utf-8"))
     after: Any = recipe.model_dump(mode="json")
-    paths = [path for path in _differing(before, after, "") if path != "run_directory"]
+    paths = [path for path in differing(before, after) if path != "run_directory"]
     return ", ".join(paths[:5]) + (" and more" if len(paths) > 5 else "")
-
-
-def _differing(before: Any, after: Any, path: str) -> Iterable[str]:
-    if isinstance(before, list) and isinstance(after, list):
-        before = dict(enumerate(cast("list[Any]", before)))
-        after = dict(enumerate(cast("list[Any]", after)))
-    if isinstance(before, dict) and isinstance(after, dict):
-        left, right = cast("dict[Any, Any]", before), cast("dict[Any, Any]", after)
-        for key in dict.fromkeys([*left, *right]):
-            below = f"{path}.{key}" if path else str(key)
-            yield from _differing(left.get(key), right.get(key), below)
-    elif before != after:
-        yield path
 
 
 def _lines(lines: Iterable[str]) -> bytes:
