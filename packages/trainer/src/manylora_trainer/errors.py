@@ -10,7 +10,8 @@ TrainerError
 ├── RunDirectoryError         the run directory cannot be used as asked
 │   ├── RunExistsError        it already holds a run and resuming was not asked for
 │   ├── RecipeChangedError    the run was started with another recipe, base or data
-│   └── CheckpointError       a checkpoint is there but none of them is whole
+│   ├── CheckpointError       a checkpoint is there but none of them is whole
+│   └── UnreadableRunError    a directory holds no run, or a damaged one
 ├── RunInterruptedError       stopped by a signal; a checkpoint was written
 ├── AdaptersStoppedError      one or more adapters stopped early, for the reasons given
 ├── NotPublishableError       a run or a task of it has nothing to publish
@@ -91,6 +92,12 @@ class CheckpointError(RunDirectoryError):
     """Checkpoints are there, but none of them is whole."""
 
     reason = "CHECKPOINT_DAMAGED"
+
+
+class UnreadableRunError(RunDirectoryError):
+    """A directory holds no run, or one whose files are damaged."""
+
+    reason = "RUN_UNREADABLE"
 
 
 class RunInterruptedError(TrainerError):

@@ -7,7 +7,7 @@ import platform
 import time
 import uuid
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -23,10 +23,14 @@ from manylora_trainer.environment import describe_environment, git_state
 from manylora_trainer.errors import RecipeChangedError, RunDirectoryError, RunExistsError
 from manylora_trainer.recipe import Recipe
 from manylora_trainer.result import RunResult, TaskProgress, TaskResult
+from manylora_trainer.run_report import write_run_report
+from manylora_trainer.saved_runs import read_run
 from manylora_trainer.source_files import source_files
 from manylora_trainer.targets import linears_of, targets_of, trainable_parameters
 
 LIBRARIES = ("manylora-trainer", "torch", "transformers", "safetensors", "numpy")
+LOCK_ATTEMPTS = 5
+LOCK_SECONDS = 0.02
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,11 @@ class RunDirectory:
     def curves(self) -> Path:
         """The losses as a picture."""
         return self.path / "plots" / "curves.png"
+
+    @property
+    def report(self) -> Path:
+        """Everything about the run on one page."""
+        return self.path / "report.html"
 
     def read_run(self) -> dict[str, Any] | None:
         """run.json, or None before it was first written."""
@@ -178,6 +187,11 @@ def update_run(
     directory: RunDirectory, run: dict[str, Any], progress: Mapping[str, TaskProgress]
 ) -> None:
     """Writes how far the tasks have come."""
+    _note_progress(run, progress)
+    directory.write_run(run)
+
+
+def _note_progress(run: dict[str, Any], progress: Mapping[str, TaskProgress]) -> None:
     for name, task in progress.items():
         run["tasks"][name].update(
             metrics=task.metrics,
@@ -186,16 +200,19 @@ def update_run(
             tokens=task.tokens,
             stopped=task.stopped,
         )
-    directory.write_run(run)
 
 
 def end_run(
     directory: RunDirectory, run: dict[str, Any], progress: Mapping[str, TaskProgress]
 ) -> RunResult:
-    """Writes that the run has ended, and gives its result."""
+    """Writes the run's page and that it has ended, and gives its result."""
     kept = any(task.stopped is None for task in progress.values())
     run["status"] = "finished" if kept else "failed"
     run["ended_at"] = _now()
+    # The page comes before the word that the run has ended, so that a resume makes up for it.
+    _note_progress(run, progress)
+    saved = replace(read_run(directory.path), state=run["status"], record=run)
+    write_run_report(saved, directory.report)
     update_run(directory, run, progress)
     return _result(directory, run)
 
@@ -232,11 +249,9 @@ class MetricsFile:
             RunDirectoryError: another process is training into the same run.
         """
         self._file = path.open("ab")
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+        if not self._lock():
             self._file.close()
-            raise RunDirectoryError(f"{path.parent} is being trained by another process") from error
+            raise RunDirectoryError(f"{path.parent} is being trained by another process")
         self._file.truncate(length)
 
     def write(self, entry: Mapping[str, Any]) -> None:
@@ -244,6 +259,17 @@ class MetricsFile:
         stamped = {**entry, "time": round(time.time(), 3)}
         self._file.write(json.dumps(stamped).encode() + b"\n")
         self._file.flush()
+
+    def _lock(self) -> bool:
+        # Whoever looks whether the run is under way holds the lock for an instant.
+        for _ in range(LOCK_ATTEMPTS):
+            try:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                time.sleep(LOCK_SECONDS)
+            else:
+                return True
+        return False
 
     def sync(self) -> int:
         """Puts all lines on disk; returns the length in bytes."""
