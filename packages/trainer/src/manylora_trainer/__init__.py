@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from manylora_trainer.recipe import Recipe, load_recipe
 
 if TYPE_CHECKING:
+    from manylora_trainer.loop import Judge
     from manylora_trainer.progress import Progress
     from manylora_trainer.result import RunResult
 
@@ -20,6 +21,7 @@ def train(
     *,
     progress: "Progress | None" = None,
     how_to_resume: str = "resume=True",
+    judge: "Judge | None" = None,
 ) -> "RunResult":
     """Trains every task of a recipe in one run, and writes one adapter for each.
 
@@ -34,6 +36,9 @@ def train(
             interruption.
         progress: Where to show progress; standard error unless given.
         how_to_resume: What the message of an interruption tells the user to do.
+        judge: Called with a step and the validation losses measured after it; names the adapters
+            that leave the run there, each with the reason. It must decide by these alone, so
+            that a resumed run decides the same.
 
     Raises:
         ConfigError: the recipe has mistakes.
@@ -44,11 +49,18 @@ def train(
     """
     # Bases are local directories: without this the libraries look for a hub first.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    from manylora_trainer.loop import train_run
+    from manylora_trainer.loop import nobody, train_run
     from manylora_trainer.progress import Progress
 
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(Path(recipe))
     path = Path(run_dir) if run_dir is not None else recipe.run_directory
     with progress or Progress() as watch:
-        return train_run(recipe, path, resume=resume, watch=watch, how_to_resume=how_to_resume)
+        return train_run(
+            recipe,
+            path,
+            resume=resume,
+            watch=watch,
+            how_to_resume=how_to_resume,
+            judge=judge or nobody,
+        )

@@ -9,7 +9,7 @@ import yaml
 from manylora_trainer.dotted import dotted
 from manylora_trainer.recipe import Task
 
-OTHERWISE_TOLD = {"name", "source", "format", "split"}
+OTHERWISE_TOLD = {"name", "seed_as", "source", "format", "split"}
 
 
 def adapter_card(
@@ -35,7 +35,7 @@ def adapter_card(
 library_name: peft
 tags: [lora, manylora]
 ---
-# {task.name}
+# {task.seed_name}
 
 A LoRA adapter trained with manylora. It is right only on the base it was trained on.
 

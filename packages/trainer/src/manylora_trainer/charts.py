@@ -183,7 +183,8 @@ class _Axis:
 
         low, high = min(values), max(values)
         if low == high:
-            low, high = (low / 2, high * 2) if log else (low - 0.5, high + 0.5)
+            margin = abs(low) / 2 or 0.5
+            low, high = (low / 2, high * 2) if log else (low - margin, high + margin)
         self._log = log
         self._start, self._end = start, end
         self._low, self._high = self._scaled(low), self._scaled(high)

@@ -89,7 +89,7 @@ def load_task(
         NoExamplesError: no row is left to train on.
     """
     source = source or open_source(task.source)
-    sample = _Sample(task.steps * task.batch_size, random_for(seed, task.name, "sample"))
+    sample = _Sample(task.steps * task.batch_size, random_for(seed, task.seed_name, "sample"))
     validation = _Smallest(task.split.validation_rows)
     held_out = _Smallest(task.split.held_out_rows)
     rows_read = 0

@@ -12,6 +12,7 @@ TrainerError
 │   ├── RecipeChangedError    the run was started with another recipe, base or data
 │   ├── CheckpointError       a checkpoint is there but none of them is whole
 │   └── UnreadableRunError    a directory holds no run, or a damaged one
+├── SweepError                a sweep cannot go on as asked, or found nothing
 ├── RunInterruptedError       stopped by a signal; a checkpoint was written
 ├── AdaptersStoppedError      one or more adapters stopped early, for the reasons given
 ├── NotPublishableError       a run or a task of it has nothing to publish
@@ -98,6 +99,12 @@ class UnreadableRunError(RunDirectoryError):
     """A directory holds no run, or one whose files are damaged."""
 
     reason = "RUN_UNREADABLE"
+
+
+class SweepError(TrainerError):
+    """A sweep's directory cannot be used as asked, or no trial of it came to its end."""
+
+    reason = "SWEEP"
 
 
 class RunInterruptedError(TrainerError):

@@ -5,7 +5,7 @@
 
 import os
 import signal
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Mapping
 from contextlib import closing, contextmanager
 from pathlib import Path
 from types import FrameType
@@ -38,9 +38,24 @@ from manylora_trainer.targets import linears_of, targets_of
 from manylora_trainer.tokenization import ChatTokenizer
 from manylora_trainer.trainees import StepReport, Trainee, Trainees
 
+Judge = Callable[[int, Mapping[str, float]], Mapping[str, str]]
+"""From a step and the validation losses just measured to the adapters that end there unfinished,
+each with the reason."""
+
+
+def nobody(_step: int, _losses: Mapping[str, float]) -> Mapping[str, str]:
+    """The judge that lets everybody go on."""
+    return {}
+
 
 def train_run(
-    recipe: Recipe, path: Path, *, resume: bool, watch: Progress, how_to_resume: str
+    recipe: Recipe,
+    path: Path,
+    *,
+    resume: bool,
+    watch: Progress,
+    how_to_resume: str,
+    judge: Judge,
 ) -> RunResult:
     """Trains every task of the recipe in one loop; see `manylora_trainer.train`."""
     training = recipe.training
@@ -106,9 +121,14 @@ def train_run(
             running = [t for t in trainees if t.name in reports and t.progress.stopped is None]
             finished = [t for t in running if t.task.steps == done]
             measured = running if done % training.validate_every == 0 else finished
-            for name, loss in trainees.validation_losses([t.name for t in measured]).items():
+            validated = trainees.validation_losses([t.name for t in measured])
+            for name, loss in validated.items():
                 metrics.write({"step": done, "task": name, "validation_loss": loss})
                 watch.validated(name, loss)
+            for name, why in judge(done, validated).items():
+                progress[name].stopped = why
+                metrics.write({"step": done, "task": name, "stopped": why})
+                watch.say(f"{name} stops at {why}")
             for trainee in finished:
                 # Before the checkpoint that counts it as done, so that no resume misses it.
                 trainee.progress.size_bytes = save_adapter(

@@ -33,6 +33,14 @@ class Task(ConfigModel):
     """Longest example, in tokens with prompt and stop token."""
     overlong: Literal["drop", "truncate"] = "drop"
     """What happens to longer ones; either way they are counted and reported."""
+    seed_as: str | None = None
+    """Draw examples, their order and first weights as the task of this name would; null: as its own
+    name. Trials of a sweep share one, so that only their settings tell them apart."""
+
+    @property
+    def seed_name(self) -> str:
+        """What everything random of this task is drawn by, with the recipe's seed."""
+        return self.seed_as or self.name
 
     @field_validator("name")
     @classmethod

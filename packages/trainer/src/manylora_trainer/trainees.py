@@ -46,7 +46,7 @@ class Trainee:
         self, task: Task, data: TaskData, targets: Shapes, *, seed: int, device: torch.device
     ) -> None:
         """Sets the task up as at its start. Nothing in it depends on the other tasks."""
-        digest = hashlib.sha256(f"{seed}/{task.name}/weights".encode()).digest()
+        digest = hashlib.sha256(f"{seed}/{task.seed_name}/weights".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8]) >> 1)
         self.task = task
         self.data = data
@@ -54,7 +54,7 @@ class Trainee:
         self.progress = TaskProgress()
         self.adapter = Adapter(targets, task.lora.rank, task.lora.alpha, generator, device)
         self.optimizer = AdamW(task.optimizer, self.adapter.weights)
-        self.sampler = Sampler(len(data.train), task.batch_size, seed=seed, task=task.name)
+        self.sampler = Sampler(len(data.train), task.batch_size, seed=seed, task=task.seed_name)
 
     @property
     def name(self) -> str:
