@@ -1,5 +1,6 @@
 """`manylora runs`: what was trained, how it went, and what differs."""
 
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -84,6 +85,45 @@ def compare(
     if out is not None:
         write_comparison(comparison, out)
         typer.echo(f"report: {shown(out / 'comparison.html')}", err=True)
+
+
+class Tracker(StrEnum):
+    """Experiment trackers that runs can be exported to."""
+
+    MLFLOW = "mlflow"
+    TRACKIO = "trackio"
+
+
+@app.command("export")
+def export(
+    run: Run,
+    to: Annotated[Tracker, typer.Option("--to", help="The tracker.")],
+    uri: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URI",
+            help="MLflow's tracking URI, or trackio's server or directory; else its own default.",
+        ),
+    ] = None,
+    project: Annotated[
+        str, typer.Option(metavar="NAME", help="MLflow's experiment, trackio's project.")
+    ] = "manylora",
+    as_json: AsJson = False,
+) -> None:
+    """Copy a run into an experiment tracker; again replaces what was copied before."""
+    from dataclasses import asdict
+
+    from manylora_trainer.exporters import export_run
+    from manylora_trainer.saved_runs import read_run
+
+    exported = export_run(read_run(run), to.value, uri, project)
+    if as_json:
+        print_json([asdict(entry) for entry in exported])
+        return
+    print_table(
+        ("adapter", f"{to.value} run", "values"),
+        [(entry.task, entry.name, str(entry.metrics)) for entry in exported],
+    )
 
 
 def _listed(run: "SavedRun") -> tuple[str, ...]:

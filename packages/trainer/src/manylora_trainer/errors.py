@@ -15,6 +15,7 @@ TrainerError
 ├── SweepError                a sweep cannot go on as asked, or found nothing
 ├── RunInterruptedError       stopped by a signal; a checkpoint was written
 ├── AdaptersStoppedError      one or more adapters stopped early, for the reasons given
+├── ExportError               an experiment tracker is not installed or refuses
 ├── NotPublishableError       a run or a task of it has nothing to publish
 └── BaseFetchError            a packaged base could not be put where it was asked for
 """
@@ -117,6 +118,12 @@ class AdaptersStoppedError(TrainerError):
     """One or more adapters stopped early."""
 
     reason = "ADAPTERS_STOPPED"
+
+
+class ExportError(TrainerError):
+    """An experiment tracker is not installed, or does not take a run."""
+
+    reason = "EXPORT_FAILED"
 
 
 class NotPublishableError(TrainerError):
