@@ -7,10 +7,10 @@ import subprocess
 import sys
 
 import pyarrow
+import pyarrow
 import pyarrow.parquet
 import pytest
 import yaml
-import zstandard
 from pydantic import TypeAdapter
 
 from manylora_registry.errors import ConfigError
@@ -41,7 +41,8 @@ def gzipped(directory):
 
 
 def zstandardised(directory):
-    (directory / "a.jsonl.zst").write_bytes(zstandard.compress(lines(ROWS)))
+    with pyarrow.CompressedOutputStream(str(directory / "a.jsonl.zst"), "zstd") as file:
+        file.write(lines(ROWS))
     return {"kind": "jsonl", "path": str(directory / "a.jsonl.zst")}
 
 

@@ -152,3 +152,10 @@ def test_checking_a_recipe_imports_nothing_heavy(tmp_path):
         [sys.executable, "-c", script, path], capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == "[]"
+
+
+def test_paths_lose_the_way_up_they_begin_with(make_task, write_recipe, tmp_path):
+    path = write_recipe(make_task("a"))
+    loaded = load_recipe(path, ["run_directory=../below/../runs/one", "base=../base"])
+    assert loaded.run_directory == tmp_path.parent / "below" / ".." / "runs" / "one"
+    assert loaded.base == tmp_path.parent / "base"

@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from manylora_cli.output import shown
+
 if TYPE_CHECKING:
     from manylora_trainer.dry_run import TaskPlan
     from manylora_trainer.result import RunResult
@@ -61,7 +63,7 @@ def train(
     from manylora_trainer import train as run
 
     path = run_dir or loaded.run_directory
-    again = ["manylora", "train", str(recipe), "--run-dir", str(path), "--resume"]
+    again = ["manylora", "train", str(recipe), "--run-dir", shown(path), "--resume"]
     for entry in set_ or ():
         again += ["--set", entry]
     for entry in allow_change or ():
@@ -113,8 +115,8 @@ def _show_result(result: "RunResult") -> None:
         losses = ", ".join(
             f"{metric.replace('_', ' ')} {value:.3f}" for metric, value in task.metrics.items()
         )
-        print(f"{name}: {losses}, {task.tokens} tokens, {task.adapter}")
+        print(f"{name}: {losses}, {task.tokens} tokens, {shown(task.adapter)}")
     print(
         f"{result.seconds:.0f} s of training, {result.tokens_per_s:.0f} tokens/s; "
-        f"publish with: manylora publish {result.run_directory}"
+        f"publish with: manylora publish {shown(result.run_directory)}"
     )

@@ -87,7 +87,7 @@ def load_task(
     task: Task, tokenizer: ChatTokenizer, seed: int, *, source: Source | None = None
 ) -> TaskData[Rendered, Example]:
     """Looks through the rows of one task; see `survey`."""
-    source = source or open_source(task.source, f"{seed}/{task.name}")
+    source = source or open_source(task.source, f"{seed}/{task.seed_name}")
     return survey(task, source, ChatPreparation(task.format, tokenizer))
 
 

@@ -5,7 +5,7 @@
 
 import os
 import signal
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from types import FrameType
@@ -17,9 +17,11 @@ import transformers
 from manylora_registry.base import identify_base
 from manylora_trainer.adapter_files import InitialAdapter, read_initial, save_adapter
 from manylora_trainer.base_model import BaseModel
+from manylora_trainer.cards import adapter_card
 from manylora_trainer.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from manylora_trainer.dataset import TaskData, load_task
 from manylora_trainer.durable import stating_storage_faults
+from manylora_trainer.environment import peak_memory_bytes
 from manylora_trainer.errors import (
     DataError,
     InitialAdapterError,
@@ -47,6 +49,15 @@ from manylora_trainer.targets import Shapes, linears_of, targets_of
 from manylora_trainer.tokenization import ChatTokenizer, Example
 from manylora_trainer.trainees import StepReport, Trainee, Trainees
 
+Judge = Callable[[int, Mapping[str, float]], Mapping[str, str]]
+"""From a step and the validation losses just measured to the adapters that end there unfinished,
+each with the reason."""
+
+
+def nobody(_step: int, _losses: Mapping[str, float]) -> Mapping[str, str]:
+    """The judge that lets everybody go on."""
+    return {}
+
 
 def train_run(
     recipe: Recipe,
@@ -55,6 +66,7 @@ def train_run(
     resume: bool,
     watch: Progress,
     how_to_resume: str,
+    judge: Judge,
     allow_changes: Sequence[str] = (),
 ) -> RunResult:
     """Trains every task of the recipe in one loop; see `manylora_trainer.train`."""
@@ -131,7 +143,12 @@ def train_run(
             trainee.task,
             trainee.targets,
             identity.fingerprint,
-            trainee.progress.metrics,
+            adapter_card(
+                trainee.task,
+                identity.fingerprint,
+                run["tasks"][trainee.name]["data_fingerprint"],
+                trainee.progress.metrics,
+            ),
         )
 
     metrics_bytes = 0 if checkpoint is None else checkpoint.metrics_bytes
@@ -169,10 +186,13 @@ def train_run(
             running = [t for t in taking_part if t.progress.stopped is None]
             due = done % training.validate_every == 0
             measured = [t.name for t in running if due or t.data.steps == done]
-            for name, loss in trainees.validate(done, measured).items():
+            validated = trainees.validate(done, measured)
+            for name, loss in validated.items():
                 if progress[name].stopped is None:
                     metrics.write({"step": done, "task": name, "validation_loss": loss})
                     watch.validated(name, loss)
+            for name, why in judge(done, validated).items():
+                progress[name].stopped = progress[name].stopped or why
             for name in measured:
                 cursor = progress[name].cursor
                 if cursor.overlong_dropped or cursor.overlong_truncated:
@@ -288,6 +308,7 @@ def _metrics_line(step: int, name: str, report: StepReport) -> dict[str, Any]:
         "tokens_per_s": round(report.tokens_per_s, 1),
         "grad_norm": report.grad_norm,
         "lr": report.lr,
+        "peak_memory_bytes": peak_memory_bytes(),
     }
 
 

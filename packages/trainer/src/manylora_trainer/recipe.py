@@ -47,6 +47,14 @@ class Task(ConfigModel):
     """What happens to a malformed row; skipped ones are counted and reported."""
     max_bad_rows: int = Field(default=100, ge=0)
     """With `skip`: more of them in one reading of the source are an error."""
+    seed_as: str | None = None
+    """Draw examples, their order and first weights as the task of this name would; null: as its own
+    name. Trials of a sweep share one, so that only their settings tell them apart."""
+
+    @property
+    def seed_name(self) -> str:
+        """What everything random of this task is drawn by, with the recipe's seed."""
+        return self.seed_as or self.name
 
     @field_validator("name")
     @classmethod
@@ -176,11 +184,10 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """
     recipe = load_config(path, Recipe, overrides)
     here = path.resolve().parent
-    # Joined, not resolved further: a link in a path is the user's choice of name.
     return recipe.model_copy(
         update={
-            "base": here / recipe.base.expanduser(),
-            "run_directory": here / recipe.run_directory.expanduser(),
+            "base": anchored(recipe.base, here),
+            "run_directory": anchored(recipe.run_directory, here),
             "tasks": tuple(
                 task.model_copy(
                     update={
@@ -192,3 +199,14 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
             ),
         }
     )
+
+
+def anchored(path: Path, directory: Path) -> Path:
+    """`path` as seen from the resolved `directory`, without the `..` it begins with.
+
+    Not resolved further: a link in a path is the user's choice of name.
+    """
+    path = path.expanduser()
+    while path.parts[:1] == ("..",):
+        directory, path = directory.parent, Path(*path.parts[1:])
+    return directory / path

@@ -164,7 +164,7 @@ class ExampleStream(Generic[R, I]):
             window = self._read(cursor.place, cursor.skipped)
         window.order = list(range(len(window.rows)))
         purpose = f"epoch {cursor.epoch} window {cursor.window}"
-        random_for(self._seed, self._task.name, purpose).shuffle(window.order)
+        random_for(self._seed, self._task.seed_name, purpose).shuffle(window.order)
         self._drawing = (wanted, window)
         return window
 

@@ -66,7 +66,7 @@ class Trainee:
         device: torch.device,
     ) -> None:
         """Sets the task up as at its start. Nothing in it depends on the other tasks."""
-        digest = hashlib.sha256(f"{seed}/{task.name}/weights".encode()).digest()
+        digest = hashlib.sha256(f"{seed}/{task.seed_name}/weights".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8]) >> 1)
         self._seed = seed
         self.task = task
@@ -150,7 +150,7 @@ class Trainee:
 
     def dropout_key(self, step: int) -> int:
         """What all of its dropout in a step follows from."""
-        return step_key(self._seed, self.name, step)
+        return step_key(self._seed, self.task.seed_name, step)
 
     def next_batch(self, index: int) -> Batch:
         """The examples of its next step, for the adapter number `index` of the run."""
