@@ -14,8 +14,11 @@ from typing import TYPE_CHECKING
 from manylora_evaluator.errors import (
     EvaluationFailedError,
     EvaluatorError,
+    FixtureError,
+    GateError,
     ResultsError,
     RowsError,
+    SuiteError,
     UnknownTaskError,
 )
 
@@ -27,8 +30,11 @@ __all__ = [
     "EvaluationFailedError",
     "EvaluationResult",
     "EvaluatorError",
+    "FixtureError",
+    "GateError",
     "ResultsError",
     "RowsError",
+    "SuiteError",
     "UnknownTaskError",
     "evaluate",
 ]
