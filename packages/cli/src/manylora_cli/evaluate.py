@@ -19,6 +19,12 @@ def evaluate(
         list[str] | None,
         typer.Option(metavar="REF", help="Score this adapter too, in every task run; repeatable."),
     ] = None,
+    baseline: Annotated[
+        str | None,
+        typer.Option(
+            metavar="REF", help="Score this version too; exit 1 when an adapter is not its match."
+        ),
+    ] = None,
     task: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME", help="Run only this task of the suite; repeatable."),
@@ -35,11 +41,13 @@ def evaluate(
 ) -> None:
     """Ask held-out rows of the bare base and of adapters, and compare the scores.
 
-    Exits 1 when a request failed, after printing and writing the results of the others.
+    Exits 1 when a request failed, after printing and writing the results of the others; when a
+    threshold of the suite is not kept; and when an adapter is worse than the baseline or the rows
+    are too few to tell.
     """
     from rich.console import Console
 
-    from manylora_evaluator.errors import EvaluationFailedError
+    from manylora_evaluator.errors import EvaluationFailedError, GateError
     from manylora_evaluator.results import EvaluationResult
     from manylora_evaluator.run import evaluate as run
     from manylora_evaluator.table import table
@@ -60,9 +68,14 @@ def evaluate(
             out,
             tasks=task or (),
             limit=limit,
+            baseline=baseline,
             console=Console(stderr=True),
         )
     except EvaluationFailedError as error:
         show(error.result)
         raise
     show(result)
+    closed = [gate for gate in result.gates if not gate.passed]
+    if closed:
+        reasons = "; ".join(f"{gate.candidate}: {', '.join(gate.reasons)}" for gate in closed)
+        raise GateError(f"the gate is closed to {reasons}", result)

@@ -10,7 +10,8 @@ from manylora_evaluator.errors import ResultsError
 from manylora_evaluator.rows import Message
 from manylora_evaluator.scorers.classification import ClassificationReport
 from manylora_evaluator.scorers.tally import Tallies
-from manylora_evaluator.suite import Decision, Threshold
+from manylora_evaluator.suite import Decision
+from manylora_evaluator.verdicts import Gate, ThresholdCheck
 
 
 @dataclass(frozen=True)
@@ -29,18 +30,6 @@ class Score:
     mean: float
     low: float
     high: float
-
-
-@dataclass(frozen=True)
-class ThresholdCheck:
-    """One bound of the suite, held against one column."""
-
-    threshold: Threshold
-    value: float
-    """What was compared."""
-    passed: bool
-    reason: str
-    """One line, e.g. `exact_match 0.612 is below 0.700`."""
 
 
 @dataclass(frozen=True)
@@ -157,6 +146,8 @@ class EvaluationResult:
     seed: int
     decision: Decision
     tasks: tuple[TaskResult, ...]
+    gates: tuple[Gate, ...] = ()
+    """One an adapter, where the suite states thresholds or a baseline was named."""
 
     @property
     def requests(self) -> int:

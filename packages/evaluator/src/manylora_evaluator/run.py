@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -11,10 +12,12 @@ from rich.console import Console
 from manylora_client import AsyncClient
 from manylora_evaluator.asking import ask_rows, progress_bars
 from manylora_evaluator.errors import EvaluationFailedError, UnknownTaskError
+from manylora_evaluator.gates import gate
 from manylora_evaluator.report import write_report
 from manylora_evaluator.results import EvaluationResult, TaskResult
 from manylora_evaluator.scoring import PreparedTask, prepare, task_result
 from manylora_evaluator.suite import Suite, Task, load_suite
+from manylora_evaluator.verdicts import Gate
 
 BARE_BASE = ""
 RETRIES = 3
@@ -29,6 +32,7 @@ def evaluate(
     *,
     tasks: Sequence[str] = (),
     limit: int | None = None,
+    baseline: str | None = None,
     console: Console | None = None,
 ) -> EvaluationResult:
     """Evaluates the suite at `suite_path` with the gateway at `server`.
@@ -40,6 +44,8 @@ def evaluate(
         out: directory for results.json and report.html; None: nothing is written.
         tasks: names of the tasks to run; empty: all.
         limit: most rows of a task; None: as the suite says.
+        baseline: reference that is scored too and that no other adapter may be worse than; the
+            result's gates tell.
         console: where progress bars go; None: nowhere.
 
     Raises:
@@ -52,7 +58,9 @@ def evaluate(
     """
     suite = load_suite(suite_path)
     prepared = [prepare(task, limit) for task in _chosen(suite, tasks)]
-    result = asyncio.run(_evaluate(suite, prepared, server, adapters, console))
+    asked = [*([] if baseline is None else [baseline]), *adapters]
+    result = asyncio.run(_evaluate(suite, prepared, server, asked, console))
+    result = replace(result, gates=_gates(result, adapters, baseline))
     if out is not None:
         write_report(result, out)
     if result.failures:
@@ -68,6 +76,20 @@ def _chosen(suite: Suite, names: Sequence[str]) -> list[Task]:
             f"suite {suite.name!r} has no task {', '.join(unknown)}; it has {', '.join(known)}"
         )
     return [task for task in suite.tasks if not names or task.name in names]
+
+
+def _gates(
+    result: EvaluationResult, adapters: Sequence[str], baseline: str | None
+) -> tuple[Gate, ...]:
+    """Gates of the adapters that are candidates: those named, else each task's own."""
+    stated = any(column.thresholds for task in result.tasks for column in task.columns)
+    if baseline is None and not stated:
+        return ()
+    own = (column.adapter for task in result.tasks for column in task.columns[1:])
+    candidates = dict.fromkeys(adapters or own)
+    return tuple(
+        gate(result, candidate, baseline) for candidate in candidates if candidate != baseline
+    )
 
 
 def _failure(result: EvaluationResult) -> str:

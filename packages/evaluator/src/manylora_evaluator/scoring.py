@@ -15,7 +15,6 @@ from manylora_evaluator.results import (
     Score,
     Slice,
     TaskResult,
-    ThresholdCheck,
     Version,
 )
 from manylora_evaluator.rows import Row, load_rows
@@ -23,6 +22,7 @@ from manylora_evaluator.scorers import make_scorer
 from manylora_evaluator.scorers.classification import Classification
 from manylora_evaluator.scorers.tally import Scorer, Tallies, ratio
 from manylora_evaluator.suite import Task, Threshold
+from manylora_evaluator.verdicts import ThresholdCheck
 
 MISSING = "(none)"
 """Slice of rows that lack its column."""

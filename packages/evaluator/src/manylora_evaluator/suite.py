@@ -30,7 +30,7 @@ class Threshold(ConfigModel):
 
 
 class Decision(ConfigModel):
-    """When two versions differ; see compare.py."""
+    """When two versions differ; see gates.py."""
 
     alpha: float = Field(default=0.05, gt=0, lt=0.5)
     """Chance of calling equal versions different, over all scores compared."""
