@@ -4,6 +4,7 @@ EvaluatorError
 ├── RowsError                 held-out rows are malformed
 ├── FixtureError              the script of a SQL fixture fails
 ├── SuiteError                a suite that reads well asks for what its scorers or rows lack
+├── JudgeError                a judge cannot be asked at all
 ├── UnknownTaskError          the suite has no task of that name
 ├── ResultsError              a results.json cannot be read, or holds no such score
 ├── EvaluationFailedError     requests failed; carries the result of those that did not
@@ -48,6 +49,12 @@ class SuiteError(EvaluatorError):
     """A suite asks for what its scorers or rows do not have."""
 
     reason = "SUITE_INVALID"
+
+
+class JudgeError(EvaluatorError):
+    """A judge cannot be asked at all."""
+
+    reason = "JUDGE_UNUSABLE"
 
 
 class UnknownTaskError(EvaluatorError):

@@ -129,6 +129,9 @@ def gate(
         for task, column in columns.items()
         if column.failures
     ]
+    unheard = sum(result.judge_failures for result in results)
+    if unheard:
+        reasons.append(f"the judge did not answer {unheard} questions")
     reasons += [
         f"{task}: {check.reason}"
         for task, column in columns.items()

@@ -1,12 +1,13 @@
 """What an evaluation found: frozen dataclasses, and their JSON."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 
 from pydantic import TypeAdapter, ValidationError
 
 from manylora_evaluator.errors import ResultsError
+from manylora_evaluator.judgements import Agreement, Judgement, JudgeUsage
 from manylora_evaluator.rows import Message
 from manylora_evaluator.scorers.classification import ClassificationReport
 from manylora_evaluator.scorers.tally import Tallies
@@ -90,6 +91,8 @@ class Output:
     """The row alone; None where it has no weight, e.g. no fields expected and none given."""
     tallies: Mapping[str, Tallies]
     """The row's share of each score, from which scores are summed up again."""
+    judgements: Mapping[str, Judgement] = field(default_factory=dict[str, Judgement])
+    """By the score's name."""
 
 
 @dataclass(frozen=True)
@@ -115,6 +118,8 @@ class TaskResult:
     compare: tuple[str, ...]
     """Scores by which versions are compared, the chief one first."""
     slices: tuple[Slice, ...]
+    agreements: tuple[Agreement, ...] = ()
+    """Of its judges with labels and with scorers that need no model."""
 
     @property
     def base(self) -> Column:
@@ -146,6 +151,7 @@ class EvaluationResult:
     seed: int
     decision: Decision
     tasks: tuple[TaskResult, ...]
+    judges: tuple[JudgeUsage, ...] = ()
     gates: tuple[Gate, ...] = ()
     """One an adapter, where the suite states thresholds or a baseline was named."""
 
@@ -158,6 +164,11 @@ class EvaluationResult:
     def failures(self) -> int:
         """Requests that failed."""
         return sum(column.failures for task in self.tasks for column in task.columns)
+
+    @property
+    def judge_failures(self) -> int:
+        """Questions no judge answered."""
+        return sum(judge.failures for judge in self.judges)
 
     def score(self, task: str, adapter: str, scorer: str) -> Score:
         """The score `scorer` of `adapter`, a reference as asked for (empty: bare base), in `task`.

@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import Sequence
+from contextlib import AsyncExitStack
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -11,10 +12,14 @@ from rich.console import Console
 
 from manylora_client import AsyncClient
 from manylora_evaluator.asking import ask_rows, progress_bars
-from manylora_evaluator.errors import EvaluationFailedError, UnknownTaskError
+from manylora_evaluator.errors import EvaluationFailedError, SuiteError, UnknownTaskError
 from manylora_evaluator.gates import gate
+from manylora_evaluator.judge.caller import Caller
+from manylora_evaluator.judge.judging import EXPECTED, Judge
+from manylora_evaluator.judge.model import open_model
 from manylora_evaluator.report import write_report
 from manylora_evaluator.results import EvaluationResult, TaskResult
+from manylora_evaluator.scorer_settings import JudgeSettings, PairwiseSettings
 from manylora_evaluator.scoring import PreparedTask, prepare, task_result
 from manylora_evaluator.suite import Suite, Task, load_suite
 from manylora_evaluator.verdicts import Gate
@@ -53,17 +58,19 @@ def evaluate(
         RowsError, FixtureError, SuiteError: so are its rows, or they do not fit its scorers;
             nothing was asked.
         UnknownTaskError: the suite has no task of a name in `tasks`.
+        JudgeError: a judge lacks its key.
         StatusError: the server is away or cannot serve an adapter; seen before its first row.
         EvaluationFailedError: requests failed. The result, which it carries, is written.
     """
     suite = load_suite(suite_path)
     prepared = [prepare(task, limit) for task in _chosen(suite, tasks)]
+    _check_opponents(prepared, adapters, baseline)
     asked = [*([] if baseline is None else [baseline]), *adapters]
     result = asyncio.run(_evaluate(suite, prepared, server, asked, console))
     result = replace(result, gates=_gates(result, adapters, baseline))
     if out is not None:
         write_report(result, out)
-    if result.failures:
+    if result.failures or result.judge_failures:
         raise EvaluationFailedError(_failure(result), result)
     return result
 
@@ -76,6 +83,19 @@ def _chosen(suite: Suite, names: Sequence[str]) -> list[Task]:
             f"suite {suite.name!r} has no task {', '.join(unknown)}; it has {', '.join(known)}"
         )
     return [task for task in suite.tasks if not names or task.name in names]
+
+
+def _check_opponents(
+    tasks: Sequence[PreparedTask], adapters: Sequence[str], baseline: str | None
+) -> None:
+    for task in tasks:
+        answered = {BARE_BASE, EXPECTED, task.settings.adapter, *adapters, baseline}
+        for scorer in task.settings.scorers:
+            if isinstance(scorer, PairwiseSettings) and scorer.against not in answered:
+                raise SuiteError(
+                    f"task {task.settings.name!r}: {scorer.name} sets answers against "
+                    f"{scorer.against}, which is not evaluated; add --adapter {scorer.against}"
+                )
 
 
 def _gates(
@@ -93,11 +113,18 @@ def _gates(
 
 
 def _failure(result: EvaluationResult) -> str:
-    outputs = (output for task in result.tasks for row in task.rows for output in row.outputs)
-    first = next(output.error for output in outputs if output.error is not None)
+    outputs = [output for task in result.tasks for row in task.rows for output in row.outputs]
+    if result.failures:
+        first = next(output.error for output in outputs if output.error is not None)
+        return (
+            f"{result.failures} of {result.requests} requests failed and count as wrong answers; "
+            f"the first with: {first}"
+        )
+    errors = (word.error for output in outputs for word in output.judgements.values())
+    first = next((error for error in errors if error is not None), "a labelled answer")
     return (
-        f"{result.failures} of {result.requests} requests failed and count as wrong answers; "
-        f"the first with: {first}"
+        f"the judge did not answer {result.judge_failures} questions, which count as failed "
+        f"answers; the first with: {first}"
     )
 
 
@@ -110,7 +137,11 @@ async def _evaluate(
 ) -> EvaluationResult:
     started_at, begun = datetime.now(UTC), time.monotonic()
     results: list[TaskResult] = []
-    async with AsyncClient(server, timeout=suite.timeout, retries=RETRIES) as client:
+    async with AsyncExitStack() as stack:
+        client = await stack.enter_async_context(
+            AsyncClient(server, timeout=suite.timeout, retries=RETRIES)
+        )
+        callers = await _callers(suite, tasks, client.target, stack)
         with progress_bars(console) as progress:
             for task in tasks:
                 # dict: each reference once, in this order.
@@ -122,7 +153,12 @@ async def _evaluate(
                     )
                     for reference in references
                 ]
-                results.append(task_result(task, columns, suite.seed))
+                judges = [
+                    Judge(settings, callers[settings.by])
+                    for settings in task.settings.scorers
+                    if isinstance(settings, JudgeSettings | PairwiseSettings)
+                ]
+                results.append(await task_result(task, columns, judges, suite.seed))
     return EvaluationResult(
         suite=suite.name,
         server=client.target,
@@ -131,4 +167,22 @@ async def _evaluate(
         seed=suite.seed,
         decision=suite.decision,
         tasks=tuple(results),
+        judges=tuple(caller.usage(name) for name, caller in callers.items()),
     )
+
+
+async def _callers(
+    suite: Suite, tasks: Sequence[PreparedTask], server: str, stack: AsyncExitStack
+) -> dict[str, Caller]:
+    """A caller for every judge that these tasks use."""
+    used = {
+        scorer.by
+        for task in tasks
+        for scorer in task.settings.scorers
+        if isinstance(scorer, JudgeSettings | PairwiseSettings)
+    }
+    return {
+        name: Caller(settings, await stack.enter_async_context(open_model(settings, server)))
+        for name, settings in suite.judges.items()
+        if name in used
+    }

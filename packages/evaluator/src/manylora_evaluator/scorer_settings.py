@@ -162,6 +162,8 @@ class JudgeSettings(ConfigModel):
     """Whether the judge is shown the expected answer."""
     section: str | None = None
     """Judge only this top-level key of JSON answers, in the answer and the expected one."""
+    labels: SuitePath | None = None
+    """JSON lines of answers that people passed or failed, to measure the judge by."""
     samples: int = Field(default=1, ge=1, le=15)
     """Times each answer is judged; a criterion passes when more than half of them pass it."""
 
@@ -177,7 +179,7 @@ class PairwiseSettings(ConfigModel):
     """What decides."""
     against: str = ""
     """Whose answer it is set against: `expected`, or an adapter reference that is evaluated too;
-    empty: the bare base. Its own column is not scored."""
+    empty: the bare base. Its own column is all ties."""
     reference: bool = False
     """Whether the judge is shown the expected answer beside the two."""
     samples: int = Field(default=1, ge=1, le=15)

@@ -8,6 +8,10 @@ import numpy as np
 from manylora_evaluator.asking import Replies, Reply
 from manylora_evaluator.bootstrap import estimate
 from manylora_evaluator.errors import RowsError, SuiteError
+from manylora_evaluator.judge.agreement import agreement
+from manylora_evaluator.judge.judging import EXPECTED, Judge, Judgements, tallies_of
+from manylora_evaluator.judge.labels import LabelledAnswer, load_labels
+from manylora_evaluator.judgements import Agreement, Judgement
 from manylora_evaluator.results import (
     Column,
     Output,
@@ -18,12 +22,14 @@ from manylora_evaluator.results import (
     Version,
 )
 from manylora_evaluator.rows import Row, load_rows
+from manylora_evaluator.scorer_settings import AnyScorer, JudgeSettings, PairwiseSettings
 from manylora_evaluator.scorers import make_scorer
 from manylora_evaluator.scorers.classification import Classification
-from manylora_evaluator.scorers.tally import Scorer, Tallies, ratio
+from manylora_evaluator.scorers.tally import Scorer, Tallies, one, ratio
 from manylora_evaluator.suite import Task, Threshold
 from manylora_evaluator.verdicts import ThresholdCheck
 
+RIGHT, WRONG = one(True), one(False)
 MISSING = "(none)"
 """Slice of rows that lack its column."""
 
@@ -39,6 +45,8 @@ class PreparedTask:
     rows: Sequence[Row]
     scorers: Sequence[Scorer]
     """Those that need no model."""
+    labelled: Mapping[str, Sequence[LabelledAnswer]]
+    """Answers to measure a judge by, by the name of its scorer."""
     scores: Sequence[str]
     """Every score there will be, the chief one first."""
 
@@ -61,10 +69,31 @@ def prepare(task: Task, limit: int | None) -> PreparedTask:
                 raise RowsError(
                     task.rows.file, f"expected: {problem}, which {settings.name} needs", row.number
                 )
-    names = [name for _, scorer in made if scorer is not None for name in scorer.names]
+    names = [
+        name
+        for settings, scorer in made
+        for name in (_judged_names(settings) if scorer is None else scorer.names)
+    ]
     _check_names(task, rows, names)
+    for settings in task.scorers:
+        needs_expected = isinstance(settings, PairwiseSettings) and settings.against == EXPECTED
+        bare = next((row for row in rows if needs_expected and not row.expected), None)
+        if bare is not None:
+            problem = f"expected: is empty, which {settings.name} needs"
+            raise RowsError(task.rows.file, problem, bare.number)
+    labelled = {
+        settings.name: load_labels(settings)
+        for settings in task.scorers
+        if isinstance(settings, JudgeSettings)
+    }
     # json_valid comes with json_field_f1 too.
-    return PreparedTask(task, rows, scorers, list(dict.fromkeys(names)))
+    return PreparedTask(task, rows, scorers, labelled, list(dict.fromkeys(names)))
+
+
+def _judged_names(settings: AnyScorer) -> Sequence[str]:
+    if isinstance(settings, JudgeSettings):
+        return [settings.name, *(f"{settings.name}.{name}" for name in settings.criteria)]
+    return [settings.name]
 
 
 def _check_names(task: Task, rows: Sequence[Row], scores: Sequence[str]) -> None:
@@ -82,11 +111,22 @@ def _check_names(task: Task, rows: Sequence[Row], scores: Sequence[str]) -> None
         )
 
 
-def task_result(task: PreparedTask, columns: Sequence[Replies], seed: int) -> TaskResult:
+async def task_result(
+    task: PreparedTask, columns: Sequence[Replies], judges: Sequence[Judge], seed: int
+) -> TaskResult:
     """Scores every column of `task`, the bare base first."""
+    judged = [await _judged(task, columns, index, judges) for index in range(len(columns))]
     tallied = [
-        [_tally(task, row, reply) for row, reply in zip(task.rows, column.replies, strict=True)]
-        for column in columns
+        [
+            {**_tally(task, row, reply), **tallies_of(judgements)}
+            for row, reply, judgements in zip(task.rows, column.replies, words, strict=True)
+        ]
+        for column, words in zip(columns, judged, strict=True)
+    ]
+    labelled = [
+        entry
+        for judge in judges
+        for entry in await judge.labelled(task.labelled.get(judge.settings.name, ()), seed)
     ]
     return TaskResult(
         task=task.settings.name,
@@ -100,8 +140,8 @@ def task_result(task: PreparedTask, columns: Sequence[Replies], seed: int) -> Ta
                 messages=row.messages,
                 expected=row.expected,
                 outputs=tuple(
-                    _output(column.reference, column.replies[index], rows[index])
-                    for column, rows in zip(columns, tallied, strict=True)
+                    _output(column.reference, column.replies[index], rows[index], words[index])
+                    for column, rows, words in zip(columns, tallied, judged, strict=True)
                 ),
                 slices=_slices_of(task.settings, row),
             )
@@ -109,7 +149,46 @@ def task_result(task: PreparedTask, columns: Sequence[Replies], seed: int) -> Ta
         ),
         compare=tuple(task.settings.compare) or (task.scores[0],),
         slices=_slices(task, tallied, seed),
+        agreements=(*labelled, *_beside_scorers(task, judges, tallied, seed)),
     )
+
+
+async def _judged(
+    task: PreparedTask, columns: Sequence[Replies], index: int, judges: Sequence[Judge]
+) -> list[Judgements]:
+    """What every judge says of one column's answers."""
+    words: list[dict[str, Judgement]] = [{} for _ in task.rows]
+    for judge in judges:
+        for own, said in zip(words, await judge.column(task.rows, columns, index), strict=True):
+            own.update(said)
+    return list(words)
+
+
+def _beside_scorers(
+    task: PreparedTask,
+    judges: Sequence[Judge],
+    tallied: Sequence[Sequence[RowTallies]],
+    seed: int,
+) -> list[Agreement]:
+    """How far judges agree with the scorers that pass or fail without a model."""
+    rows = [row for column in tallied for row in column]
+    binary = [
+        name
+        for scorer in task.scorers
+        for name in scorer.names
+        if all(row[name] in (RIGHT, WRONG) for row in rows)
+    ]
+    return [
+        agreement(
+            judge.settings.name,
+            name,
+            [(row[judge.settings.name] == RIGHT, row[name] == RIGHT) for row in rows],
+            seed,
+        )
+        for judge in judges
+        if isinstance(judge.settings, JudgeSettings)
+        for name in binary
+    ]
 
 
 def _tally(task: PreparedTask, row: Row, reply: Reply) -> RowTallies:
@@ -193,7 +272,7 @@ def _slices(
     return tuple(slices)
 
 
-def _output(reference: str, reply: Reply, tallies: RowTallies) -> Output:
+def _output(reference: str, reply: Reply, tallies: RowTallies, judgements: Judgements) -> Output:
     answer = reply.generation
     return Output(
         adapter=reference,
@@ -205,4 +284,5 @@ def _output(reference: str, reply: Reply, tallies: RowTallies) -> Output:
         seconds=reply.seconds,
         scores={name: ratio(shares) for name, shares in tallies.items()},
         tallies=tallies,
+        judgements=judgements,
     )

@@ -7,8 +7,9 @@ from typing import Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from manylora_evaluator.judge.settings import GatewayModel, JudgeModel, OpenAIModel
 from manylora_evaluator.row_settings import Prompt, RowSource
-from manylora_evaluator.scorer_settings import ScorerSettings
+from manylora_evaluator.scorer_settings import JudgeSettings, PairwiseSettings, ScorerSettings
 from manylora_registry.config import ConfigModel, load_config
 
 
@@ -89,6 +90,8 @@ class Suite(ConfigModel):
     """Of the resampling behind confidence intervals and tests."""
     decision: Decision = Decision()
     """When a version counts as better or worse than another."""
+    judges: dict[str, JudgeModel] = Field(default_factory=dict[str, GatewayModel | OpenAIModel])
+    """Models that judge, by the name scorers call them."""
 
     @field_validator("tasks")
     @classmethod
@@ -97,6 +100,28 @@ class Suite(ConfigModel):
         if twice:
             raise ValueError(f"two tasks have the same name: {twice}")
         return tasks
+
+    @model_validator(mode="after")
+    def _judges_are_there(self) -> Self:
+        problems = [
+            f"tasks.{index}: {problem}"
+            for index, task in enumerate(self.tasks)
+            for scorer in task.scorers
+            if isinstance(scorer, JudgeSettings | PairwiseSettings)
+            if (problem := self._problem(scorer)) is not None
+        ]
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+    def _problem(self, scorer: JudgeSettings | PairwiseSettings) -> str | None:
+        judge = self.judges.get(scorer.by)
+        if judge is None:
+            known = ", ".join(self.judges) or "none"
+            return f"{scorer.name} is judged by {scorer.by!r}; judges: {known}"
+        if scorer.samples > 1 and judge.temperature == 0:
+            return f"{scorer.name} takes {scorer.samples} samples of a judge with temperature 0"
+        return None
 
 
 def load_suite(path: Path) -> Suite:
