@@ -50,13 +50,13 @@ def evaluate(
     from manylora_evaluator.errors import EvaluationFailedError, GateError
     from manylora_evaluator.results import EvaluationResult
     from manylora_evaluator.run import evaluate as run
-    from manylora_evaluator.table import table
+    from manylora_evaluator.table import summary
 
     def show(result: EvaluationResult) -> None:
         if as_json:
             print(result.to_json())
         else:
-            Console().print(table(result))
+            Console().print(summary(result))
             if out is not None:
                 print(f"report: {out / 'report.html'}")
 

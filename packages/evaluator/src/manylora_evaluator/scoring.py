@@ -22,14 +22,33 @@ from manylora_evaluator.results import (
     Version,
 )
 from manylora_evaluator.rows import Row, load_rows
-from manylora_evaluator.scorer_settings import AnyScorer, JudgeSettings, PairwiseSettings
+from manylora_evaluator.scorer_settings import (
+    AnyScorer,
+    ClassificationSettings,
+    ExactMatchSettings,
+    JudgeSettings,
+    NormalisedMatchSettings,
+    NumericSettings,
+    PairwiseSettings,
+    RegexSettings,
+    SqlSettings,
+)
 from manylora_evaluator.scorers import make_scorer
 from manylora_evaluator.scorers.classification import Classification
 from manylora_evaluator.scorers.tally import Scorer, Tallies, one, ratio
 from manylora_evaluator.suite import Task, Threshold
 from manylora_evaluator.verdicts import ThresholdCheck
 
-RIGHT, WRONG = one(True), one(False)
+RIGHT = one(True)
+RIGHT_OR_WRONG = (
+    ExactMatchSettings,
+    NormalisedMatchSettings,
+    ClassificationSettings,
+    NumericSettings,
+    RegexSettings,
+    SqlSettings,
+)
+"""Scorers that tell right answers from wrong ones, as a judge does."""
 MISSING = "(none)"
 """Slice of rows that lack its column."""
 
@@ -172,12 +191,7 @@ def _beside_scorers(
 ) -> list[Agreement]:
     """How far judges agree with the scorers that pass or fail without a model."""
     rows = [row for column in tallied for row in column]
-    binary = [
-        name
-        for scorer in task.scorers
-        for name in scorer.names
-        if all(row[name] in (RIGHT, WRONG) for row in rows)
-    ]
+    scores = [entry.name for entry in task.settings.scorers if isinstance(entry, RIGHT_OR_WRONG)]
     return [
         agreement(
             judge.settings.name,
@@ -187,7 +201,7 @@ def _beside_scorers(
         )
         for judge in judges
         if isinstance(judge.settings, JudgeSettings)
-        for name in binary
+        for name in scores
     ]
 
 
