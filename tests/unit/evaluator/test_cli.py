@@ -107,3 +107,10 @@ def test_a_closed_gate_exits_1_with_its_reasons(serve: Serve, write_suite: Write
     (gate,) = json.loads(done.stdout)["gates"]
     assert (gate["candidate"], gate["passed"]) == ("bad@1", False)
     assert gate["comparison"]["verdict"] == "worse"
+
+
+def test_a_registry_without_record_is_wrong_usage(write_suite: WriteSuite, tmp_path: Path) -> None:
+    done = manylora("evaluate", write_suite([("a", "b")]), "--registry", tmp_path)
+
+    assert done.returncode == 2
+    assert "--registry is where --record keeps results" in done.stderr

@@ -1,9 +1,12 @@
 """`manylora evaluate`: adapters beside the bare base on held-out rows."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from manylora_evaluator.results import EvaluationResult
 
 
 def evaluate(
@@ -33,6 +36,16 @@ def evaluate(
         Path | None,
         typer.Option(metavar="DIR", help="Write results.json and report.html here."),
     ] = None,
+    record: Annotated[
+        bool,
+        typer.Option("--record", help="Keep the results on the versions in the registry."),
+    ] = False,
+    registry: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR", help="Where --record keeps them, instead of MANYLORA_REGISTRY."
+        ),
+    ] = None,
     limit: Annotated[
         int | None,
         typer.Option(metavar="N", min=1, help="Most rows of a task; default: the suite's."),
@@ -46,6 +59,9 @@ def evaluate(
     are too few to tell.
     """
     from rich.console import Console
+
+    if registry is not None and not record:
+        raise typer.BadParameter("--registry is where --record keeps results")
 
     from manylora_evaluator.errors import EvaluationFailedError, GateError
     from manylora_evaluator.results import EvaluationResult
@@ -75,7 +91,17 @@ def evaluate(
         show(error.result)
         raise
     show(result)
+    if record:
+        _record(result, registry)
     closed = [gate for gate in result.gates if not gate.passed]
     if closed:
         reasons = "; ".join(f"{gate.candidate}: {', '.join(gate.reasons)}" for gate in closed)
         raise GateError(f"the gate is closed to {reasons}", result)
+
+
+def _record(result: "EvaluationResult", registry: str | None) -> None:
+    from manylora_evaluator.records import record
+    from manylora_registry import Registry
+
+    with Registry.open(registry, create=False) as opened:
+        record(result, opened)
