@@ -18,6 +18,7 @@ from manylora_gateway.config import EngineConfig, FollowConfig, LimitsConfig, Li
 from manylora_gateway.engine import Delta, Prompt, Sampling
 from manylora_gateway.front import Front
 from manylora_gateway.inference import Admission, Inference
+from manylora_gateway.limits import Limits
 from manylora_gateway.replicas import ReplicaState
 from manylora_gateway.requests import Requests
 from manylora_gateway.routes import Routes
@@ -155,7 +156,8 @@ async def running_gateway(
     front = Front(ListenConfig(inference="127.0.0.1:0", admin="127.0.0.1:0"))
     await swaps.begin(warm=config.slots)
     await front.start(
-        InferenceServicer(inference, Requests(limits, MAX_CONTEXT)), AdminServicer(inference)
+        InferenceServicer(inference, Requests(Limits(limits, MAX_CONTEXT))),
+        AdminServicer(inference),
     )
     channel = grpc.aio.insecure_channel(front.inference_address)
     admin_channel = grpc.aio.insecure_channel(front.admin_address)

@@ -36,6 +36,8 @@ class EngineConfig(ConfigModel):
     """Highest rank that can be loaded: every slot is this big."""
     max_context: int = Field(default=2048, ge=16)
     """Tokens of prompt and answer together."""
+    max_prompt_tokens: int | None = Field(default=None, ge=1)
+    """Tokens of a prompt. Unset: one less than `max_context`, so that one can be answered."""
     max_concurrent: int = Field(default=16, ge=1, le=4096)
     """Requests one replica runs in one batch; more wait."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -66,10 +68,20 @@ class LimitsConfig(ConfigModel):
     """Size of one request message."""
     max_batch: int = Field(default=256, ge=1)
     """Requests of one BatchGenerate."""
+    max_tokens: int | None = Field(default=None, ge=1)
+    """Tokens one answer may ask for. Unset: as many as `engine.max_context`."""
     default_max_tokens: int = Field(default=256, ge=1)
     """Where a request names no max_tokens."""
+    max_choices: int = Field(default=16, ge=1, le=1024)
+    """Answers to one request (n)."""
+    max_stop_strings: int = Field(default=16, ge=0, le=1024)
+    """Stop strings of one request."""
+    max_stop_characters: int = Field(default=256, ge=1)
+    """Length of each of them."""
     max_logprobs: int = Field(default=20, ge=0, le=1000)
     """Candidates reported at one position."""
+    max_constraint_bytes: int = Field(default=64 << 10, ge=1)
+    """Size of a JSON Schema, a regular expression, a grammar or all strings of a choice."""
 
 
 class FollowConfig(ConfigModel):

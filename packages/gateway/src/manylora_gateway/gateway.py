@@ -16,6 +16,7 @@ from manylora_gateway import cluster
 from manylora_gateway.config import GatewayConfig
 from manylora_gateway.front import Front
 from manylora_gateway.inference import Admission, Inference
+from manylora_gateway.limits import Limits
 from manylora_gateway.processes import end_marked
 from manylora_gateway.replicas import Replicas
 from manylora_gateway.requests import Requests
@@ -53,7 +54,7 @@ async def run(config: GatewayConfig, registry: Registry, servable: Servable, scr
         inference = Inference(registry, routes, replicas, admission)
         logger.info("loading the adapters that are served now")
         await swaps.begin(warm=config.engine.slots)
-        requests = Requests(config.limits, config.engine.max_context)
+        requests = Requests(Limits(config.limits, config.engine.max_context))
         await front.start(InferenceServicer(inference, requests), AdminServicer(inference))
         print(f"ready grpc={front.inference_address} admin={front.admin_address}", flush=True)
         await stop.wait()
