@@ -20,9 +20,7 @@ from manylora_gateway.front import Front
 from manylora_gateway.inference import Admission, Inference
 from manylora_gateway.limits import Limits
 from manylora_gateway.replicas import ReplicaState
-from manylora_gateway.requests import Requests
 from manylora_gateway.routes import Routes
-from manylora_gateway.servicers import AdminServicer, InferenceServicer
 from manylora_gateway.swaps import Swaps
 from manylora_gateway.worker import Servable, Worker
 from manylora_registry import BaseModelIdentity, Registry, Version
@@ -31,6 +29,7 @@ from tests.unit.gateway.fake_engine import MAX_CONTEXT, FakeEngine
 MODULE = "model.layers.0.self_attn.q_proj"
 BASE = BaseModelIdentity("sha256:" + "b" * 64, {f"{MODULE}.weight": (4, 4)})
 OTHER_BASE = BaseModelIdentity("sha256:" + "c" * 64, {f"{MODULE}.weight": (4, 4)})
+BASE_NAME = "tiny"
 MAX_RANK = 8
 
 
@@ -103,6 +102,11 @@ class RunningGateway:
     admission: Admission
 
     @property
+    def http(self) -> str:
+        """Where OpenAI's API is."""
+        return f"http://{self.front.addresses['http']}"
+
+    @property
     def engine(self) -> FakeEngine:
         return self.engines[0]
 
@@ -155,10 +159,7 @@ async def running_gateway(
     inference = Inference(registry, routes, local, admission)
     front = Front(ListenConfig(inference="127.0.0.1:0", admin="127.0.0.1:0"))
     await swaps.begin(warm=config.slots)
-    await front.start(
-        InferenceServicer(inference, Requests(Limits(limits, MAX_CONTEXT))),
-        AdminServicer(inference),
-    )
+    await front.start(inference, Limits(limits, MAX_CONTEXT), BASE_NAME)
     channel = grpc.aio.insecure_channel(front.inference_address)
     admin_channel = grpc.aio.insecure_channel(front.admin_address)
     try:

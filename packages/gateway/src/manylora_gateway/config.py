@@ -20,6 +20,8 @@ class ListenConfig(ConfigModel):
     """InferenceService, for clients."""
     admin: Address = "127.0.0.1:50052"
     """AdminService, for operators: bind it where only they can reach it."""
+    http: Address | None = "127.0.0.1:0"
+    """OpenAI's HTTP API over the same adapters; null: none."""
 
 
 class EngineConfig(ConfigModel):

@@ -19,9 +19,7 @@ from manylora_gateway.inference import Admission, Inference
 from manylora_gateway.limits import Limits
 from manylora_gateway.processes import end_marked
 from manylora_gateway.replicas import Replicas
-from manylora_gateway.requests import Requests
 from manylora_gateway.routes import Routes
-from manylora_gateway.servicers import AdminServicer, InferenceServicer
 from manylora_gateway.swaps import Swaps
 from manylora_gateway.worker import Servable
 from manylora_registry import Registry
@@ -54,9 +52,10 @@ async def run(config: GatewayConfig, registry: Registry, servable: Servable, scr
         inference = Inference(registry, routes, replicas, admission)
         logger.info("loading the adapters that are served now")
         await swaps.begin(warm=config.engine.slots)
-        requests = Requests(Limits(config.limits, config.engine.max_context))
-        await front.start(InferenceServicer(inference, requests), AdminServicer(inference))
-        print(f"ready grpc={front.inference_address} admin={front.admin_address}", flush=True)
+        limits = Limits(config.limits, config.engine.max_context)
+        await front.start(inference, limits, config.base.resolve().name)
+        addresses = (f"{name}={address}" for name, address in front.addresses.items())
+        print("ready", *addresses, flush=True)
         await stop.wait()
         logger.info("draining; running requests have %g s", config.drain_s)
         await front.announce_end()

@@ -94,6 +94,14 @@ class Tally:
             raise ReplicaLostError("The engine ended the answer before it was whole.")
         return [self._finishes[index] for index in range(count)]
 
+    def usage(self, count: int) -> Usage:
+        """What `count` answers used.
+
+        Raises:
+            ReplicaLostError: one of them did not end.
+        """
+        return usage_of(self.finishes(count))
+
 
 async def collect(events: AsyncIterable[Started | Delta], count: int) -> Generation:
     """The whole of a stream that has `count` answers.

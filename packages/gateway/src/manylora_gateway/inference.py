@@ -168,6 +168,15 @@ class Inference:
             if tenant.may_use(adapter.name)
         ]
 
+    async def resolve(self, reference: str, tenant: Tenant = ANONYMOUS) -> Version:
+        """The version a request of `tenant` for `reference` would get now.
+
+        Raises:
+            GatewayError: there is none, or it may not be used.
+        """
+        tenant.require_adapter(reference)
+        return await self._routes.resolve(reference)
+
     async def load(self, reference: str) -> Version:
         """Loads what `reference` means on every replica.
 

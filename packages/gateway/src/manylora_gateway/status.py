@@ -28,7 +28,7 @@ def to_status(error: Exception) -> status_pb2.Status:
     text may hold paths or a neighbour's data.
     """
     if not isinstance(error, GatewayError):
-        error = _opaque(error)
+        error = opaque(error)
     details: list[Message] = [error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN)]
     if isinstance(error, InvalidRequestError):
         details.append(
@@ -51,7 +51,8 @@ def to_status(error: Exception) -> status_pb2.Status:
     )
 
 
-def _opaque(error: Exception) -> GatewayError:
+def opaque(error: Exception) -> GatewayError:
+    """What a client is told of an error nobody foresaw: an id, under which the log has it all."""
     incident = uuid.uuid4().hex[:12]
     logger.error("incident %s", incident, exc_info=error)
     return GatewayError(f"Internal error {incident}; the gateway's log has the cause.")

@@ -7,6 +7,7 @@
 import asyncio
 import itertools
 import logging
+import re
 import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
@@ -54,6 +55,8 @@ from manylora_gateway.executor import LocalExecutor
 
 GIB = 1 << 30
 MAX_LOGPROBS = 1000
+CODE_PLACE = re.compile(r"\[[0-9:]+\] \S+:\d+: ")
+"""Where in its own source xgrammar found what it complains of."""
 SEED_MASK = (1 << 63) - 1
 """torch seeds are signed."""
 
@@ -247,9 +250,8 @@ def _structured(constraint: Constraint) -> StructuredOutputsParams:
 
 def _violation(error: VLLMValidationError, sampling: Sampling) -> Violation:
     """What vLLM refused; all that our own checks leave to it is the constraint."""
-    if sampling.constraint is not None:
-        return Violation("sampling.structured_output", str(error))
-    return Violation("sampling", str(error))
+    field = "sampling" if sampling.constraint is None else "sampling.structured_output"
+    return Violation(field, CODE_PLACE.sub("", str(error)).strip())
 
 
 def _finish(
