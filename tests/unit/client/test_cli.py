@@ -162,3 +162,12 @@ def test_a_system_message_needs_the_chat_template() -> None:
 
     assert done.returncode == 2
     assert "--raw" in done.stderr
+
+
+def test_a_token_is_made_and_its_digest_told_apart() -> None:
+    made = manylora("token")
+    digest = manylora("token", "--hash", stdin=made.stdout)
+    assert made.stdout.startswith("ml_")
+    assert digest.stdout == made.stderr
+    assert digest.stdout.startswith("sha256:")
+    assert manylora("token", "--hash", stdin="\n").returncode == 2

@@ -24,6 +24,25 @@ class ListenConfig(ConfigModel):
     """OpenAI's HTTP API over the same adapters; null: none."""
 
 
+class TlsConfig(ConfigModel):
+    """Certificates of all ports, PEM files."""
+
+    certificate: Path
+    """The gateway's, followed by what stands between it and its authority."""
+    key: Path
+    """Its private key, not encrypted."""
+    client_ca: Path | None = None
+    """Authorities of client certificates. With it every client must show one, on every port,
+    health checks included."""
+
+    def relative_to(self, directory: Path) -> "TlsConfig":
+        """The same with its paths read from `directory`."""
+        ca = None if self.client_ca is None else directory / self.client_ca
+        return TlsConfig(
+            certificate=directory / self.certificate, key=directory / self.key, client_ca=ca
+        )
+
+
 class EngineConfig(ConfigModel):
     """One engine replica and how many of them there are."""
 
@@ -105,6 +124,10 @@ class GatewayConfig(ConfigModel):
     cache: Path | None = None
     """Directory for verified copies of adapter versions; unset: a temporary one of this run."""
     listen: ListenConfig = ListenConfig()
+    tls: TlsConfig | None = None
+    """Unset: plain text on every port."""
+    tenants: Path | None = None
+    """YAML file of who may call; see docs/serving-api.md. Unset: everybody, with every right."""
     engine: EngineConfig = EngineConfig()
     limits: LimitsConfig = LimitsConfig()
     follow: FollowConfig = FollowConfig()
@@ -120,5 +143,7 @@ class GatewayConfig(ConfigModel):
                 "base": directory / self.base,
                 "registry": None if self.registry is None else directory / self.registry,
                 "cache": None if self.cache is None else directory / self.cache,
+                "tenants": None if self.tenants is None else directory / self.tenants,
+                "tls": None if self.tls is None else self.tls.relative_to(directory),
             }
         )

@@ -42,7 +42,7 @@ async def run(config: GatewayConfig, registry: Registry, servable: Servable, scr
     """
     stop = asyncio.Event()
     _listen_for_signals(stop)
-    front = Front(config.listen)
+    front = Front.configured(config)
     async with _cluster(config, servable, scratch, stop) as replicas:
         if replicas is None:
             return False

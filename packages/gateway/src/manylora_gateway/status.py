@@ -5,6 +5,7 @@
 
 import logging
 import uuid
+from typing import Any, NoReturn
 
 import grpc
 from google.protobuf import any_pb2, duration_pb2
@@ -49,6 +50,14 @@ def to_status(error: Exception) -> status_pb2.Status:
     return status_pb2.Status(
         code=code, message=str(error), details=[_packed(detail) for detail in details]
     )
+
+
+async def abort(context: "grpc.aio.ServicerContext[Any, Any]", error: Exception) -> NoReturn:
+    """Ends a call with the status of `error`."""
+    status = to_status(error)
+    details = (DETAILS_KEY, status.SerializeToString())
+    await context.abort(CODES[status.code], status.message, (details,))
+    raise AssertionError("abort raises")
 
 
 def opaque(error: Exception) -> GatewayError:

@@ -33,6 +33,7 @@ from manylora_gateway.tenants import caller
 
 BODY_TIMEOUT_S = 30.0
 """A client that sends its body slower than this keeps a connection from others."""
+HEALTH_PATH = "/health"
 REQUEST_ID_HEADER = "x-request-id"
 EVENT_STREAM = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache"}
 
@@ -43,15 +44,13 @@ def application(
     inference: Inference,
     reading: Reading,
     healthy: Callable[[], bool],
-    middleware: Callable[[ASGIApp], ASGIApp] = lambda app: app,
 ) -> ASGIApp:
-    """The application, its endpoints behind `middleware`.
+    """The application.
 
     Args:
         inference: answers.
         reading: reads bodies.
-        healthy: whether new requests are wanted; health is told to anybody.
-        middleware: finds out who calls.
+        healthy: whether new requests are wanted.
     """
 
     async def health(_request: Request) -> Response:
@@ -60,14 +59,14 @@ def application(
         return JSONResponse({"status": status}, 200 if serving else 503)
 
     routes = [
-        Route("/health", health, methods=["GET"]),
+        Route(HEALTH_PATH, health, methods=["GET"]),
         Route("/v1/chat/completions", _Completions("chat", inference, reading), methods=["POST"]),
         Route("/v1/completions", _Completions("text", inference, reading), methods=["POST"]),
         Route("/v1/models", _list_models(inference, reading), methods=["GET"]),
         Route("/v1/models/{reference:path}", _show_model(inference, reading), methods=["GET"]),
     ]
     handlers: dict[Any, Any] = {HTTPException: _http_error, Exception: _error}
-    return middleware(Starlette(routes=routes, exception_handlers=handlers))
+    return Starlette(routes=routes, exception_handlers=handlers)
 
 
 class _Completions:
@@ -86,7 +85,7 @@ class _Completions:
         except ClientDisconnect:
             return
         except Exception as error:
-            await _tell(problem_of(error), "")(scope, receive, send)
+            await tell(problem_of(error), "")(scope, receive, send)
             return
         answering = asyncio.create_task(self._answer(asked, request_id, scope, receive, send))
         leaving = asyncio.create_task(_until_gone(receive))
@@ -123,7 +122,7 @@ class _Completions:
             body = replies.whole([task.result() for task in tasks])
             response = JSONResponse(body, headers={REQUEST_ID_HEADER: request_id})
         except Exception as error:
-            response = _tell(problem_of(_first(error)), request_id)
+            response = tell(problem_of(_first(error)), request_id)
         await response(scope, receive, send)
 
     async def _stream(self, asked: Asked, replies: Replies, request_id: str, send: Send) -> None:
@@ -253,7 +252,8 @@ def _part(content: bytes, *, last: bool = False) -> Message:
     return {"type": "http.response.body", "body": content, "more_body": not last}
 
 
-def _tell(problem: Problem, request_id: str) -> Response:
+def tell(problem: Problem, request_id: str) -> Response:
+    """The response of `problem`; the request's id goes with it where it is known."""
     headers = problem.headers()
     if request_id:
         headers[REQUEST_ID_HEADER] = request_id
@@ -270,8 +270,8 @@ def _first(error: Exception) -> Exception:
 async def _http_error(_request: Request, error: HTTPException) -> Response:
     """A path or a method that is not there."""
     kind = "invalid_request_error"
-    return _tell(Problem(error.status_code, error.detail, kind, None, kind), "")
+    return tell(Problem(error.status_code, error.detail, kind, None, kind), "")
 
 
 async def _error(_request: Request, error: Exception) -> Response:
-    return _tell(problem_of(error), "")
+    return tell(problem_of(error), "")

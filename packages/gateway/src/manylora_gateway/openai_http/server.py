@@ -8,9 +8,12 @@ from collections.abc import Generator
 
 import uvicorn
 from starlette.types import ASGIApp
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from manylora_gateway.errors import StartError
 
+PEER_CERTIFICATE = "peer_certificate"
+"""In the ASGI state: what `SSLObject.getpeercert` says of the client, None or empty without one."""
 KEEP_ALIVE_S = 75
 """Longer than clients keep idle connections, so that none is closed under a request."""
 FLUSH_S = 1
@@ -49,7 +52,7 @@ class HttpServer:
         tls = self._tls
         config = uvicorn.Config(
             app,
-            http="h11",
+            http=_Connection,
             ws="none",
             lifespan="off",
             log_config=None,
@@ -70,6 +73,17 @@ class HttpServer:
             return
         self._server.should_exit = True
         await self._serving
+
+
+class _Connection(H11Protocol):
+    """Tells the application whose certificate the client showed."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Begins; with TLS the handshake is over."""
+        super().connection_made(transport)
+        tls = transport.get_extra_info("ssl_object")
+        if tls is not None:
+            self.app_state = self.app_state | {PEER_CERTIFICATE: tls.getpeercert()}
 
 
 class _Server(uvicorn.Server):
