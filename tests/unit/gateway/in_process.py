@@ -14,15 +14,22 @@ from safetensors.numpy import save_file
 from manylora.admin.v1 import admin_pb2_grpc
 from manylora.inference.v1 import inference_pb2 as pb
 from manylora.inference.v1 import inference_pb2_grpc
-from manylora_gateway.config import EngineConfig, FollowConfig, LimitsConfig, ListenConfig
+from manylora_gateway.access import Access
+from manylora_gateway.config import (
+    EngineConfig,
+    FollowConfig,
+    LimitsConfig,
+    ListenConfig,
+    TlsConfig,
+)
 from manylora_gateway.engine import Delta, Prompt, Sampling
 from manylora_gateway.front import Front
 from manylora_gateway.inference import Admission, Inference
+from manylora_gateway.limits import Limits
 from manylora_gateway.replicas import ReplicaState
-from manylora_gateway.requests import Requests
 from manylora_gateway.routes import Routes
-from manylora_gateway.servicers import AdminServicer, InferenceServicer
 from manylora_gateway.swaps import Swaps
+from manylora_gateway.tls import ServerTls
 from manylora_gateway.worker import Servable, Worker
 from manylora_registry import BaseModelIdentity, Registry, Version
 from tests.unit.gateway.fake_engine import MAX_CONTEXT, FakeEngine
@@ -30,6 +37,7 @@ from tests.unit.gateway.fake_engine import MAX_CONTEXT, FakeEngine
 MODULE = "model.layers.0.self_attn.q_proj"
 BASE = BaseModelIdentity("sha256:" + "b" * 64, {f"{MODULE}.weight": (4, 4)})
 OTHER_BASE = BaseModelIdentity("sha256:" + "c" * 64, {f"{MODULE}.weight": (4, 4)})
+BASE_NAME = "tiny"
 MAX_RANK = 8
 
 
@@ -102,6 +110,11 @@ class RunningGateway:
     admission: Admission
 
     @property
+    def http(self) -> str:
+        """Where OpenAI's API is."""
+        return f"http://{self.front.addresses['http']}"
+
+    @property
     def engine(self) -> FakeEngine:
         return self.engines[0]
 
@@ -137,6 +150,8 @@ async def running_gateway(
     engine: EngineConfig | None = None,
     limits: LimitsConfig | None = None,
     replicas: int = 1,
+    tls: TlsConfig | None = None,
+    tenants: Path | None = None,
 ) -> AsyncGenerator[RunningGateway, None]:
     """Serves `registry` on free ports while the context lasts."""
     config = engine or EngineConfig(slots=2, host_adapters=4, max_concurrent=8, turn_s=0)
@@ -152,11 +167,13 @@ async def running_gateway(
     swaps = Swaps(registry, routes, local, FollowConfig(poll_s=0.01))
     admission = Admission(limits.max_requests)
     inference = Inference(registry, routes, local, admission)
-    front = Front(ListenConfig(inference="127.0.0.1:0", admin="127.0.0.1:0"))
-    await swaps.begin(warm=config.slots)
-    await front.start(
-        InferenceServicer(inference, Requests(limits, MAX_CONTEXT)), AdminServicer(inference)
+    front = Front(
+        ListenConfig(inference="127.0.0.1:0", admin="127.0.0.1:0"),
+        None if tls is None else ServerTls(tls),
+        None if tenants is None else Access(tenants),
     )
+    await swaps.begin(warm=config.slots)
+    await front.start(inference, Limits(limits, MAX_CONTEXT), BASE_NAME)
     channel = grpc.aio.insecure_channel(front.inference_address)
     admin_channel = grpc.aio.insecure_channel(front.admin_address)
     try:

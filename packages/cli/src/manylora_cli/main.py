@@ -9,7 +9,18 @@ import sys
 
 import typer
 
-from manylora_cli import base, evaluate, generate, publish, registry, runs, serve, sweep, train
+from manylora_cli import (
+    base,
+    evaluate,
+    generate,
+    publish,
+    registry,
+    runs,
+    serve,
+    sweep,
+    token,
+    train,
+)
 
 app = typer.Typer(
     name="manylora",
@@ -27,6 +38,7 @@ app.command("serve")(serve.serve)
 app.command("generate")(generate.generate)
 app.command("evaluate")(evaluate.evaluate)
 app.add_typer(runs.app, name="runs")
+app.command("token")(token.token)
 app.add_typer(base.app, name="base")
 
 

@@ -20,6 +20,27 @@ class ListenConfig(ConfigModel):
     """InferenceService, for clients."""
     admin: Address = "127.0.0.1:50052"
     """AdminService, for operators: bind it where only they can reach it."""
+    http: Address | None = "127.0.0.1:0"
+    """OpenAI's HTTP API over the same adapters; null: none."""
+
+
+class TlsConfig(ConfigModel):
+    """Certificates of all ports, PEM files."""
+
+    certificate: Path
+    """The gateway's, followed by what stands between it and its authority."""
+    key: Path
+    """Its private key, not encrypted."""
+    client_ca: Path | None = None
+    """Authorities of client certificates. With it every client must show one, on every port,
+    health checks included."""
+
+    def relative_to(self, directory: Path) -> "TlsConfig":
+        """The same with its paths read from `directory`."""
+        ca = None if self.client_ca is None else directory / self.client_ca
+        return TlsConfig(
+            certificate=directory / self.certificate, key=directory / self.key, client_ca=ca
+        )
 
 
 class EngineConfig(ConfigModel):
@@ -36,6 +57,8 @@ class EngineConfig(ConfigModel):
     """Highest rank that can be loaded: every slot is this big."""
     max_context: int = Field(default=2048, ge=16)
     """Tokens of prompt and answer together."""
+    max_prompt_tokens: int | None = Field(default=None, ge=1)
+    """Tokens of a prompt. Unset: one less than `max_context`, so that one can be answered."""
     max_concurrent: int = Field(default=16, ge=1, le=4096)
     """Requests one replica runs in one batch; more wait."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -66,10 +89,20 @@ class LimitsConfig(ConfigModel):
     """Size of one request message."""
     max_batch: int = Field(default=256, ge=1)
     """Requests of one BatchGenerate."""
+    max_tokens: int | None = Field(default=None, ge=1)
+    """Tokens one answer may ask for. Unset: as many as `engine.max_context`."""
     default_max_tokens: int = Field(default=256, ge=1)
     """Where a request names no max_tokens."""
+    max_choices: int = Field(default=16, ge=1, le=1024)
+    """Answers to one request (n)."""
+    max_stop_strings: int = Field(default=16, ge=0, le=1024)
+    """Stop strings of one request."""
+    max_stop_characters: int = Field(default=256, ge=1)
+    """Length of each of them."""
     max_logprobs: int = Field(default=20, ge=0, le=1000)
     """Candidates reported at one position."""
+    max_constraint_bytes: int = Field(default=64 << 10, ge=1)
+    """Size of a JSON Schema, a regular expression, a grammar or all strings of a choice."""
 
 
 class FollowConfig(ConfigModel):
@@ -91,6 +124,10 @@ class GatewayConfig(ConfigModel):
     cache: Path | None = None
     """Directory for verified copies of adapter versions; unset: a temporary one of this run."""
     listen: ListenConfig = ListenConfig()
+    tls: TlsConfig | None = None
+    """Unset: plain text on every port."""
+    tenants: Path | None = None
+    """YAML file of who may call; see docs/serving-api.md. Unset: everybody, with every right."""
     engine: EngineConfig = EngineConfig()
     limits: LimitsConfig = LimitsConfig()
     follow: FollowConfig = FollowConfig()
@@ -106,5 +143,7 @@ class GatewayConfig(ConfigModel):
                 "base": directory / self.base,
                 "registry": None if self.registry is None else directory / self.registry,
                 "cache": None if self.cache is None else directory / self.cache,
+                "tenants": None if self.tenants is None else directory / self.tenants,
+                "tls": None if self.tls is None else self.tls.relative_to(directory),
             }
         )

@@ -2,6 +2,8 @@
 
 GatewayError
 ├── InvalidRequestError      a field is wrong; carries every violation     INVALID_ARGUMENT
+├── UnauthenticatedError     who calls is not known                        UNAUTHENTICATED
+├── PermissionDeniedError    who calls may not do that                     PERMISSION_DENIED
 ├── UnknownAdapterError      no such adapter, version or alias             NOT_FOUND
 ├── UnservableError          a version this gateway may not serve          FAILED_PRECONDITION
 │   ├── WrongBaseError       made for another base
@@ -58,6 +60,20 @@ class InvalidRequestError(GatewayError):
 
     def __str__(self) -> str:
         return "; ".join(f"{violation.field}: {violation.message}" for violation in self.violations)
+
+
+class UnauthenticatedError(GatewayError):
+    """The call carries no credential that is known here."""
+
+    status = "UNAUTHENTICATED"
+    reason = "UNAUTHENTICATED"
+
+
+class PermissionDeniedError(GatewayError):
+    """The caller is known and may not do that."""
+
+    status = "PERMISSION_DENIED"
+    reason = "PERMISSION_DENIED"
 
 
 class UnknownAdapterError(GatewayError):

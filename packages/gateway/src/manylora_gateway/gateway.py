@@ -16,11 +16,10 @@ from manylora_gateway import cluster
 from manylora_gateway.config import GatewayConfig
 from manylora_gateway.front import Front
 from manylora_gateway.inference import Admission, Inference
+from manylora_gateway.limits import Limits
 from manylora_gateway.processes import end_marked
 from manylora_gateway.replicas import Replicas
-from manylora_gateway.requests import Requests
 from manylora_gateway.routes import Routes
-from manylora_gateway.servicers import AdminServicer, InferenceServicer
 from manylora_gateway.swaps import Swaps
 from manylora_gateway.worker import Servable
 from manylora_registry import Registry
@@ -43,7 +42,7 @@ async def run(config: GatewayConfig, registry: Registry, servable: Servable, scr
     """
     stop = asyncio.Event()
     _listen_for_signals(stop)
-    front = Front(config.listen)
+    front = Front.configured(config)
     async with _cluster(config, servable, scratch, stop) as replicas:
         if replicas is None:
             return False
@@ -53,9 +52,10 @@ async def run(config: GatewayConfig, registry: Registry, servable: Servable, scr
         inference = Inference(registry, routes, replicas, admission)
         logger.info("loading the adapters that are served now")
         await swaps.begin(warm=config.engine.slots)
-        requests = Requests(config.limits, config.engine.max_context)
-        await front.start(InferenceServicer(inference, requests), AdminServicer(inference))
-        print(f"ready grpc={front.inference_address} admin={front.admin_address}", flush=True)
+        limits = Limits(config.limits, config.engine.max_context)
+        await front.start(inference, limits, config.base.resolve().name)
+        addresses = (f"{name}={address}" for name, address in front.addresses.items())
+        print("ready", *addresses, flush=True)
         await stop.wait()
         logger.info("draining; running requests have %g s", config.drain_s)
         await front.announce_end()

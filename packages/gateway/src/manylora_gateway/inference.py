@@ -5,52 +5,31 @@ no messages of a protocol.
 """
 
 import asyncio
+import time
 import uuid
 from collections.abc import AsyncGenerator, Generator
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
 
-from manylora_gateway.engine import Delta, Finish, Prompt, Sampling, TokenLogprobs
+from manylora_gateway.engine import Delta, Prompt
 from manylora_gateway.errors import (
     DrainingError,
     GatewayError,
     QueueFullError,
-    ReplicaLostError,
     from_registry,
+)
+from manylora_gateway.generation import (
+    Generation,
+    GenerationRequest,
+    Started,
+    collect,
+    with_queue_time,
 )
 from manylora_gateway.replicas import Replicas, ReplicaState
 from manylora_gateway.routes import Route, Routes
+from manylora_gateway.tenants import ANONYMOUS, Tenant
 from manylora_registry import Adapter, AdapterReference, Registry, Version
 from manylora_registry.errors import RegistryError
-
-
-@dataclass(frozen=True)
-class GenerationRequest:
-    """What a client wants generated, checked field by field."""
-
-    adapter: str
-    """An adapter reference; empty for the bare base."""
-    prompt: Prompt
-    sampling: Sampling
-
-
-@dataclass(frozen=True)
-class Started:
-    """The request was admitted; `version` makes its answer (None: the bare base)."""
-
-    request_id: str
-    version: Version | None
-
-
-@dataclass(frozen=True)
-class Generation:
-    """A whole answer."""
-
-    started: Started
-    text: str
-    token_ids: tuple[int, ...]
-    logprobs: tuple[TokenLogprobs, ...]
-    finish: Finish
 
 
 @dataclass(frozen=True)
@@ -124,58 +103,53 @@ class Inference:
         self._replicas = replicas
         self._admission = admission
 
-    async def stream(self, request: GenerationRequest) -> AsyncGenerator[Started | Delta, None]:
-        """Started first, then deltas; the last one has `finish`.
+    async def stream(
+        self, request: GenerationRequest, tenant: Tenant = ANONYMOUS
+    ) -> AsyncGenerator[Started | Delta, None]:
+        """Started first, then deltas; the last of each answer has `finish`.
 
         Raises:
             GatewayError: at any point; nothing follows.
         """
+        began = time.monotonic()
+        tenant.require_adapter(request.adapter)
         with self._admission.enter():
             async with self._routes.use(request.adapter) as version:
-                request_id = uuid.uuid4().hex
+                request_id = request.request_id or uuid.uuid4().hex
                 yield Started(request_id, version)
+                queued_s = time.monotonic() - began
                 deltas = self._replicas.generate(
-                    request_id, request.prompt, request.sampling, version
+                    # Two requests may bear the same name; in the engine each has its own.
+                    f"{request_id}-{uuid.uuid4().hex[:8]}",
+                    request.prompt,
+                    request.sampling,
+                    version,
                 )
                 async with aclosing(deltas):
                     async for delta in deltas:
-                        yield delta
+                        yield with_queue_time(delta, queued_s)
 
-    async def generate(self, request: GenerationRequest) -> Generation:
+    async def generate(self, request: GenerationRequest, tenant: Tenant = ANONYMOUS) -> Generation:
         """The whole answer at once.
 
         Raises:
             GatewayError: there is none.
         """
-        started: Started | None = None
-        deltas: list[Delta] = []
-        async with aclosing(self.stream(request)) as events:
-            async for event in events:
-                if isinstance(event, Started):
-                    started = event
-                else:
-                    deltas.append(event)
-        if started is None or not deltas or deltas[-1].finish is None:
-            raise ReplicaLostError("The engine ended the answer before it was whole.")
-        return Generation(
-            started=started,
-            text="".join(delta.text for delta in deltas),
-            token_ids=tuple(token for delta in deltas for token in delta.token_ids),
-            logprobs=tuple(entry for delta in deltas for entry in delta.logprobs),
-            finish=deltas[-1].finish,
-        )
+        async with aclosing(self.stream(request, tenant)) as events:
+            return await collect(events, request.sampling.n)
 
-    async def count_tokens(self, prompt: Prompt) -> int:
+    async def count_tokens(self, prompt: Prompt, tenant: Tenant = ANONYMOUS) -> int:
         """Tokens of `prompt` as the engine reads it.
 
         Raises:
             GatewayError: the prompt is refused, or nobody is admitted.
         """
+        del tenant
         with self._admission.enter():
             return await self._replicas.count_tokens(prompt)
 
-    async def adapters(self) -> list[AdapterState]:
-        """Every adapter of the registry with what this gateway serves of it.
+    async def adapters(self, tenant: Tenant = ANONYMOUS) -> list[AdapterState]:
+        """The adapters that `tenant` may use, with what this gateway serves of each.
 
         Raises:
             GatewayError: the registry cannot be read.
@@ -191,7 +165,17 @@ class Inference:
                 tuple([await self._alias(adapter, alias) for alias in sorted(adapter.aliases)]),
             )
             for adapter in adapters
+            if tenant.may_use(adapter.name)
         ]
+
+    async def resolve(self, reference: str, tenant: Tenant = ANONYMOUS) -> Version:
+        """The version a request of `tenant` for `reference` would get now.
+
+        Raises:
+            GatewayError: there is none, or it may not be used.
+        """
+        tenant.require_adapter(reference)
+        return await self._routes.resolve(reference)
 
     async def load(self, reference: str) -> Version:
         """Loads what `reference` means on every replica.

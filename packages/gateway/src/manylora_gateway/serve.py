@@ -23,7 +23,7 @@ KILL_GRACE_S = 2.0
 def serve(config_path: Path, overrides: Sequence[str] = ()) -> None:
     """Serves until SIGINT or SIGTERM, then drains; a second signal ends it at once.
 
-    Prints one `ready grpc=HOST:PORT admin=HOST:PORT` line on stdout once it answers.
+    Prints one `ready grpc=HOST:PORT admin=HOST:PORT http=HOST:PORT` line on stdout once it answers.
 
     Raises:
         ConfigError: the file has mistakes.

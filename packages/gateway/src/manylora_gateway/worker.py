@@ -19,6 +19,7 @@ from manylora_gateway.errors import (
 )
 from manylora_gateway.pool import AdapterPool
 from manylora_gateway.replicas import ReplicaState
+from manylora_gateway.timing import Stopwatch
 from manylora_registry import Registry, Version
 from manylora_registry.errors import RegistryError
 
@@ -73,6 +74,8 @@ class Worker:
         self._directory = directory
         self._servable = servable
         self._slots = config.slots
+        # When the load of each adapter that is in the engine began and ended.
+        self._loads: dict[str, tuple[float, float]] = {}
         self._pool = AdapterPool(
             self._load,
             self._unload,
@@ -92,12 +95,14 @@ class Worker:
         """
         token_ids = self._engine.tokenize(prompt)
         name = None if version is None else version.engine_name
+        stopwatch = Stopwatch(sampling.n)
         async with (
             self._pool.hold(version),
             aclosing(self._engine.generate(request_id, token_ids, sampling, name)) as deltas,
         ):
+            stopwatch.seated(None if version is None else self._loads.get(version.digest))
             async for delta in deltas:
-                yield delta
+                yield stopwatch.timed(delta)
 
     def count_tokens(self, prompt: Prompt) -> int:
         """Tokens of `prompt` as the engine reads it."""
@@ -145,6 +150,7 @@ class Worker:
             raise AdapterLoadError(
                 f"{version.name}@{version.number} failed its trial prompt."
             ) from error
+        self._loads[version.digest] = (began, time.monotonic())
         logger.info("loaded %s in %.2f s", version.engine_name, time.monotonic() - began)
 
     async def _try(self, version: Version) -> None:
@@ -160,5 +166,6 @@ class Worker:
                 pass
 
     async def _unload(self, version: Version) -> None:
+        self._loads.pop(version.digest, None)
         await self._engine.unload(version.engine_name)
         logger.info("unloaded %s", version.engine_name)
