@@ -85,13 +85,31 @@ class Finish:
 
 
 @dataclass(frozen=True, slots=True)
+class Timing:
+    """Where the time of a request went, in seconds, one part after the other."""
+
+    queue_s: float = 0.0
+    """Waiting for admission, a seat and a slot."""
+    load_s: float = 0.0
+    """Waiting for the adapter's weights."""
+    prefill_s: float = 0.0
+    """To the first token."""
+    decode_s: float = 0.0
+    """From the first token to the last."""
+
+
+@dataclass(frozen=True, slots=True)
 class Delta:
-    """What came since the delta before; the last one of a generation has `finish`."""
+    """What came of one answer since its delta before; its last one has `finish`."""
 
     text: str
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprobs, ...] = ()
     finish: Finish | None = None
+    choice: int = 0
+    """Index of the answer, below `Sampling.n`."""
+    timing: Timing | None = None
+    """With the last delta of all."""
 
 
 class Engine(Protocol):
