@@ -3,7 +3,7 @@
 import asyncio
 import json
 from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from manylora.admin.v1 import admin_pb2_grpc
 from manylora.inference.v1 import inference_pb2 as pb
 from manylora.inference.v1 import inference_pb2_grpc
 from manylora_gateway.access import Access
+from manylora_gateway.admission import Admission
 from manylora_gateway.config import (
     EngineConfig,
     FollowConfig,
@@ -23,8 +24,9 @@ from manylora_gateway.config import (
     TlsConfig,
 )
 from manylora_gateway.engine import Delta, Prompt, Sampling
+from manylora_gateway.fair import EVERYBODY, Share
 from manylora_gateway.front import Front
-from manylora_gateway.inference import Admission, Inference
+from manylora_gateway.inference import Inference
 from manylora_gateway.limits import Limits
 from manylora_gateway.replicas import ReplicaState
 from manylora_gateway.routes import Routes
@@ -79,17 +81,30 @@ class LocalReplicas:
         self._workers = workers
 
     async def generate(
-        self, request_id: str, prompt: Prompt, sampling: Sampling, version: Version | None
+        self,
+        request_id: str,
+        prompt: Prompt,
+        sampling: Sampling,
+        version: Version | None,
+        share: Share = EVERYBODY,
     ) -> AsyncGenerator[Delta, None]:
         worker = min(self._workers, key=lambda worker: worker.state().requests)
-        async for delta in worker.generate(request_id, prompt, sampling, version):
-            yield delta
+        deltas = worker.generate(request_id, prompt, sampling, version, share)
+        async with aclosing(deltas):
+            async for delta in deltas:
+                yield delta
 
     async def count_tokens(self, prompt: Prompt) -> int:
         return self._workers[0].count_tokens(prompt)
 
     async def prepare(self, version: Version) -> None:
         await asyncio.gather(*(worker.prepare(version) for worker in self._workers))
+
+    async def pin(self, version: Version) -> None:
+        await asyncio.gather(*(worker.pin(version) for worker in self._workers))
+
+    async def unpin(self, version: Version) -> int:
+        return sum(worker.unpin(version) for worker in self._workers)
 
     async def retire(self, version: Version) -> int:
         return sum(worker.retire(version) for worker in self._workers)
@@ -165,7 +180,7 @@ async def running_gateway(
     local = LocalReplicas(workers)
     routes = Routes(registry, servable)
     swaps = Swaps(registry, routes, local, FollowConfig(poll_s=0.01))
-    admission = Admission(limits.max_requests)
+    admission = Admission(limits)
     inference = Inference(registry, routes, local, admission)
     front = Front(
         ListenConfig(inference="127.0.0.1:0", admin="127.0.0.1:0"),

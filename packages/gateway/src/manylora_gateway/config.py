@@ -61,6 +61,9 @@ class EngineConfig(ConfigModel):
     """Tokens of a prompt. Unset: one less than `max_context`, so that one can be answered."""
     max_concurrent: int = Field(default=16, ge=1, le=4096)
     """Requests one replica runs in one batch; more wait."""
+    express: int | None = Field(default=None, ge=0, le=4096)
+    """Seats beside those for tenants and adapters that hold less than their share, so that a
+    flood on another does not keep them waiting. Unset: half of `max_concurrent`."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Of weights and activations. auto: float32 on a CPU, what the base says on a GPU."""
     kv_cache_gib: float | None = Field(default=None, gt=0)
@@ -78,13 +81,33 @@ class EngineConfig(ConfigModel):
     stream_interval_ms: float = Field(default=20.0, ge=0, le=1000)
     """Shortest time between two deltas of one stream; tokens made meanwhile come together."""
 
+    @property
+    def express_seats(self) -> int:
+        """Seats beside `max_concurrent`."""
+        return -(-self.max_concurrent // 2) if self.express is None else self.express
+
+
+class AdapterLimits(ConfigModel):
+    """How much the requests for one adapter may take together; unset is no limit of its own."""
+
+    concurrent_requests: int | None = Field(default=None, ge=1)
+    """Requests running or waiting at once."""
+    tokens_per_second: float | None = Field(default=None, gt=0)
+    """Prompt and generated tokens, sustained; ten seconds' worth may be spent in one burst."""
+    weight: float = Field(default=1.0, gt=0, le=1000)
+    """Share of the engine beside other adapters when all of them wait."""
+
 
 class LimitsConfig(ConfigModel):
     """What one request, and all of them together, may ask for."""
 
-    max_requests: int = Field(default=512, ge=1)
-    """Requests running or waiting in the whole gateway; more are refused with
-    RESOURCE_EXHAUSTED."""
+    max_requests: int = Field(default=1024, ge=1)
+    """Requests running or waiting in the whole gateway. One tenant's requests for one adapter take
+    at most as many places as they leave free; more are refused with RESOURCE_EXHAUSTED."""
+    each_adapter: AdapterLimits = AdapterLimits()
+    """For every adapter that `adapters` does not name."""
+    adapters: dict[str, AdapterLimits] = Field(default_factory=dict)
+    """By adapter name."""
     max_request_bytes: int = Field(default=1 << 20, ge=1024, le=64 << 20)
     """Size of one request message."""
     max_batch: int = Field(default=256, ge=1)

@@ -11,7 +11,11 @@ GatewayError
 │   ├── YankedAdapterError   withdrawn from the registry
 │   └── AdapterLoadError     the engine refused it
 ├── CorruptAdapterError      a blob does not match its digest              DATA_LOSS
-├── QueueFullError           as many requests as the gateway takes         RESOURCE_EXHAUSTED
+├── ExhaustedError           too much is asked for at once                 RESOURCE_EXHAUSTED
+│   ├── QueueFullError       as many requests as the gateway takes
+│   ├── ConcurrencyError     as many requests as one tenant or adapter may have
+│   ├── TokenRateError       as many tokens as one tenant or adapter may use
+│   └── PoolFullError        no adapter can be pinned any more
 ├── UnavailableError         may work in a moment                          UNAVAILABLE
 │   ├── DrainingError        the gateway is shutting down
 │   ├── ReplicaLostError     the replica died under the request
@@ -121,12 +125,44 @@ class CorruptAdapterError(GatewayError):
     reason = "ADAPTER_CORRUPT"
 
 
-class QueueFullError(GatewayError):
-    """The gateway has as many requests as it takes."""
+class ExhaustedError(GatewayError):
+    """More is asked for than there is, or than one may have."""
 
     status = "RESOURCE_EXHAUSTED"
-    reason = "QUEUE_FULL"
+    reason = "EXHAUSTED"
     retry_after_s = 1.0
+
+
+class QueueFullError(ExhaustedError):
+    """The gateway has as many requests as it takes."""
+
+    reason = "QUEUE_FULL"
+
+
+class ConcurrencyError(ExhaustedError):
+    """A tenant or an adapter has as many requests as it may have."""
+
+    reason = "CONCURRENCY_LIMIT"
+
+
+class TokenRateError(ExhaustedError):
+    """A tenant or an adapter used more tokens than its rate allows; says when to come back."""
+
+    reason = "TOKEN_RATE_LIMIT"
+
+    def __init__(self, text: str, retry_after_s: float) -> None:
+        super().__init__(text, retry_after_s)
+        self.retry_after_s = retry_after_s
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+class PoolFullError(ExhaustedError):
+    """As many adapters are pinned as can be."""
+
+    reason = "PINS_EXHAUSTED"
+    retry_after_s = None
 
 
 class UnavailableError(GatewayError):

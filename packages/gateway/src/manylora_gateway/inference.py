@@ -7,15 +7,15 @@ no messages of a protocol.
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncGenerator, Generator
-from contextlib import aclosing, contextmanager
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from dataclasses import dataclass
 
+from manylora_gateway.admission import Admission, Ticket
 from manylora_gateway.engine import Delta, Prompt
 from manylora_gateway.errors import (
-    DrainingError,
     GatewayError,
-    QueueFullError,
+    ReplicaLostError,
     from_registry,
 )
 from manylora_gateway.generation import (
@@ -51,43 +51,6 @@ class AdapterState:
     aliases: tuple[AliasState, ...]
 
 
-class Admission:
-    """Counts the requests inside, refuses what is too many, and knows when all have left."""
-
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
-        self._inside = 0
-        self._draining = False
-        self._empty = asyncio.Event()
-        self._empty.set()
-
-    @contextmanager
-    def enter(self) -> Generator[None, None, None]:
-        """One request's stay.
-
-        Raises:
-            DrainingError: nobody is admitted any more.
-            QueueFullError: as many as `limit` are inside.
-        """
-        if self._draining:
-            raise DrainingError("The gateway is shutting down.")
-        if self._inside >= self._limit:
-            raise QueueFullError(f"{self._limit} requests are running or waiting already.")
-        self._inside += 1
-        self._empty.clear()
-        try:
-            yield
-        finally:
-            self._inside -= 1
-            if not self._inside:
-                self._empty.set()
-
-    async def drain(self) -> None:
-        """Admits nobody any more and waits until all inside have left."""
-        self._draining = True
-        await self._empty.wait()
-
-
 class Inference:
     """Answers requests. Lives on one event loop.
 
@@ -104,30 +67,62 @@ class Inference:
         self._admission = admission
 
     async def stream(
-        self, request: GenerationRequest, tenant: Tenant = ANONYMOUS
+        self, request: GenerationRequest, tenant: Tenant = ANONYMOUS, *, whole: bool = False
     ) -> AsyncGenerator[Started | Delta, None]:
         """Started first, then deltas; the last of each answer has `finish`.
+
+        A request whose replica is lost is tried once more if none of its deltas has left; with
+        `whole` they all leave together at the end.
 
         Raises:
             GatewayError: at any point; nothing follows.
         """
         began = time.monotonic()
         tenant.require_adapter(request.adapter)
-        with self._admission.enter():
+        name = request.adapter.partition("@")[0]
+        sampling = request.sampling
+        with self._admission.enter(tenant, name, sampling.max_tokens * sampling.n) as ticket:
             async with self._routes.use(request.adapter) as version:
-                request_id = request.request_id or uuid.uuid4().hex
-                yield Started(request_id, version)
+                started = Started(request.request_id or uuid.uuid4().hex, version)
+                yield started
                 queued_s = time.monotonic() - began
-                deltas = self._replicas.generate(
-                    # Two requests may bear the same name; in the engine each has its own.
-                    f"{request_id}-{uuid.uuid4().hex[:8]}",
-                    request.prompt,
-                    request.sampling,
-                    version,
-                )
-                async with aclosing(deltas):
+                answer = self._answer(request, started, ticket, whole=whole)
+                async with aclosing(answer) as deltas:
                     async for delta in deltas:
                         yield with_queue_time(delta, queued_s)
+
+    async def _answer(
+        self, request: GenerationRequest, started: Started, ticket: Ticket, *, whole: bool
+    ) -> AsyncGenerator[Delta, None]:
+        for attempt in (1, 2):
+            held: list[Delta] = []
+            left = False
+            deltas = self._replicas.generate(
+                # Two requests may bear the same name; in the engine each attempt has its own.
+                f"{started.request_id}-{uuid.uuid4().hex[:8]}",
+                request.prompt,
+                request.sampling,
+                started.version,
+                ticket.share,
+            )
+            try:
+                async with aclosing(deltas):
+                    async for delta in deltas:
+                        ticket.used += len(delta.token_ids)
+                        if delta.finish is not None and not delta.choice:
+                            ticket.used += delta.finish.prompt_tokens
+                        if whole:
+                            held.append(delta)
+                        else:
+                            left = True
+                            yield delta
+            except ReplicaLostError:
+                if left or attempt == 2:
+                    raise
+                continue
+            for delta in held:
+                yield delta
+            return
 
     async def generate(self, request: GenerationRequest, tenant: Tenant = ANONYMOUS) -> Generation:
         """The whole answer at once.
@@ -135,7 +130,7 @@ class Inference:
         Raises:
             GatewayError: there is none.
         """
-        async with aclosing(self.stream(request, tenant)) as events:
+        async with aclosing(self.stream(request, tenant, whole=True)) as events:
             return await collect(events, request.sampling.n)
 
     async def count_tokens(self, prompt: Prompt, tenant: Tenant = ANONYMOUS) -> int:
@@ -144,8 +139,7 @@ class Inference:
         Raises:
             GatewayError: the prompt is refused, or nobody is admitted.
         """
-        del tenant
-        with self._admission.enter():
+        with self._admission.enter(tenant):
             return await self._replicas.count_tokens(prompt)
 
     async def adapters(self, tenant: Tenant = ANONYMOUS) -> list[AdapterState]:

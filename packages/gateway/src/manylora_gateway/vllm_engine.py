@@ -214,7 +214,7 @@ def _arguments(base: Path, config: EngineConfig, gpus: int) -> AsyncEngineArgs:
         # bf16 without bf16 instructions is three times slower than float32.
         dtype="float32" if cpu and config.dtype == "auto" else config.dtype,
         max_model_len=config.max_context,
-        max_num_seqs=config.max_concurrent,
+        max_num_seqs=config.max_concurrent + config.express_seats,
         enable_prefix_caching=True,
         enforce_eager=cpu,
         kv_cache_memory_bytes=None if kv_cache_gib is None else round(kv_cache_gib * GIB),
