@@ -16,6 +16,7 @@ RegistryError
 ├── YankedError                a version was withdrawn and is not served
 ├── AliasConflictError         somebody else moved the alias first
 ├── CorruptBlobError           stored bytes are gone or differ from their digest
+├── BlobStoreError             the store of blobs cannot be reached, or refuses
 └── DestinationError           an export would write over something
 """
 
@@ -174,6 +175,12 @@ class CorruptBlobError(RegistryError):
             f"stored blob {digest} {what}; publish the same adapter again to restore it, "
             "and run `manylora registry verify`"
         )
+
+
+class BlobStoreError(RegistryError):
+    """The store of blobs did not do what it was asked for, for now or for want of permission."""
+
+    reason = "BLOB_STORE_UNAVAILABLE"
 
 
 class DestinationError(RegistryError):

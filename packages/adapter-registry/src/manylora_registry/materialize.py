@@ -15,8 +15,8 @@ from collections.abc import Generator
 from pathlib import Path
 from typing import TextIO
 
-from manylora_registry.blobs import BlobStore, copy_hashed, hash_file, sync
-from manylora_registry.errors import CorruptBlobError, DestinationError
+from manylora_registry.blobs import BlobStore, copy_verified, hash_file, sync
+from manylora_registry.errors import DestinationError
 from manylora_registry.manifest import AdapterFile, Manifest, load_manifest
 
 
@@ -80,10 +80,7 @@ def _written(blobs: BlobStore, manifest: Manifest, parent: Path) -> Generator[Pa
 
 
 def _write(blobs: BlobStore, file: AdapterFile, target: Path) -> None:
-    with blobs.open(file.digest) as source:
-        copied = copy_hashed(source, target, limit=file.size)
-    if (copied.digest, copied.size) != (file.digest, file.size):
-        raise CorruptBlobError(file.digest, "does not match its digest")
+    copy_verified(blobs, file.digest, file.size, target)
     target.chmod(0o444)
     sync(target)
 
