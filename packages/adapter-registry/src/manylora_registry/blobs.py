@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Protocol
 from urllib.parse import unquote, urlsplit
 
-from manylora_registry.errors import CorruptBlobError, RegistryLocationError
+from manylora_registry.errors import BlobStoreError, CorruptBlobError, RegistryLocationError
 
 CHUNK_BYTES = 1 << 20
 READ_ATTEMPTS = 3
@@ -37,7 +37,10 @@ class BlobStore(Protocol):
     """
 
     def staging(self) -> AbstractContextManager[Path]:
-        """A private empty directory for files on their way into the store; removed at the end."""
+        """A private empty directory for files on their way into the store; removed at the end.
+
+        An OSError inside of it, such as a full disk, comes out as BlobStoreError.
+        """
         ...
 
     def put(self, file: Path, digest: str) -> None:
@@ -112,7 +115,7 @@ class Copied:
     size: int
 
 
-def copy_hashed(source: BufferedIOBase, target: Path, limit: int | None = None) -> Copied:
+def copy_hashed(source: BufferedIOBase, target: Path, limit: int) -> Copied:
     """Copies `source` to the new file `target`, hashing on the way, in constant memory.
 
     Stops after `limit` bytes, then `size` is `limit` + 1: the caller knows that there was more.
@@ -123,7 +126,7 @@ def copy_hashed(source: BufferedIOBase, target: Path, limit: int | None = None) 
     with target.open("xb") as out:
         while count := source.readinto(buffer):
             size += count
-            if limit is not None and size > limit:
+            if size > limit:
                 return Copied("", limit + 1)
             digest.update(buffer[:count])
             out.write(buffer[:count])
@@ -188,6 +191,10 @@ class LocalBlobStore:
             fcntl.flock(owned, fcntl.LOCK_EX)
         try:
             yield directory
+        except OSError as error:
+            raise BlobStoreError(
+                f"{self._incoming.parent} cannot be written: {error.strerror}"
+            ) from error
         finally:
             shutil.rmtree(directory, ignore_errors=True)
             os.close(owned)

@@ -45,7 +45,9 @@ class Problem:
 
     def __str__(self) -> str:
         where = f"line {self.line}: " if self.line is not None else ""
-        return f"{where}{self.path}: {self.message}" if self.path else f"{where}{self.message}"
+        # A file or a tensor may be called anything, line breaks and megabytes included.
+        path = "".join(letter if letter.isprintable() else "?" for letter in self.path[:200])
+        return f"{where}{path}: {self.message}" if path else f"{where}{self.message}"
 
 
 def _told(problems: Sequence[Problem]) -> str:

@@ -79,8 +79,13 @@ class S3BlobStore:
     @contextlib.contextmanager
     def staging(self) -> Generator[Path]:
         """See `BlobStore`; on this machine, in the directory for temporary files."""
-        with tempfile.TemporaryDirectory(prefix="manylora-") as directory:
-            yield Path(directory)
+        try:
+            with tempfile.TemporaryDirectory(prefix="manylora-") as directory:
+                yield Path(directory)
+        except OSError as error:
+            raise BlobStoreError(
+                f"{tempfile.gettempdir()} cannot be written: {error.strerror}; set TMPDIR"
+            ) from error
 
     def put(self, file: Path, digest: str) -> None:
         """See `BlobStore`; a blob that is there, of the right size and digest, is not sent again.

@@ -9,7 +9,7 @@ import stat
 from collections.abc import Iterable
 from pathlib import Path
 
-from manylora_registry.adapter_config import AdapterConfig, read_config
+from manylora_registry.adapter_config import MAX_RANK, AdapterConfig, read_config
 from manylora_registry.base import BaseModelIdentity
 from manylora_registry.blobs import Copied, copy_hashed
 from manylora_registry.errors import InvalidAdapterError, Problem, WrongBaseError
@@ -21,7 +21,7 @@ from manylora_registry.manifest import (
     AdapterFile,
     Manifest,
 )
-from manylora_registry.tensors import Tensor, find_non_finite, read_header
+from manylora_registry.tensors import HEADER_BYTES, Tensor, find_non_finite, read_header
 
 SMALL_FILE_BYTES = 1 << 20
 """Limit of the config and of the card."""
@@ -47,7 +47,7 @@ def stage_adapter(
         WrongBaseError: it says itself that it was made for another base.
     """
     problems = [*noticed]
-    files = _copy(directory, staging, problems)
+    files = _copy(directory, staging, _largest(base), problems)
     config = None
     if CONFIG_FILE in files:
         config, found = read_config((staging / CONFIG_FILE).read_bytes())
@@ -71,7 +71,15 @@ def stage_adapter(
     )
 
 
-def _copy(directory: Path, staging: Path, problems: list[Problem]) -> dict[str, Copied]:
+def _largest(base: BaseModelIdentity) -> int:
+    """Bytes of the weights of an adapter of the highest rank on every linear layer of the base."""
+    widths = sum(sum(shape) for shape in base.tensors.values() if len(shape) == 2)
+    return HEADER_BYTES + widths * MAX_RANK * 4
+
+
+def _copy(
+    directory: Path, staging: Path, largest: int, problems: list[Problem]
+) -> dict[str, Copied]:
     """Copies the files an adapter may have; whatever else lies there is a problem."""
     try:
         found = sorted(entry.name for entry in os.scandir(directory))
@@ -90,7 +98,8 @@ def _copy(directory: Path, staging: Path, problems: list[Problem]) -> dict[str, 
     for title in MEDIA_TYPES:
         if title not in found:
             continue
-        copied = _copy_file(directory / title, staging / title)
+        limit = largest if title == WEIGHTS_FILE else SMALL_FILE_BYTES
+        copied = _copy_file(directory / title, staging / title, limit)
         if isinstance(copied, Problem):
             problems.append(copied)
         else:
@@ -98,8 +107,7 @@ def _copy(directory: Path, staging: Path, problems: list[Problem]) -> dict[str, 
     return copies
 
 
-def _copy_file(source: Path, target: Path) -> Copied | Problem:
-    limit = None if source.name == WEIGHTS_FILE else SMALL_FILE_BYTES
+def _copy_file(source: Path, target: Path, limit: int) -> Copied | Problem:
     try:
         # Never through a link, and never waiting for a pipe to be written.
         handle = os.open(source, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -107,11 +115,12 @@ def _copy_file(source: Path, target: Path) -> Copied | Problem:
         link = source.is_symlink()
         what = "is a symbolic link" if link else f"cannot be read: {error.strerror}"
         return Problem(source.name, what)
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        return Problem(source.name, "is not a regular file")
     with os.fdopen(handle, "rb") as file:
-        if not stat.S_ISREG(os.fstat(handle).st_mode):
-            return Problem(source.name, "is not a regular file")
         copied = copy_hashed(file, target, limit)
-    if limit is not None and copied.size > limit:
+    if copied.size > limit:
         return Problem(source.name, f"is larger than {limit} bytes")
     return copied
 
