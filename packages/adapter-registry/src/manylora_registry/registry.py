@@ -5,12 +5,14 @@ import os
 import socket
 import threading
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from types import TracebackType
 
 from manylora_registry import materialize as files
 from manylora_registry.base import BaseModelIdentity
 from manylora_registry.blobs import LocalBlobStore, sync
+from manylora_registry.cache import Cache
 from manylora_registry.catalog import Catalog, Description, require_served
 from manylora_registry.database import Database
 from manylora_registry.description import check_description, one_line
@@ -38,6 +40,9 @@ class Registry:
         self._blobs = blobs
         self._database = database
         self._catalog = Catalog(database)
+        self._leases = ExitStack()
+        self._held: dict[str, Path] = {}
+        self._holding = threading.Lock()
 
     @classmethod
     def open(cls, location: str | Path | None = None, *, create: bool = True) -> "Registry":
@@ -61,7 +66,9 @@ class Registry:
         return cls(LocalBlobStore(root), Database(root / DATABASE_FILE))
 
     def close(self) -> None:
-        """Closes the database connections."""
+        """Closes the database connections and gives back what is held in the cache."""
+        self._leases.close()
+        self._held.clear()
         self._database.close()
 
     def __enter__(self) -> "Registry":
@@ -207,16 +214,37 @@ class Registry:
         check_adapter_name(name)
         return self._catalog.history(name)
 
-    def materialize(self, version: Version, directory: Path) -> Path:
+    def materialize(self, version: Version, directory: Path | None = None) -> Path:
         """Makes `directory/<hexadecimal digest>/` with the version's verified files.
 
         Atomic, and cheap if it is there already (see `manylora_registry.materialize` for when an
         existing one is trusted). Safe with any number of threads and processes.
 
+        Args:
+            version: one of this registry.
+            directory: yours to clear; else `Cache.from_environment()`, where it is held until
+                this registry is closed.
+
         Raises:
             CorruptBlobError: a stored blob is damaged; nothing is left behind.
+            BlobStoreError: it cannot be read.
         """
-        return files.materialize(self._blobs, version.digest, directory)
+        if directory is not None:
+            return files.materialize(self._blobs, version.digest, directory)
+        with self._holding:
+            if version.digest not in self._held:
+                held = self.hold(version, Cache.from_environment())
+                self._held[version.digest] = self._leases.enter_context(held)
+            return self._held[version.digest]
+
+    def hold(self, version: Version, cache: Cache) -> AbstractContextManager[Path]:
+        """The version's directory in a cache, which keeps it until the block ends.
+
+        Raises:
+            CorruptBlobError: a stored blob is damaged; nothing is left behind.
+            BlobStoreError: it cannot be read.
+        """
+        return cache.hold(self._blobs, version.digest)
 
     def export(self, version: Version, directory: Path) -> None:
         """Writes the version as an adapter directory, which publishes to the same digest.
