@@ -4,6 +4,7 @@ import hashlib
 import os
 import threading
 import tracemalloc
+from datetime import timedelta
 
 import boto3
 import pytest
@@ -59,6 +60,7 @@ class TestEveryStore:
         digests = {put(store, content) for content in (b"", b"x", CONTENT)}
 
         assert set(store.digests()) == digests
+        assert store.size(digest_of(CONTENT)) == len(CONTENT)
         assert read_verified(store, digest_of(CONTENT), len(CONTENT)) == CONTENT
         copy_verified(store, digest_of(CONTENT), len(CONTENT), tmp_path / "copy")
         assert (tmp_path / "copy").read_bytes() == CONTENT
@@ -93,12 +95,13 @@ class TestEveryStore:
             lambda: store.open(missing),
             lambda: read_verified(store, missing, 10),
             lambda: copy_verified(store, missing, 9, tmp_path / "copy"),
-            lambda: store.set_aside(missing),
         ):
             with pytest.raises(CorruptBlobError, match="is missing") as failed:
                 read()
             assert failed.value.digest == missing
         assert not (tmp_path / "copy").exists()
+        assert store.size(missing) == 0
+        store.set_aside(missing)
 
     def test_hands_out_no_more_than_was_asked_for(self, store, tmp_path):
         digest = put(store, CONTENT)
@@ -146,7 +149,7 @@ class TestEveryStore:
     def test_leaves_living_publishers_alone(self, store):
         with store.staging() as staging:
             (staging / "blob").write_bytes(CONTENT)
-            assert store.discard_abandoned() == 0
+            assert store.sweep(timedelta()) == 0
             store.put(staging / "blob", digest_of(CONTENT))
         assert [*store.digests()] == [digest_of(CONTENT)]
 
@@ -182,7 +185,8 @@ def test_a_local_store_clears_up_after_the_dead(tmp_path):
         os._exit(9)
     os.waitpid(child, 0)
 
-    assert store.discard_abandoned() == 1
+    assert store.sweep(timedelta(hours=1)) == 0
+    assert store.sweep(timedelta()) == 1
     assert [*(tmp_path / "incoming").iterdir()] == []
 
 

@@ -12,10 +12,12 @@ import hashlib
 import os
 import shutil
 import stat
+import time
 import uuid
 from collections.abc import Generator, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from datetime import timedelta
 from io import BufferedIOBase
 from pathlib import Path
 from typing import Protocol
@@ -62,23 +64,23 @@ class BlobStore(Protocol):
         """Every blob in the store."""
         ...
 
+    def size(self, digest: str) -> int:
+        """Bytes of a blob; 0 where there is none."""
+        ...
+
     def delete(self, digest: str) -> None:
-        """Removes a blob, durably; one that is not there is no mistake."""
+        """Removes a blob, durably; one that is gone already is fine."""
         ...
 
     def set_aside(self, digest: str) -> None:
         """Takes a damaged blob out of the store but keeps its bytes below `damaged/`, to look at.
 
-        Raises:
-            CorruptBlobError: it is not there.
+        One that is gone already is fine.
         """
         ...
 
-    def discard_abandoned(self) -> int:
-        """Removes what publishers that died left on its way into the store; how many there were.
-
-        Publishers that live are not disturbed.
-        """
+    def sweep(self, unused: timedelta) -> int:
+        """Removes what publishers that died that long ago left behind; how many there were."""
         ...
 
 
@@ -222,6 +224,13 @@ class LocalBlobStore:
         for path in self._blobs.glob("??/*"):
             yield f"sha256:{path.name}"
 
+    def size(self, digest: str) -> int:
+        """See `BlobStore`."""
+        try:
+            return self._path(digest).stat().st_size
+        except FileNotFoundError:
+            return 0
+
     def delete(self, digest: str) -> None:
         """See `BlobStore`."""
         path = self._path(digest)
@@ -233,25 +242,27 @@ class LocalBlobStore:
         """See `BlobStore`."""
         path = self._path(digest)
         self._damaged.mkdir(parents=True, exist_ok=True)
-        try:
+        with contextlib.suppress(FileNotFoundError):
             path.replace(self._damaged / path.name)
-        except FileNotFoundError as error:
-            raise CorruptBlobError(digest, "is missing") from error
-        for directory in (self._damaged, path.parent, self._damaged.parent):
-            sync(directory)
+            for directory in (self._damaged, path.parent, self._damaged.parent):
+                sync(directory)
 
-    def discard_abandoned(self) -> int:
+    def sweep(self, unused: timedelta) -> int:
         """See `BlobStore`; a publisher holds a lock on its directory while it lives."""
         if not self._incoming.is_dir():
             return 0
+        latest = time.time() - unused.total_seconds()
         count = 0
         # Alone here, no publisher is between making its directory and locking it.
         with _flock(self._incoming, fcntl.LOCK_EX):
             for directory in self._incoming.iterdir():
-                with contextlib.suppress(BlockingIOError, FileNotFoundError):
-                    with _flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB):
+                with (
+                    contextlib.suppress(BlockingIOError, FileNotFoundError),
+                    _flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB),
+                ):
+                    if directory.stat().st_mtime <= latest:
                         shutil.rmtree(directory)
-                    count += 1
+                        count += 1
         return count
 
     def _path(self, digest: str) -> Path:

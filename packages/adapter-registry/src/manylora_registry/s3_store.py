@@ -29,8 +29,7 @@ ONE_REQUEST_BYTES = 4 * PART_BYTES
 """Larger blobs are sent in parts, so that a broken connection costs one part."""
 READ_BYTES = 256 << 10
 SLOWEST_BYTES_PER_SECOND = 16 << 10
-ABANDONED = timedelta(days=1)
-"""An upload in parts that began before this is nobody's any more."""
+LONGEST_UPLOAD = timedelta(days=1)
 _MISSING = frozenset({"NoSuchKey", "404"})
 _REFUSED = frozenset({"PreconditionFailed", "ConditionalRequestConflict", "NotImplemented"})
 """Answers to a conditional write: it is there, somebody is writing it, or there are none."""
@@ -123,6 +122,12 @@ class S3BlobStore:
                 for entry in page.get("Contents", ()):
                     yield f"sha256:{entry['Key'].rpartition('/')[2]}"
 
+    def size(self, digest: str) -> int:
+        """See `BlobStore`."""
+        with _stated(digest):
+            found = self._described(self._key(digest))
+        return found[0] if found else 0
+
     def delete(self, digest: str) -> None:
         """See `BlobStore`."""
         with _stated(digest):
@@ -131,7 +136,7 @@ class S3BlobStore:
     def set_aside(self, digest: str) -> None:
         """See `BlobStore`."""
         key = self._key(digest)
-        with _stated(digest):
+        with contextlib.suppress(CorruptBlobError), _stated(digest):
             self._client.copy_object(
                 Bucket=self._bucket,
                 Key=f"{self._prefix}damaged/{key.rpartition('/')[2]}",
@@ -139,9 +144,9 @@ class S3BlobStore:
             )
             self._client.delete_object(Bucket=self._bucket, Key=key)
 
-    def discard_abandoned(self) -> int:
-        """See `BlobStore`; uploads in parts that began more than a day ago."""
-        oldest = datetime.now(UTC) - ABANDONED
+    def sweep(self, unused: timedelta) -> int:
+        """See `BlobStore`; uploads in parts that began a day before that, as one may take long."""
+        oldest = datetime.now(UTC) - unused - LONGEST_UPLOAD
         count = 0
         with _stated(f"s3://{self._bucket}"):
             pages = self._client.get_paginator("list_multipart_uploads").paginate(
