@@ -16,6 +16,7 @@ from manylora_registry.cache import Cache
 from manylora_registry.catalog import Catalog, Description, require_served
 from manylora_registry.database import Database
 from manylora_registry.description import check_description, one_line
+from manylora_registry.diff import VersionDiff, diff
 from manylora_registry.errors import RegistryLocationError
 from manylora_registry.manifest import digest_of
 from manylora_registry.reference import AdapterReference, check_adapter_name, check_alias_name
@@ -245,6 +246,15 @@ class Registry:
             BlobStoreError: it cannot be read.
         """
         return cache.hold(self._blobs, version.digest)
+
+    def diff(self, before: Version, after: Version) -> VersionDiff:
+        """What differs between two versions: config, description, and each module's weights.
+
+        Raises:
+            CorruptBlobError: a stored blob is damaged.
+            BlobStoreError: one cannot be read.
+        """
+        return diff(self._blobs, before, after)
 
     def export(self, version: Version, directory: Path) -> None:
         """Writes the version as an adapter directory, which publishes to the same digest.

@@ -134,7 +134,7 @@ def _check_tensors(
     by_name = {tensor.name: tensor for tensor in tensors}
     problems: list[Problem] = []
     for tensor in tensors:
-        module = _module(tensor.name)
+        module = module_of(tensor.name)
         weight = base.tensors.get(f"{module}.weight") if module else None
         if module is None:
             what = f"is not named {_PREFIX}MODULE{_A} or {_B}"
@@ -149,8 +149,8 @@ def _check_tensors(
     return problems
 
 
-def _module(tensor: str) -> str | None:
-    """`base_model.model.MODULE.lora_A.weight` -> `MODULE`."""
+def module_of(tensor: str) -> str | None:
+    """`base_model.model.MODULE.lora_A.weight` -> `MODULE`; None for a tensor named otherwise."""
     if not tensor.startswith(_PREFIX) or not tensor.endswith((_A, _B)):
         return None
     return tensor[len(_PREFIX) : -len(_A)] or None

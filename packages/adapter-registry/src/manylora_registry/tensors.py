@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+from numpy.typing import NDArray
 
 from manylora_registry.errors import Problem
 
@@ -74,6 +75,18 @@ def read_header(path: Path) -> tuple[list[Tensor], list[Problem]]:
     if not problems:
         problems = _layout(path.name, tensors, 8 + length, size)
     return tensors, problems
+
+
+def read_tensor(path: Path, tensor: Tensor) -> NDArray[np.floating[Any]]:
+    """The values of one tensor, in its shape; BF16 as float32."""
+    with path.open("rb") as file:
+        file.seek(tensor.start)
+        content = file.read(tensor.end - tensor.start)
+    if tensor.dtype == "BF16":
+        # Its bits are the upper half of a float32's.
+        wide = np.frombuffer(content, "<u2").astype("<u4") << 16
+        return wide.view("<f4").reshape(tensor.shape)
+    return np.frombuffer(content, "<f4" if tensor.dtype == "F32" else "<f2").reshape(tensor.shape)
 
 
 def find_non_finite(path: Path, tensors: Sequence[Tensor]) -> list[Problem]:
