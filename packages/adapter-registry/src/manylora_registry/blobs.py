@@ -7,8 +7,10 @@ the same over the S3 API.
 """
 
 import contextlib
+import errno
 import fcntl
 import hashlib
+import io
 import os
 import shutil
 import stat
@@ -31,8 +33,20 @@ READ_ATTEMPTS = 3
 errs always is told from it by the last attempt."""
 
 
-class BlobStore(Protocol):
-    """Where blobs lie. Digests are `sha256:` and 64 hexadecimal digits.
+class BlobSource(Protocol):
+    """Where blobs are read from. Digests are `sha256:` and 64 hexadecimal digits."""
+
+    def open(self, digest: str) -> BufferedIOBase:
+        """The blob's bytes, not yet verified: see `copy_verified` and `read_verified`.
+
+        Raises:
+            CorruptBlobError: it is not there.
+        """
+        ...
+
+
+class BlobStore(BlobSource, Protocol):
+    """Where blobs lie.
 
     Safe to share by threads and processes. Every method may raise BlobStoreError, for a store
     that cannot be reached or refuses.
@@ -49,14 +63,6 @@ class BlobStore(Protocol):
         """Takes over a staged file whose sha256 is `digest`; durable when this returns.
 
         A blob that is there already is replaced by the same bytes, which heals a damaged one.
-        """
-        ...
-
-    def open(self, digest: str) -> BufferedIOBase:
-        """The blob's bytes, not yet verified: see `copy_verified` and `read_verified`.
-
-        Raises:
-            CorruptBlobError: it is not there.
         """
         ...
 
@@ -135,13 +141,30 @@ def copy_hashed(source: BufferedIOBase, target: Path, limit: int) -> Copied:
     return Copied(f"sha256:{digest.hexdigest()}", size)
 
 
+def open_regular(path: Path) -> io.BufferedReader:
+    """Opens a file, never through a link and never waiting for a pipe to be written.
+
+    Raises:
+        OSError: it is no regular file, or it cannot be read; `strerror` says so in words.
+    """
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        what = "is a symbolic link" if path.is_symlink() else f"cannot be read: {error.strerror}"
+        raise OSError(error.errno, what, str(path)) from error
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise OSError(errno.EINVAL, "is not a regular file", str(path))
+    return os.fdopen(handle, "rb")
+
+
 def hash_file(path: Path) -> str:
     """The digest of a file's content, read in constant memory."""
     with path.open("rb") as file:
         return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
 
 
-def read_verified(blobs: BlobStore, digest: str, limit: int) -> bytes:
+def read_verified(blobs: BlobSource, digest: str, limit: int) -> bytes:
     """A small blob, read whole.
 
     Raises:
@@ -155,7 +178,7 @@ def read_verified(blobs: BlobStore, digest: str, limit: int) -> bytes:
     raise CorruptBlobError(digest, "does not match its digest")
 
 
-def copy_verified(blobs: BlobStore, digest: str, size: int, target: Path) -> None:
+def copy_verified(blobs: BlobSource, digest: str, size: int, target: Path) -> None:
     """Writes a blob of `size` bytes to the new file `target`, hashing on the way.
 
     Raises:

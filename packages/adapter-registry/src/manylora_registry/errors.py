@@ -17,6 +17,7 @@ RegistryError
 ├── AliasConflictError         somebody else moved the alias first
 ├── CorruptBlobError           stored bytes are gone or differ from their digest
 ├── BlobStoreError             the store of blobs cannot be reached, or refuses
+├── SourceError                what is to be imported is no exported version, or damaged
 └── DestinationError           an export would write over something
 """
 
@@ -173,6 +174,7 @@ class CorruptBlobError(RegistryError):
 
     def __init__(self, digest: str, what: str) -> None:
         self.digest = digest
+        self.what = what
         super().__init__(
             f"stored blob {digest} {what}; publish the same adapter again to restore it, "
             "and run `manylora registry verify`"
@@ -183,6 +185,12 @@ class BlobStoreError(RegistryError):
     """The store of blobs did not do what it was asked for, for now or for want of permission."""
 
     reason = "BLOB_STORE_UNAVAILABLE"
+
+
+class SourceError(RegistryError):
+    """What is to be imported is in none of the known forms, or damaged."""
+
+    reason = "SOURCE"
 
 
 class DestinationError(RegistryError):

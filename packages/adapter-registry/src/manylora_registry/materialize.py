@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import TextIO
 
 from manylora_registry.blobs import BlobStore, copy_verified, hash_file, sync
-from manylora_registry.errors import DestinationError
 from manylora_registry.manifest import AdapterFile, Manifest, load_manifest
 
 
@@ -45,24 +44,6 @@ def materialize(blobs: BlobStore, digest: str, directory: Path) -> Path:
         stamp.truncate(0)
         stamp.write(_stamp(target) or "")
     return target
-
-
-def export(blobs: BlobStore, digest: str, directory: Path) -> None:
-    """Writes the version's files to a new `directory`, verified and at once.
-
-    Raises:
-        CorruptBlobError: a stored blob is damaged; nothing is left behind.
-        DestinationError: something is there already, or it cannot be written.
-    """
-    manifest = load_manifest(blobs, digest)
-    try:
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        with _written(blobs, manifest, directory.parent) as whole:
-            whole.rename(directory)
-    except OSError as error:
-        raise DestinationError(
-            f"{directory} cannot be written ({error.strerror}); give a new or an empty directory"
-        ) from error
 
 
 @contextlib.contextmanager

@@ -17,10 +17,12 @@ from manylora_registry.catalog import Catalog, Description, require_served
 from manylora_registry.database import Database
 from manylora_registry.description import check_description, one_line
 from manylora_registry.diff import VersionDiff, diff
-from manylora_registry.errors import RegistryLocationError
+from manylora_registry.errors import RegistryLocationError, WrongBaseError
+from manylora_registry.export import Format, export
 from manylora_registry.manifest import digest_of
 from manylora_registry.reference import AdapterReference, check_adapter_name, check_alias_name
-from manylora_registry.staging import stage_adapter
+from manylora_registry.staging import largest_adapter, stage_adapter
+from manylora_registry.unpack import unpack
 from manylora_registry.verify import verify
 from manylora_registry.version import Adapter, AliasMove, Event, VerifyReport, Version
 
@@ -256,14 +258,46 @@ class Registry:
         """
         return diff(self._blobs, before, after)
 
-    def export(self, version: Version, directory: Path) -> None:
-        """Writes the version as an adapter directory, which publishes to the same digest.
+    def export(self, version: Version, destination: Path, format: Format = "peft") -> None:  # noqa: A002
+        """Writes the version in a form that imports to the same digest.
+
+        Args:
+            version: one of this registry.
+            destination: a path where nothing is yet, or an empty directory.
+            format: `peft` or `hf`, directories for PEFT and the Hugging Face hub; `oci`, an OCI
+                image layout; `tar`, that as one file.
 
         Raises:
             CorruptBlobError: a stored blob is damaged; nothing is left behind.
-            DestinationError: `directory` exists and is not empty, or cannot be written.
+            BlobStoreError: one cannot be read.
+            DestinationError: `destination` is there already, or cannot be written.
         """
-        files.export(self._blobs, version.digest, directory)
+        export(self._blobs, version, destination, format)
+
+    def import_adapter(self, name: str, source: Path, *, base: BaseModelIdentity) -> Version:
+        """Publishes what `export` wrote, or any PEFT adapter directory, as a version of `name`.
+
+        What the exported version was described with is kept.
+
+        Raises:
+            SourceError: `source` is in none of these forms, or damaged.
+            InvalidNameError: an adapter may not be called `name`.
+            InvalidAdapterError: it may not be served; carries every problem.
+            WrongBaseError: it was made for another base.
+        """
+        check_adapter_name(name)
+        with self._blobs.staging() as staging:
+            found = unpack(source, staging, largest_adapter(base))
+            if found.base_fingerprint not in (None, base.fingerprint):
+                raise WrongBaseError(name, found.base_fingerprint, base.fingerprint)
+            return self.publish(
+                name,
+                found.directory,
+                base=base,
+                metrics=found.metrics,
+                tags=found.tags,
+                lineage=found.lineage,
+            )
 
     def events(self, since: int = 0, limit: int = EVENTS_AT_ONCE) -> list[Event]:
         """What happened after event number `since`, in order, at most `limit` events."""

@@ -5,13 +5,12 @@ published, whoever writes to the directory meanwhile.
 """
 
 import os
-import stat
 from collections.abc import Iterable
 from pathlib import Path
 
 from manylora_registry.adapter_config import MAX_RANK, AdapterConfig, read_config
 from manylora_registry.base import BaseModelIdentity
-from manylora_registry.blobs import Copied, copy_hashed
+from manylora_registry.blobs import Copied, copy_hashed, open_regular
 from manylora_registry.errors import InvalidAdapterError, Problem, WrongBaseError
 from manylora_registry.manifest import (
     CARD_FILE,
@@ -47,7 +46,7 @@ def stage_adapter(
         WrongBaseError: it says itself that it was made for another base.
     """
     problems = [*noticed]
-    files = _copy(directory, staging, _largest(base), problems)
+    files = _copy(directory, staging, largest_adapter(base), problems)
     config = None
     if CONFIG_FILE in files:
         config, found = read_config((staging / CONFIG_FILE).read_bytes())
@@ -71,7 +70,7 @@ def stage_adapter(
     )
 
 
-def _largest(base: BaseModelIdentity) -> int:
+def largest_adapter(base: BaseModelIdentity) -> int:
     """Bytes of the weights of an adapter of the highest rank on every linear layer of the base."""
     widths = sum(sum(shape) for shape in base.tensors.values() if len(shape) == 2)
     return HEADER_BYTES + widths * MAX_RANK * 4
@@ -109,16 +108,10 @@ def _copy(
 
 def _copy_file(source: Path, target: Path, limit: int) -> Copied | Problem:
     try:
-        # Never through a link, and never waiting for a pipe to be written.
-        handle = os.open(source, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        file = open_regular(source)
     except OSError as error:
-        link = source.is_symlink()
-        what = "is a symbolic link" if link else f"cannot be read: {error.strerror}"
-        return Problem(source.name, what)
-    if not stat.S_ISREG(os.fstat(handle).st_mode):
-        os.close(handle)
-        return Problem(source.name, "is not a regular file")
-    with os.fdopen(handle, "rb") as file:
+        return Problem(source.name, str(error.strerror))
+    with file:
         copied = copy_hashed(file, target, limit)
     if copied.size > limit:
         return Problem(source.name, f"is larger than {limit} bytes")
