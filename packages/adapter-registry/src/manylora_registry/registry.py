@@ -14,6 +14,7 @@ from manylora_registry.base import BaseModelIdentity
 from manylora_registry.blobs import LocalBlobStore, sync
 from manylora_registry.cache import Cache
 from manylora_registry.catalog import Catalog, Description, require_served
+from manylora_registry.copy import Progress, copy
 from manylora_registry.database import Database
 from manylora_registry.description import check_description, one_line
 from manylora_registry.diff import VersionDiff, diff
@@ -298,6 +299,26 @@ class Registry:
                 tags=found.tags,
                 lineage=found.lineage,
             )
+
+    def copy_to(self, target: "Registry", progress: Progress | None = None) -> VerifyReport:
+        """Makes `target`, a new registry or a copy begun before, equal to this one; verifies it.
+
+        Numbers, digests, aliases, history and events stay what they are. Interrupted, it can be
+        started again and goes on.
+
+        Raises:
+            CorruptBlobError: a blob is damaged here.
+            BlobStoreError: blobs cannot be read or written.
+            DestinationError: `target` holds something else.
+        """
+        copy(
+            self._blobs,
+            self._database,
+            target._blobs,
+            target._database,
+            progress or (lambda _arrived, _all: None),
+        )
+        return target.verify()
 
     def events(self, since: int = 0, limit: int = EVENTS_AT_ONCE) -> list[Event]:
         """What happened after event number `since`, in order, at most `limit` events."""
