@@ -14,6 +14,8 @@ RegistryError
 ├── InvalidAdapterError        an adapter directory cannot be published; every problem at once
 ├── WrongBaseError             an adapter was made for another base model
 ├── YankedError                a version was withdrawn and is not served
+├── UnsignedError              a signature is required, and no trusted key signed the version
+├── SigningKeyError            a key to sign or to verify with cannot be used
 ├── AliasConflictError         somebody else moved the alias first
 ├── CorruptBlobError           stored bytes are gone or differ from their digest
 ├── BlobStoreError             the store of blobs cannot be reached, or refuses
@@ -151,6 +153,18 @@ class YankedError(RegistryError):
     """A version was withdrawn: its bytes are kept, but it is not served."""
 
     reason = "ADAPTER_YANKED"
+
+
+class UnsignedError(RegistryError):
+    """A signature is required, and no trusted key signed the version."""
+
+    reason = "ADAPTER_UNSIGNED"
+
+
+class SigningKeyError(RegistryError):
+    """A key to sign or to verify with cannot be used."""
+
+    reason = "SIGNING_KEY"
 
 
 class AliasConflictError(RegistryError):

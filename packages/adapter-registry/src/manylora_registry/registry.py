@@ -4,7 +4,7 @@ import getpass
 import os
 import socket
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -22,6 +22,8 @@ from manylora_registry.errors import RegistryLocationError, WrongBaseError
 from manylora_registry.export import Format, export
 from manylora_registry.manifest import digest_of
 from manylora_registry.reference import AdapterReference, check_adapter_name, check_alias_name
+from manylora_registry.signatures import Signatures
+from manylora_registry.signing import required_keys, sign_manifest
 from manylora_registry.staging import largest_adapter, stage_adapter
 from manylora_registry.unpack import unpack
 from manylora_registry.verify import verify
@@ -44,6 +46,9 @@ class Registry:
         self._blobs = blobs
         self._database = database
         self._catalog = Catalog(database)
+        self._signatures = Signatures(blobs, database)
+        self._signing_key: Path | None = None
+        self._required_keys = required_keys()
         self._leases = ExitStack()
         self._held: dict[str, Path] = {}
         self._holding = threading.Lock()
@@ -115,6 +120,7 @@ class Registry:
             InvalidNameError: an adapter may not be called `name`.
             InvalidAdapterError: it may not be served; carries every problem.
             WrongBaseError: it says itself that it was made for another base.
+            SigningKeyError: it was to be signed with a key that cannot be used.
         """
         check_adapter_name(name)
         description = Description(metrics or {}, tags or {}, lineage or {})
@@ -122,11 +128,16 @@ class Registry:
         with self._blobs.staging() as staging:
             manifest = stage_adapter(name, directory, staging, base, wrong)
             content = manifest.to_bytes()
+            key = self._signing_key
+            signature = None if key is None else sign_manifest(content, key)
             (staging / _MANIFEST).write_bytes(content)
             for file in manifest.files:
                 self._blobs.put(staging / file.title, file.digest)
             self._blobs.put(staging / _MANIFEST, digest_of(content))
-            return self._catalog.add(name, digest_of(content), manifest, description)
+            version = self._catalog.add(name, digest_of(content), manifest, description)
+            if signature is not None:
+                self._signatures.add(version, signature)
+        return version
 
     def resolve(self, reference: str | AdapterReference, *, base: str | None = None) -> Version:
         """The version a reference means now, if it may be served.
@@ -140,9 +151,11 @@ class Registry:
             NotFoundError: no such adapter, version or alias.
             YankedError: the version was withdrawn.
             WrongBaseError: it belongs to another base than `base`.
+            UnsignedError: a signature is required, and it has none of a trusted key.
         """
         version = self.find(reference)
         require_served(version)
+        self._require_signature(version)
         if base is not None:
             version.require_base(base)
         return version
@@ -232,7 +245,9 @@ class Registry:
         Raises:
             CorruptBlobError: a stored blob is damaged; nothing is left behind.
             BlobStoreError: it cannot be read.
+            UnsignedError: a signature is required, and it has none of a trusted key.
         """
+        self._require_signature(version)
         if directory is not None:
             return files.materialize(self._blobs, version.digest, directory)
         with self._holding:
@@ -247,8 +262,44 @@ class Registry:
         Raises:
             CorruptBlobError: a stored blob is damaged; nothing is left behind.
             BlobStoreError: it cannot be read.
+            UnsignedError: a signature is required, and it has none of a trusted key.
         """
+        self._require_signature(version)
         return cache.hold(self._blobs, version.digest)
+
+    def sign_published_with(self, private_key: Path) -> None:
+        """Signs every version published from now on; an elliptic-curve key in PEM."""
+        self._signing_key = private_key
+
+    def require_signatures_of(self, public_keys: Sequence[Path]) -> None:
+        """From now on resolves and materializes only what one of these keys signed.
+
+        Opened, a registry requires those in `$MANYLORA_REQUIRE_SIGNATURE`; none lifts it.
+        """
+        self._required_keys = tuple(public_keys)
+
+    def sign(self, version: Version, private_key: Path) -> str:
+        """Adds a signature to a version; the digest of the signature.
+
+        Raises:
+            SigningKeyError: the key cannot be used.
+            CorruptBlobError: the manifest is damaged.
+        """
+        return self._signatures.sign(version, private_key)
+
+    def verify_signature(self, version: Version, public_keys: Sequence[Path]) -> Path:
+        """Which of the keys signed the version.
+
+        Raises:
+            UnsignedError: none of them.
+            SigningKeyError: a key cannot be read.
+            CorruptBlobError: the manifest or a signature is damaged.
+        """
+        return self._signatures.require(version, public_keys)
+
+    def _require_signature(self, version: Version) -> None:
+        if self._required_keys:
+            self._signatures.require_once(version, self._required_keys)
 
     def diff(self, before: Version, after: Version) -> VersionDiff:
         """What differs between two versions: config, description, and each module's weights.

@@ -144,6 +144,55 @@ def import_adapter(
         print(f"{version.name}@{version.number} ({version.digest})")
 
 
+def sign(
+    reference: Reference,
+    key: Annotated[Path, typer.Option(metavar="PEM", help="An elliptic-curve private key.")],
+    registry: Location = None,
+    as_json: AsJson = False,
+) -> None:
+    r"""Sign a version with a key of your own.
+
+    The signature is an OpenSSF model signature over the version's manifest, which names every
+    file by its sha256. The version's digest stays what it is. A key with a password is opened
+    with MANYLORA_SIGN_KEY_PASSWORD. Where MANYLORA_REQUIRE_SIGNATURE names public keys, only
+    versions signed by one of them are resolved, materialized and served.
+
+    \b
+    openssl ecparam -name prime256v1 -genkey -noout -out key.pem
+    openssl ec -in key.pem -pubout -out key.pub
+    manylora registry sign spelling@3 --key key.pem
+    """
+    with open_registry(registry) as opened:
+        version = opened.find(reference)
+        digest = opened.sign(version, key)
+    if as_json:
+        print_json({**version_json(version), "signature": digest})
+    else:
+        print(f"{version.name}@{version.number} is signed ({digest})")
+
+
+def verify_signature(
+    reference: Reference,
+    public_key: Annotated[
+        list[Path],
+        typer.Option("--public-key", metavar="PEM", help="A trusted key; may be repeated."),
+    ],
+    registry: Location = None,
+    as_json: AsJson = False,
+) -> None:
+    """Check that a trusted key signed a version.
+
+    Exit status 1 if none of the keys did.
+    """
+    with open_registry(registry) as opened:
+        version = opened.find(reference)
+        signer = opened.verify_signature(version, public_key)
+    if as_json:
+        print_json({**version_json(version), "signed_by": str(signer)})
+    else:
+        print(f"{version.name}@{version.number} is signed by {signer}")
+
+
 def copy(
     source: Annotated[str, typer.Argument(metavar="FROM", help="The registry to copy.")],
     target: Annotated[str, typer.Argument(metavar="TO", help="A new one, or a copy begun.")],
