@@ -21,6 +21,10 @@ def publish(
         str | None,
         typer.Option("--alias", help="Also point this alias at the new versions."),
     ] = None,
+    sign_key: Annotated[
+        Path | None,
+        typer.Option("--sign-key", metavar="PEM", help="Sign the versions with this private key."),
+    ] = None,
     registry: Annotated[
         str | None,
         typer.Option("--registry", metavar="DIR", help="Instead of MANYLORA_REGISTRY."),
@@ -34,6 +38,8 @@ def publish(
     from manylora_trainer.publish import is_sweep, publish_best_trial, publish_run
 
     with Registry.open(registry) as opened:
+        if sign_key is not None:
+            opened.sign_published_with(sign_key)
         if not is_sweep(run_dir):
             versions = publish_run(run_dir, opened, task, alias)
         elif task:

@@ -221,6 +221,10 @@ def from_registry(error: Exception) -> GatewayError:
             return YankedAdapterError(text)
         case registry_errors.CorruptBlobError():
             return CorruptAdapterError(text)
+        case registry_errors.UnsignedError():
+            unsigned = UnservableError(text)
+            unsigned.reason = error.reason
+            return unsigned
         case registry_errors.InvalidAdapterError():
             return AdapterLoadError(text)
         case _:
