@@ -109,7 +109,10 @@ class LimitsConfig(ConfigModel):
     adapters: dict[str, AdapterLimits] = Field(default_factory=dict)
     """By adapter name."""
     max_request_bytes: int = Field(default=1 << 20, ge=1024, le=64 << 20)
-    """Size of one request message."""
+    """Size of one request: a GenerateRequest, alone or in a batch, or an HTTP body."""
+    max_message_bytes: int = Field(default=64 << 20, ge=1024, le=1 << 30)
+    """Size of one gRPC message, thus of a whole batch. gRPC itself refuses a larger one, with
+    RESOURCE_EXHAUSTED, before it is read."""
     max_batch: int = Field(default=256, ge=1)
     """Requests of one BatchGenerate."""
     max_tokens: int | None = Field(default=None, ge=1)

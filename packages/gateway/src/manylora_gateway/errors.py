@@ -48,7 +48,7 @@ class Violation:
     """One field of a request that is wrong."""
 
     field: str
-    """Its path in the request message, e.g. `sampling.top_p`."""
+    """Its path in the request message, e.g. `sampling.top_p`; empty for the whole of it."""
     message: str
 
 
@@ -63,7 +63,10 @@ class InvalidRequestError(GatewayError):
         self.violations = tuple(violations)
 
     def __str__(self) -> str:
-        return "; ".join(f"{violation.field}: {violation.message}" for violation in self.violations)
+        return "; ".join(
+            f"{violation.field}: {violation.message}" if violation.field else violation.message
+            for violation in self.violations
+        )
 
 
 class UnauthenticatedError(GatewayError):

@@ -5,7 +5,6 @@
 # pyright: reportAttributeAccessIssue=false, reportUnknownArgumentType=false
 
 import asyncio
-from collections.abc import Sequence
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -14,9 +13,9 @@ from grpc_reflection.v1alpha import reflection
 from manylora.admin.v1 import admin_pb2, admin_pb2_grpc
 from manylora.inference.v1 import inference_pb2, inference_pb2_grpc
 from manylora_gateway.access import Access
-from manylora_gateway.authentication import GrpcAuthentication, HttpAuthentication
-from manylora_gateway.config import GatewayConfig, ListenConfig
+from manylora_gateway.config import GatewayConfig, LimitsConfig, ListenConfig
 from manylora_gateway.errors import StartError
+from manylora_gateway.guard import Guard, HttpAuthentication
 from manylora_gateway.inference import Inference
 from manylora_gateway.limits import Limits
 from manylora_gateway.openai_http.app import application
@@ -24,7 +23,6 @@ from manylora_gateway.openai_http.reading import Reading
 from manylora_gateway.openai_http.server import HttpServer
 from manylora_gateway.requests import Requests
 from manylora_gateway.servicers import AdminServicer, InferenceServicer
-from manylora_gateway.tenants import Role
 from manylora_gateway.tls import ServerTls
 
 INFERENCE_SERVICE: str = inference_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name
@@ -32,24 +30,27 @@ ADMIN_SERVICE: str = admin_pb2.DESCRIPTOR.services_by_name["AdminService"].full_
 
 FLUSH_S = 1.0
 """An answer that is whole may still be on its way to the wire."""
-RECEIVE_LIMIT = 128 << 20
-"""gRPC's own refusal of a big message names no field, so it stands above ours."""
+DEFAULT_MESSAGE_BYTES = LimitsConfig().max_message_bytes
 
 
 class Front:
     """All servers. Ports are taken first, so that a taken one is known before engines start."""
 
     def __init__(
-        self, listen: ListenConfig, tls: ServerTls | None = None, access: Access | None = None
+        self,
+        listen: ListenConfig,
+        tls: ServerTls | None = None,
+        access: Access | None = None,
+        max_message_bytes: int = DEFAULT_MESSAGE_BYTES,
     ) -> None:
         self._health = health.aio.HealthServicer()
         self._serving = False
         self._access = access
         self._inference, self.inference_address = _bound(
-            listen.inference, "listen.inference", tls, _authentication(access, "infer")
+            listen.inference, "listen.inference", tls, Guard(access, "infer"), max_message_bytes
         )
         self._admin, self.admin_address = _bound(
-            listen.admin, "listen.admin", tls, _authentication(access, "admin")
+            listen.admin, "listen.admin", tls, Guard(access, "admin"), max_message_bytes
         )
         self._http = None
         if listen.http is not None:
@@ -68,6 +69,7 @@ class Front:
             config.listen,
             None if config.tls is None else ServerTls(config.tls),
             None if config.tenants is None else Access(config.tenants),
+            config.limits.max_message_bytes,
         )
 
     @property
@@ -120,22 +122,19 @@ class Front:
             await self._health.set(service, status)
 
 
-def _authentication(access: Access | None, role: Role) -> list[grpc.aio.ServerInterceptor]:
-    return [] if access is None else [GrpcAuthentication(access, role)]
-
-
 def _bound(
     address: str,
     field: str,
     tls: ServerTls | None,
-    interceptors: Sequence[grpc.aio.ServerInterceptor],
+    guard: Guard,
+    max_message_bytes: int,
 ) -> tuple[grpc.aio.Server, str]:
     server = grpc.aio.server(
-        interceptors=interceptors,
+        interceptors=[guard],
         options=[
             # Without this two gateways would share a port and each get half of the requests.
             ("grpc.so_reuseport", 0),
-            ("grpc.max_receive_message_length", RECEIVE_LIMIT),
+            ("grpc.max_receive_message_length", max_message_bytes),
             ("grpc.max_send_message_length", -1),
         ],
     )

@@ -1,23 +1,12 @@
 """What one request may ask for, whatever the wire it came by."""
 
-import json
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
+from manylora_gateway import constraints
 from manylora_gateway.config import LimitsConfig
-from manylora_gateway.engine import (
-    ChatPrompt,
-    Constraint,
-    Grammar,
-    JsonObject,
-    JsonSchema,
-    OneOf,
-    Prompt,
-    Regex,
-    Sampling,
-    TextPrompt,
-)
+from manylora_gateway.engine import ChatPrompt, Prompt, Sampling, TextPrompt
 from manylora_gateway.errors import InvalidRequestError, Violation
 
 ROLES = ("system", "user", "assistant")
@@ -70,7 +59,7 @@ class Limits:
         if sampling.logprobs is not None and not 0 <= sampling.logprobs <= limits.max_logprobs:
             say("logprobs", f"must be from 0 to {limits.max_logprobs}")
         if sampling.constraint is not None:
-            for problem in self._constraint_problems(sampling.constraint):
+            for problem in constraints.problems(sampling.constraint, limits.max_constraint_bytes):
                 say("constraint", problem)
 
     def check_prompt(self, prompt: Prompt, say: Say) -> None:
@@ -89,36 +78,6 @@ class Limits:
         elif len(prompt.ids) >= self._max_context:
             count = len(prompt.ids)
             say("ids", f"has {count} tokens; with the answer the most is {self._max_context}")
-
-    def _constraint_problems(self, constraint: Constraint) -> Iterator[str]:
-        limit = self.config.max_constraint_bytes
-        match constraint:
-            case JsonObject():
-                return
-            case JsonSchema(text):
-                try:
-                    schema: object = json.loads(text)
-                except (ValueError, RecursionError) as error:
-                    yield f"is not JSON: {error}"
-                else:
-                    if not isinstance(schema, dict):
-                        yield "is not a JSON Schema: it must be a JSON object"
-            case Regex(text) | Grammar(text):
-                if not text.strip():
-                    yield "must not be empty"
-                if "\0" in text:
-                    yield "must not contain NUL characters"
-            case OneOf(values):
-                text = "".join(values)
-                if not all(values):
-                    yield "has an empty string to choose"
-                if not values:
-                    yield "has nothing to choose"
-                if len(values) != len(set(values)):
-                    yield "has the same string twice"
-        size = len(text.encode(errors="replace"))
-        if size > limit:
-            yield f"has {size} bytes; the most is {limit}"
 
 
 def check_request_id(request_id: str) -> str:

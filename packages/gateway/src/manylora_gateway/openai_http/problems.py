@@ -80,15 +80,13 @@ def problem_of(error: Exception) -> Problem:
     if isinstance(error, BodyTooBigError):
         status = 413
     if isinstance(error, InvalidRequestError):
-        violations = [
-            Violation(CORE_FIELDS.get(violation.field, violation.field), violation.message)
-            for violation in error.violations
-        ]
-        param = violations[0].field or None
-        message = "; ".join(
-            f"{violation.field}: {violation.message}" if violation.field else violation.message
-            for violation in violations
+        told = InvalidRequestError(
+            [
+                Violation(CORE_FIELDS.get(violation.field, violation.field), violation.message)
+                for violation in error.violations
+            ]
         )
+        message, param = str(told), told.violations[0].field or None
     elif error.status == "NOT_FOUND":
         param = "model"
     return Problem(status, message, kind, param, error.reason.lower(), error.retry_after_s)

@@ -1,4 +1,7 @@
-"""Nobody gets past the front whom the tenants' file does not name; health alone is open."""
+"""What stands before the services: nobody passes whom the tenants' file does not name.
+
+Health alone is open.
+"""
 
 # gRPC's handlers are typed by their messages, which do not matter here.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
@@ -9,11 +12,12 @@ from collections.abc import Awaitable, Callable
 from typing import Any, cast
 
 import grpc
+from google.protobuf.message import DecodeError
 from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from manylora_gateway.access import Access, bearer_token
-from manylora_gateway.errors import GatewayError
+from manylora_gateway.errors import GatewayError, InvalidRequestError, Violation
 from manylora_gateway.openai_http.app import HEALTH_PATH, tell
 from manylora_gateway.openai_http.problems import problem_of
 from manylora_gateway.openai_http.server import PEER_CERTIFICATE
@@ -28,10 +32,14 @@ Handler = Any
 """A grpc.RpcMethodHandler."""
 
 
-class GrpcAuthentication(grpc.aio.ServerInterceptor):
-    """Lets tenants with `role` through to every method of a server, reflection included."""
+class Guard(grpc.aio.ServerInterceptor):
+    """Stands before every method of a gRPC server, reflection included.
 
-    def __init__(self, access: Access, role: Role) -> None:
+    Lets tenants with `role` pass; without `access` everybody. Bytes that are no message are
+    refused as such, where gRPC would log a trace and answer UNKNOWN.
+    """
+
+    def __init__(self, access: Access | None, role: Role) -> None:
         self._access = access
         self._role: Role = role
 
@@ -40,34 +48,44 @@ class GrpcAuthentication(grpc.aio.ServerInterceptor):
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler]],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> Handler:
-        """The method's handler, behind a check of who calls."""
+        """The method's handler, guarded."""
         handler = await continuation(handler_call_details)
+        if handler is None:
+            return None
         method = cast("str", cast("Any", handler_call_details).method)
-        if handler is None or method.startswith(HEALTH_METHODS):
-            return handler
-        # The client's certificate is known to the call's context only, so the check is made there.
+        access = None if method.startswith(HEALTH_METHODS) else self._access
+        # The client's certificate is known to the call's context only, so all is checked there.
         for kind in ("unary_unary", "unary_stream", "stream_unary", "stream_stream"):
             inner = getattr(handler, kind)
             if inner is not None:
                 make = getattr(grpc, f"{kind}_rpc_method_handler")
+                read = handler.request_deserializer
                 return make(
-                    self._guarded(inner), handler.request_deserializer, handler.response_serializer
+                    self._guarded(inner, access),
+                    read if handler.request_streaming else _readable(read),
+                    handler.response_serializer,
                 )
         return handler
 
-    def _guarded(self, inner: Callable[..., Any]) -> Callable[..., Any]:
+    def _guarded(self, inner: Callable[..., Any], access: Access | None) -> Callable[..., Any]:
+        async def check(request: Any, context: Context) -> None:
+            if access is not None:
+                await self._admit(access, context)
+            if isinstance(request, InvalidRequestError):
+                await abort(context, request)
+
         async def call(request: Any, context: Context) -> Any:
-            await self._admit(context)
+            await check(request, context)
             return await inner(request, context)
 
         async def generate(request: Any, context: Context) -> Any:
-            await self._admit(context)
+            await check(request, context)
             async for reply in inner(request, context):
                 yield reply
 
         return generate if inspect.isasyncgenfunction(inner) else call
 
-    async def _admit(self, context: Context) -> None:
+    async def _admit(self, access: Access, context: Context) -> None:
         """Has the call's task know its tenant, or ends the call."""
         metadata = dict(context.invocation_metadata() or ())
         header = metadata.get("authorization")
@@ -75,12 +93,28 @@ class GrpcAuthentication(grpc.aio.ServerInterceptor):
             header = header.decode("latin-1")
         try:
             names = names_in_auth_context(context.auth_context())
-            tenant = self._access.identify(bearer_token(header), names)
+            tenant = access.identify(bearer_token(header), names)
             tenant.require_role(self._role)
         except GatewayError as error:
             await abort(context, error)
         else:
             set_caller(tenant)
+
+
+def _readable(read: Callable[[bytes], Any] | None) -> Callable[[bytes], Any] | None:
+    """A deserializer that gives what is wrong with bytes in the place of the message."""
+    if read is None:
+        return None
+
+    def readable(serialized: bytes) -> Any:
+        try:
+            return read(serialized)
+        except DecodeError:
+            return InvalidRequestError(
+                [Violation("", "the bytes are not a message of this method")]
+            )
+
+    return readable
 
 
 class HttpAuthentication:
