@@ -137,6 +137,7 @@ def test_words_without_a_verdict_fail_and_are_counted(
     [
         'Sure!\n```json\n{"correct": {"reason": "r", "pass": true}}\n```',
         '{"correct": {"pass": true, "more": [{}]}, "other": 1}',
+        '<think>{"correct": {"pass": false}} or not?</think> {"correct": {"pass": true}}',
     ],
 )
 def test_a_verdict_may_stand_among_other_words(

@@ -63,6 +63,8 @@ def test_order_may_be_settled(order: str, hit: float, tmp_path: Path) -> None:
         "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT i FROM n",
         "SELECT zeroblob(1000000000)",
         "SELECT printf('%.*c', 900000000, 'x')",
+        "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n LIMIT 90) "
+        "SELECT hex(zeroblob(400000)) FROM n",
         "SELECT group_concat(hex(zeroblob(1000000))) FROM visit, visit, visit",
     ],
 )

@@ -1,17 +1,19 @@
 """Asks every row of a suite of the bare base and of adapters, and scores the answers."""
 
 import asyncio
+import functools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
 from rich.console import Console
+from rich.progress import Progress
 
 from manylora_client import AsyncClient
-from manylora_evaluator.asking import ask_rows, progress_bars
+from manylora_evaluator.asking import Replies, ask_rows, progress_bars
 from manylora_evaluator.errors import EvaluationFailedError, SuiteError, UnknownTaskError
 from manylora_evaluator.gates import gate
 from manylora_evaluator.judge.caller import Caller
@@ -154,7 +156,7 @@ async def _evaluate(
                     for reference in references
                 ]
                 judges = [
-                    Judge(settings, callers[settings.by])
+                    Judge(settings, callers[settings.by], _bar(progress, task, settings, columns))
                     for settings in task.settings.scorers
                     if isinstance(settings, JudgeSettings | PairwiseSettings)
                 ]
@@ -169,6 +171,18 @@ async def _evaluate(
         tasks=tuple(results),
         judges=tuple(caller.usage(name) for name, caller in callers.items()),
     )
+
+
+def _bar(
+    progress: Progress,
+    task: PreparedTask,
+    settings: JudgeSettings | PairwiseSettings,
+    columns: Sequence[Replies],
+) -> Callable[[], None]:
+    """Shows a bar for all answers one scorer judges; returns what moves it on."""
+    answers = len(task.rows) * len(columns) + len(task.labelled.get(settings.name, ()))
+    bar = progress.add_task(f"{task.settings.name} · {settings.name}", total=answers)
+    return functools.partial(progress.advance, bar)
 
 
 async def _callers(

@@ -32,6 +32,8 @@ class Judge:
 
     settings: JudgeSettings | PairwiseSettings
     caller: Caller
+    advance: Callable[[], None]
+    """Called after each answer."""
 
     async def column(
         self, rows: Sequence[Row], columns: Sequence[Replies], index: int
@@ -66,8 +68,14 @@ class Judge:
     async def _each(
         self, items: Sequence[Item], judge: Callable[[Item], Awaitable[Judgements]]
     ) -> list[Judgements]:
+        async def judged(item: Item) -> Judgements:
+            try:
+                return await judge(item)
+            finally:
+                self.advance()
+
         # The caller bounds the requests; more workers would only wait there.
-        return await in_parallel(items, judge, self.caller.concurrency)
+        return await in_parallel(items, judged, self.caller.concurrency)
 
     async def _pass(self, item: tuple[Row, str | None]) -> Judgements:
         """Passes or fails one answer on every criterion."""

@@ -99,8 +99,11 @@ def read_pair(text: str) -> tuple[Preference | None, str]:
 
 
 def object_in(text: str) -> Mapping[str, Any]:
-    """The JSON object `text` is, or holds between its first and last brace; else an empty one."""
-    braces = re.search(r"\{.*\}", text, re.DOTALL)
+    """The JSON object `text` is, or holds between its first and last brace; else an empty one.
+
+    What a model thinks aloud before the answer is passed over.
+    """
+    braces = re.search(r"\{.*\}", text.rpartition("</think>")[2], re.DOTALL)
     try:
         value: Any = json.loads(braces.group()) if braces else None
     except (ValueError, RecursionError):

@@ -12,8 +12,10 @@ from manylora_evaluator.rows import Row
 from manylora_evaluator.scorer_settings import SqlSettings
 from manylora_evaluator.scorers.tally import Tallies, one
 
-LARGEST_VALUE = 4 * 1024 * 1024
-"""Bytes of the longest text a query may make, so that none fills the memory."""
+LARGEST_VALUE = 1024 * 1024
+"""Bytes of the longest text a query may make, so that none fills the memory …"""
+LARGEST_RESULT = 16 * 1024 * 1024
+"""… and of all text in its result."""
 DIGITS = 9
 """Significant digits to which real numbers are compared."""
 STEPS = 1_000
@@ -77,15 +79,22 @@ class Sql:
         self._database.set_progress_handler(lambda: time.monotonic() > deadline, STEPS)
         try:
             cursor = self._database.execute(query)
-            rows = cursor.fetchmany(self._settings.most_rows + 1)
-            cursor.close()
+            if cursor.description is None:
+                return "returns no rows"
+            return self._fetch(cursor)
         except (sqlite3.Error, sqlite3.Warning, ValueError, OverflowError, MemoryError) as error:
             return str(error) or type(error).__name__
-        if cursor.description is None:
-            return "returns no rows"
-        if len(rows) > self._settings.most_rows:
-            return f"returns more than {self._settings.most_rows} rows"
-        return [tuple(map(_comparable, row)) for row in rows]
+
+    def _fetch(self, cursor: sqlite3.Cursor) -> Result | str:
+        rows: Result = []
+        size = 0
+        for row in cursor:
+            size += sum(len(value) for value in row if isinstance(value, str | bytes))
+            if len(rows) == self._settings.most_rows or size > LARGEST_RESULT:
+                cursor.close()
+                return f"returns more than {self._settings.most_rows} rows, or too much text"
+            rows.append(tuple(map(_comparable, row)))
+        return rows
 
 
 def query_in(answer: str) -> str:
@@ -95,7 +104,7 @@ def query_in(answer: str) -> str:
 
 
 def _build(settings: SqlSettings) -> sqlite3.Connection:
-    database = sqlite3.connect(":memory:", check_same_thread=False)
+    database = sqlite3.connect(":memory:")
     try:
         database.executescript(settings.fixture.read_text(encoding="utf-8"))
         database.commit()
