@@ -1,5 +1,8 @@
 """Rows become examples: formats, the mask, and clear words about bad rows."""
 
+import shutil
+
+import numpy as np
 import pytest
 
 from manylora_trainer.data_settings import ChatFormat, PromptCompletionFormat, TemplateFormat
@@ -60,9 +63,88 @@ def test_chat_learns_the_last_answer():
     assert rendered.completion == "4"
 
 
+TALK = [
+    {"role": "user", "content": "hi"},
+    {"role": "assistant", "content": "hello", "train": True},
+    {"role": "user", "content": "2+2?"},
+    {"role": "assistant", "content": "4"},
+]
+
+
+def test_columns_as_a_json_prompt():
+    rendered = render(
+        template(prompt=None, prompt_json=["b", "a"]), Row(1, {"b": 1, "a": "x", "right": "r"})
+    )
+    assert rendered.messages == (Message("user", '{"a":"x","b":1}'),)
+
+
+@pytest.mark.parametrize(
+    ("train", "given", "learned"),
+    [
+        ("last", ["Be brief.", "hi", "hello", "2+2?"], ["4"]),
+        ("all", ["Be brief.", "hi"], ["hello", "4"]),
+        ("flagged", ["Be brief.", "hi"], ["hello"]),
+    ],
+)
+def test_which_messages_train(tokenizer, train, given, learned):
+    settings = ChatFormat(kind="chat", system="Be brief.", train=train)
+    rendered = render(settings, Row(1, {"messages": TALK}))
+    assert [m.content for m in rendered.messages][: len(given)] == given
+    (example,) = tokenizer.encode([rendered])
+    text = tokenizer.decode(example.tokens[example.trained])
+    assert text == "".join(f"{answer}<|im_end|>" for answer in learned)
+
+
+def test_every_learned_turn_follows_what_a_server_would_have_given(tokenizer, tiny_base):
+    from transformers import AutoTokenizer
+
+    rendered = render(ChatFormat(kind="chat", train="all"), Row(1, {"messages": TALK}))
+    (example,) = tokenizer.encode([rendered])
+    server = AutoTokenizer.from_pretrained(tiny_base)
+    starts = np.flatnonzero(example.trained & ~np.roll(example.trained, 1))
+    for start, turn in zip(starts, (1, 3), strict=True):
+        turns = [{"role": m["role"], "content": m["content"]} for m in TALK[:turn]]
+        prompt = server.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
+        assert example.tokens[:start].tolist() == prompt
+
+
+def test_a_template_that_changes_earlier_answers_cannot_learn_them(tiny_base, tmp_path):
+    base = tmp_path / "forgetful"
+    shutil.copytree(tiny_base, base)
+    file = base / "chat_template.jinja"
+    file.write_text(
+        file.read_text().replace(
+            "{{ message['content'] }}", "{{ message['content'] if loop.last else '...' }}"
+        )
+    )
+    rendered = render(ChatFormat(kind="chat", train="all"), Row(1, {"messages": TALK}))
+    with pytest.raises(UnsupportedBaseError, match=r"changes earlier answers.*format.train: last"):
+        ChatTokenizer(base).encode([rendered])
+
+
 @pytest.mark.parametrize(
     ("settings", "columns", "field", "said"),
     [
+        (
+            ChatFormat(kind="chat", train="flagged"),
+            {"messages": [{"role": "user", "content": "a", "train": True}, TALK[1]]},
+            "messages.0.train",
+            "only assistant messages train",
+        ),
+        (
+            ChatFormat(kind="chat", train="flagged"),
+            {"messages": [TALK[0], {**TALK[3], "train": "yes"}]},
+            "messages.1.train",
+            "must be true or false",
+        ),
+        (
+            ChatFormat(kind="chat", train="flagged"),
+            {"messages": [TALK[0], TALK[3]]},
+            "messages",
+            "no message has train: true",
+        ),
+        (ChatFormat(kind="chat", train="all"), {"messages": TALK[1:]}, "messages", "begin with"),
+        (template(), {"wrong": "\ud800", "right": "b"}, "wrong", "half a surrogate pair"),
         (template(), {"wrong": "a"}, "right", "missing"),
         (template(), {"wrong": ["a"], "right": "b"}, "wrong", "must be text or a number"),
         (template(), {"wrong": "a", "right": " "}, "completion", "renders to nothing"),
@@ -140,8 +222,6 @@ def test_the_example_is_the_whole_conversation_as_rendered(tokenizer, tiny_base)
 
 
 def test_a_base_without_a_chat_template_is_refused(tiny_base, tmp_path):
-    import shutil
-
     plain = tmp_path / "plain"
     shutil.copytree(tiny_base, plain)
     (plain / "chat_template.jinja").unlink()

@@ -72,7 +72,7 @@ def recipe(make_task, write_recipe):
     # batch, and resumes fall in the middle of both.
     return write_recipe(
         make_task("brief", steps=3, batch_size=9, shuffle_buffer=11),
-        make_task("long", steps=7, batch_tokens=1000),
+        make_task("long", steps=7, batch_size=None, batch_tokens=1000, shuffle_buffer=11),
     )
 
 

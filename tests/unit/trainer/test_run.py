@@ -239,16 +239,3 @@ def test_the_verb_fails_when_an_adapter_stopped(make_task, write_recipe, tmp_pat
     result = CliRunner().invoke(app, ["train", str(recipe), "--run-dir", str(tmp_path / "run")])
     assert isinstance(result.exception, AdaptersStoppedError)
     assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "failed"
-
-
-def test_a_dry_run_tells_the_plan_and_writes_nothing(recipe, tmp_path):
-    arguments = ["train", str(recipe), "--run-dir", str(tmp_path / "run"), "--dry-run"]
-    first, second = json.loads(CliRunner().invoke(app, [*arguments, "--json"]).stdout)
-    assert first["sampled"] == 40
-    assert first["steps"] == 6
-    assert second["trainable_parameters"] == 2 * 2 * (32 + 32 + 32 + 48)
-    assert first["prompt"].endswith("<|im_start|>assistant\n")
-    assert first["completion"].endswith("<|im_end|>")
-    table = CliRunner().invoke(app, arguments)
-    assert "first" in table.stdout
-    assert not (tmp_path / "run").exists()

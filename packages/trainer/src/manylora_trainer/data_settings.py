@@ -17,12 +17,14 @@ class TemplateFormat(ConfigModel):
     kind: Literal["template"]
     system: str | None = None
     """System message; may name columns. None: the base's own default."""
-    prompt: str = Field(min_length=1)
+    prompt: str | None = Field(default=None, min_length=1)
     """User message, with `{column}` placeholders."""
+    prompt_json: tuple[str, ...] | None = Field(default=None, min_length=1)
+    """Instead of `prompt`: these columns as one canonical JSON object."""
     completion: str | None = Field(default=None, min_length=1)
     """What the adapter learns to answer, with `{column}` placeholders."""
     completion_json: tuple[str, ...] | None = Field(default=None, min_length=1)
-    """Instead of `completion`: these columns as one canonical JSON object."""
+    """Instead of `completion`: these columns as one canonical JSON object, keys sorted."""
 
     @field_validator("system", "prompt", "completion")
     @classmethod
@@ -32,7 +34,9 @@ class TemplateFormat(ConfigModel):
         return value
 
     @model_validator(mode="after")
-    def _one_completion(self) -> "TemplateFormat":
+    def _one_prompt_and_one_completion(self) -> "TemplateFormat":
+        if (self.prompt is None) == (self.prompt_json is None):
+            raise ValueError("give either prompt or prompt_json")
         if (self.completion is None) == (self.completion_json is None):
             raise ValueError("give either completion or completion_json")
         return self
@@ -51,13 +55,17 @@ class PromptCompletionFormat(ConfigModel):
 
 
 class ChatFormat(ConfigModel):
-    """Rows that hold a conversation whose last message is the answer to learn."""
+    """Rows that hold a conversation."""
 
     kind: Literal["chat"]
     system: str | None = None
     """System message put before conversations that have none."""
     messages_column: str = "messages"
-    """Column with a list of `{role, content}`; the last role must be `assistant`."""
+    """Column with a list of `{role, content}`."""
+    train: Literal["last", "all", "flagged"] = "last"
+    """Which messages are learned: the last one, which must be the assistant's; all of the
+    assistant's; or those with `train: true` beside role and content. What stands behind the last
+    one learned is left out."""
 
 
 FormatSettings = Annotated[

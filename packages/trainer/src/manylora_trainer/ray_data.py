@@ -4,6 +4,8 @@
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
 # pyright: reportUnknownArgumentType=false, reportMissingTypeStubs=false
 
+import logging
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +13,9 @@ from typing import Any
 from manylora_trainer.errors import SourceError
 from manylora_trainer.source_settings import RaySource
 from manylora_trainer.sources import Place, Row, row_of
+
+RAISED = re.compile(r"^((?!ray\.)[\w.]+(?:Error|Exception)(?:: .*)?)$", re.MULTILINE)
+"""A line of a traceback that names an error of the user's code."""
 
 
 @dataclass(frozen=True)
@@ -40,11 +45,9 @@ class RayDataset:
         except (GeneratorExit, SourceError):
             raise
         except Exception as error:
-            lines = str(error).strip().splitlines()
-            raise SourceError(
-                f"{self.name} failed after {number} rows: {type(error).__name__}: "
-                f"{lines[-1] if lines else 'no reason given'}"
-            ) from error
+            # Ray's text is the worker's traceback with advice around it.
+            causes = RAISED.findall(str(error)) or [type(error).__name__]
+            raise SourceError(f"{self.name} failed after {number} rows: {causes[-1]}") from error
 
     def _dataset(self) -> Any:
         try:
@@ -58,7 +61,10 @@ class RayDataset:
         if not ray.is_initialized():
             # The cluster that RAY_ADDRESS names, or a local one.
             ray.init(log_to_driver=False, include_dashboard=False)
-        DataContext.get_current().execution_options.preserve_order = True
+        context = DataContext.get_current()
+        context.execution_options.preserve_order = True
+        context.enable_progress_bars = False
+        logging.getLogger("ray.data").setLevel(logging.ERROR)
         dataset = self.build()
         if not isinstance(dataset, Dataset):
             raise SourceError(

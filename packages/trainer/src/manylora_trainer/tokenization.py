@@ -71,32 +71,68 @@ class ChatTokenizer:
         if not self._tokenizer.chat_template:
             raise UnsupportedBaseError(f"{base}: its tokenizer has no chat template")
         self._lock = threading.Lock()
+        self._base = base
         self.stop_token: int = self._find_stop_token(base)
+        self._stop_text: str = self._tokenizer.decode([self.stop_token])
 
     def render_prompt(self, messages: Sequence[Message]) -> str:
         """The text a server would put to the model for these messages."""
-        turns = [{"role": message.role, "content": message.content} for message in messages]
-        return self._tokenizer.apply_chat_template(
-            turns, add_generation_prompt=True, tokenize=False
-        )
+        return self._render(messages, add_generation_prompt=True)
 
     def encode(self, rendered: Sequence[Rendered]) -> list[Example]:
-        """Tokenises examples, in their order."""
+        """Tokenises examples, in their order.
+
+        Raises:
+            UnsupportedBaseError: earlier answers are to be learned, and the chat template does not
+                leave them as they were given.
+        """
         if not rendered:
             return []
-        prompts = self._ids([self.render_prompt(entry.messages) for entry in rendered])
-        completions = self._ids([entry.completion for entry in rendered])
-        return [
-            Example(
-                np.array([*prompt, *completion, self.stop_token], dtype=np.int32),
-                np.arange(len(prompt) + len(completion) + 1) >= len(prompt),
-            )
-            for prompt, completion in zip(prompts, completions, strict=True)
-        ]
+        pieces = [self._pieces(entry) for entry in rendered]
+        encoded = iter(self._ids([text for piece in pieces for text in piece]))
+        return [self._join([next(encoded) for _ in piece]) for piece in pieces]
 
     def decode(self, tokens: NDArray[np.int32]) -> str:
         """Text of the tokens, special ones included."""
         return self._tokenizer.decode(tokens.tolist(), skip_special_tokens=False)
+
+    def _pieces(self, entry: Rendered) -> list[str]:
+        """An example as text: by turns what is given and what is learned.
+
+        They are tokenised one by one, so that the first is what a server tokenises, and an answer
+        what the model writes. The stop token behind each answer is left out.
+        """
+        if not entry.also_trained:
+            return [self.render_prompt(entry.messages), entry.completion]
+        messages = [*entry.messages, Message("assistant", entry.completion)]
+        whole = self._render(messages, add_generation_prompt=False)
+        pieces: list[str] = []
+        at = 0
+        for number in (*entry.also_trained, len(entry.messages)):
+            start = len(prompt := self.render_prompt(messages[:number]))
+            answer = messages[number].content
+            if whole[:start] != prompt or not whole.startswith(answer + self._stop_text, start):
+                raise UnsupportedBaseError(
+                    f"{self._base}: its chat template changes earlier answers ({answer[:40]!r} …), "
+                    "so only the last one of a conversation can be learned: format.train: last"
+                )
+            pieces += [whole[at:start], answer]
+            at = start + len(answer) + len(self._stop_text)
+        return pieces
+
+    def _join(self, pieces: Sequence[list[int]]) -> Example:
+        tokens: list[int] = []
+        trained: list[bool] = []
+        for given, learned in zip(pieces[::2], pieces[1::2], strict=True):
+            tokens += [*given, *learned, self.stop_token]
+            trained += [False] * len(given) + [True] * (len(learned) + 1)
+        return Example(np.array(tokens, dtype=np.int32), np.array(trained))
+
+    def _render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
+        turns = [{"role": message.role, "content": message.content} for message in messages]
+        return self._tokenizer.apply_chat_template(
+            turns, add_generation_prompt=add_generation_prompt, tokenize=False
+        )
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
         # The template has already written the special tokens. One call at a time: a call sets its
