@@ -30,6 +30,8 @@ class FakeEngine:
         """Every load that was asked for, in order."""
         self.refused: set[str] = set()
         """Names that `load` refuses."""
+        self.broken: set[str] = set()
+        """Beginnings of names whose generations fail."""
         self.running: list[str] = []
         """Adapter of every generation under way, "base" for none."""
         self.prompts: list[list[int]] = []
@@ -101,6 +103,8 @@ class FakeEngine:
         if adapter is not None and adapter not in self.loaded:
             self.dead = True
         self.prompts.append(token_ids)
+        if adapter is not None and adapter.startswith(tuple(self.broken)):
+            raise ReplicaLostError("This adapter breaks.")
         async with self._run(adapter or "base"):
             for index in range(1, sampling.max_tokens + 1):
                 self.check_health()

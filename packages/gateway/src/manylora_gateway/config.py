@@ -20,6 +20,8 @@ class ListenConfig(ConfigModel):
     """InferenceService, for clients."""
     admin: Address = "127.0.0.1:50052"
     """AdminService, for operators: bind it where only they can reach it."""
+    metrics: Address | None = None
+    """Prometheus scrapes, over HTTP. Unset: none."""
 
 
 class EngineConfig(ConfigModel):
@@ -102,6 +104,33 @@ class FollowConfig(ConfigModel):
     """Aliases prepared as soon as they move, of every adapter; any other from its first request."""
     poll_s: float = Field(default=0.5, gt=0)
     """Seconds between two looks at the registry's events."""
+    max_stale_s: float = Field(default=86_400.0, gt=0)
+    """Seconds that references go on meaning what they last meant while the registry cannot be
+    read; then requests fail with UNAVAILABLE until it can."""
+
+
+class TracingConfig(ConfigModel):
+    """OpenTelemetry."""
+
+    endpoint: str | None = None
+    """Where spans are exported to by OTLP over gRPC, e.g. "http://127.0.0.1:4317". Unset: none."""
+    sample: float = Field(default=1.0, ge=0, le=1)
+    """Share of the traces that begin here; a caller's own decision is followed."""
+
+
+class LogConfig(ConfigModel):
+    """Lines on stderr."""
+
+    format: Literal["text", "json"] = "text"
+    requests: bool = False
+    """One line for each request that ended: ids, tenant, version, code, times and tokens."""
+
+
+class MetricsConfig(ConfigModel):
+    """What Prometheus gets."""
+
+    max_versions: int = Field(default=100, ge=1, le=10_000)
+    """Adapter versions with a label of their own; the others share one."""
 
 
 class GatewayConfig(ConfigModel):
@@ -117,6 +146,11 @@ class GatewayConfig(ConfigModel):
     engine: EngineConfig = EngineConfig()
     limits: LimitsConfig = LimitsConfig()
     follow: FollowConfig = FollowConfig()
+    tracing: TracingConfig = TracingConfig()
+    log: LogConfig = LogConfig()
+    metrics: MetricsConfig = MetricsConfig()
+    state: Path | None = None
+    """Directory for what must survive a restart: rollouts. Unset: they end with the gateway."""
     drain_s: float = Field(default=30.0, ge=0)
     """Seconds that running requests may take to end after SIGTERM."""
     ray_address: str | None = None
@@ -129,5 +163,6 @@ class GatewayConfig(ConfigModel):
                 "base": directory / self.base,
                 "registry": None if self.registry is None else directory / self.registry,
                 "cache": None if self.cache is None else directory / self.cache,
+                "state": None if self.state is None else directory / self.state,
             }
         )

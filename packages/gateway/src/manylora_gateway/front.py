@@ -12,6 +12,7 @@ from grpc_reflection.v1alpha import reflection
 
 from manylora.admin.v1 import admin_pb2, admin_pb2_grpc
 from manylora.inference.v1 import inference_pb2, inference_pb2_grpc
+from manylora_gateway.calls import CallInterceptor
 from manylora_gateway.config import ListenConfig
 from manylora_gateway.errors import StartError
 from manylora_gateway.servicers import AdminServicer, InferenceServicer
@@ -41,13 +42,14 @@ class Front:
             health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
             names = (service, health.SERVICE_NAME, reflection.SERVICE_NAME)
             reflection.enable_server_reflection(names, server)
-        await self._set_health(health_pb2.HealthCheckResponse.SERVING)
+        await self.announce(serving=True)
         await self._inference.start()
         await self._admin.start()
 
-    async def announce_end(self) -> None:
-        """Tells health checks that no new requests are wanted; answers go on."""
-        await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+    async def announce(self, serving: bool) -> None:
+        """Tells health checks whether new requests are wanted; answers go on."""
+        status = health_pb2.HealthCheckResponse
+        await self._set_health(status.SERVING if serving else status.NOT_SERVING)
 
     async def stop(self) -> None:
         """Closes both ports; what still runs is cut off."""
@@ -60,12 +62,13 @@ class Front:
 
 def _bound(address: str, field: str) -> tuple[grpc.aio.Server, str]:
     server = grpc.aio.server(
+        interceptors=[CallInterceptor()],
         options=[
             # Without this two gateways would share a port and each get half of the requests.
             ("grpc.so_reuseport", 0),
             ("grpc.max_receive_message_length", RECEIVE_LIMIT),
             ("grpc.max_send_message_length", -1),
-        ]
+        ],
     )
     try:
         port = server.add_insecure_port(address)
