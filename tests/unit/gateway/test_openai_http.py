@@ -385,5 +385,5 @@ async def test_a_request_bears_its_clients_name(client: AsyncOpenAI) -> None:
 async def test_health_turns_when_new_requests_are_not_wanted(gateway: RunningGateway) -> None:
     async with httpx.AsyncClient(base_url=gateway.http) as http:
         assert (await http.get("/health")).status_code == 200
-        await gateway.front.announce_end()
+        await gateway.front.announce(serving=False)
         assert (await http.get("/health")).status_code == 503

@@ -20,6 +20,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from manylora_gateway.calls import MAX_SESSION, SESSION_KEY, TRACEPARENT_KEY, Call, set_call
 from manylora_gateway.engine import Delta
 from manylora_gateway.errors import InvalidRequestError, Violation
 from manylora_gateway.generation import GenerationRequest, Started
@@ -99,6 +100,8 @@ class _Completions:
     async def _read(self, request: Request) -> tuple[Asked, str]:
         request_id = check_request_id(request.headers.get(REQUEST_ID_HEADER, ""))
         request_id = request_id or uuid.uuid4().hex
+        headers = request.headers
+        set_call(Call(headers.get(SESSION_KEY, "")[:MAX_SESSION], headers.get(TRACEPARENT_KEY, "")))
         data = await _json(request, self._reading.limits.config.max_request_bytes)
         if self._kind == "chat":
             return self._reading.chat(read_body(ChatBody, data), request_id), request_id
