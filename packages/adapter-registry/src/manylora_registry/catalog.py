@@ -39,11 +39,12 @@ _of_adapter = (
     .join_from(adapters, versions)
     .where(adapters.c.name == sa.bindparam("name"))
 )
-_BY_NUMBER = _of_adapter.where(versions.c.number == sa.bindparam("number"))
+# A reference may hold any number: wider than the column, so that none is out of range.
+_BY_NUMBER = _of_adapter.where(versions.c.number == sa.bindparam("number", type_=sa.BigInteger))
 _BY_DIGEST = _of_adapter.where(
     # A range of the index instead of LIKE: 'g' follows every hexadecimal digit.
-    versions.c.digest >= sa.bindparam("digest"),
-    versions.c.digest < sa.bindparam("digest") + "g",
+    versions.c.digest >= sa.bindparam("digest", type_=sa.String),
+    versions.c.digest < sa.bindparam("digest", type_=sa.String) + "g",
 ).limit(2)
 _BY_ALIAS = (
     sa.select(versions.c.id, versions.c.yanked_at)

@@ -4,6 +4,7 @@ RegistryError
 ├── ConfigError                a YAML file is wrong; carries every problem at once
 ├── BaseError                  a directory is not a usable base model
 ├── RegistryLocationError      there is no registry where it was looked for
+├── DatabaseUnavailableError   the registry's database cannot be reached, or is locked too long
 ├── SchemaTooNewError          the registry was written by a newer version of this library
 ├── InvalidReferenceError      a text is not NAME[@SELECTOR]
 ├── InvalidNameError           an adapter or alias may not be called that
@@ -75,6 +76,15 @@ class RegistryLocationError(RegistryError):
     """No registry was named, or what was named is none."""
 
     reason = "REGISTRY_LOCATION"
+
+
+class DatabaseUnavailableError(RegistryError):
+    """The registry's database does not answer, or another writer kept its lock too long."""
+
+    reason = "REGISTRY_UNAVAILABLE"
+
+    def __init__(self, database: str, cause: str) -> None:
+        super().__init__(f"the registry's database {database} cannot be used: {cause}")
 
 
 class SchemaTooNewError(RegistryError):

@@ -10,55 +10,63 @@ from types import TracebackType
 
 from manylora_registry import materialize as files
 from manylora_registry.base import BaseModelIdentity
-from manylora_registry.blobs import LocalBlobStore, sync
+from manylora_registry.blobs import BlobStore, open_blob_store, sync
 from manylora_registry.catalog import Catalog, Description, require_served
 from manylora_registry.database import Database
 from manylora_registry.description import check_description, one_line
 from manylora_registry.errors import RegistryLocationError
+from manylora_registry.location import DATABASE_FILE, locate
 from manylora_registry.manifest import digest_of
 from manylora_registry.reference import AdapterReference, check_adapter_name, check_alias_name
 from manylora_registry.staging import stage_adapter
 from manylora_registry.verify import verify
 from manylora_registry.version import Adapter, AliasMove, Event, VerifyReport, Version
 
-LOCATION_VARIABLE = "MANYLORA_REGISTRY"
-DATABASE_FILE = "registry.sqlite"
 EVENTS_AT_ONCE = 1000
 POLL_SECONDS = 0.2
 _MANIFEST = "manifest.json"
 
 
 class Registry:
-    """Adapters and their versions in one directory; safe to share by threads and processes.
+    """Adapters and their versions; safe to share by threads and processes.
 
     Made by `Registry.open`; a context manager.
     """
 
-    def __init__(self, blobs: LocalBlobStore, database: Database) -> None:
+    def __init__(self, blobs: BlobStore, database: Database) -> None:
         self._blobs = blobs
         self._database = database
         self._catalog = Catalog(database)
 
     @classmethod
-    def open(cls, location: str | Path | None = None, *, create: bool = True) -> "Registry":
-        """Opens the registry in the directory `location`, else in `$MANYLORA_REGISTRY`.
+    def open(
+        cls,
+        location: str | Path | None = None,
+        *,
+        database: str | None = None,
+        blobs: str | None = None,
+        create: bool = True,
+    ) -> "Registry":
+        """Opens a registry: the one in a directory, or a shared one by its two URLs.
+
+        What is not given comes from the environment: `$MANYLORA_REGISTRY`, a directory, or
+        `$MANYLORA_REGISTRY_DATABASE` and `$MANYLORA_REGISTRY_BLOBS`.
 
         Args:
             location: the directory; a new or an empty one becomes a registry.
-            create: False to refuse a directory that is not a registry yet.
+            database: `postgresql+psycopg://USER:PASSWORD@HOST/DATABASE`, or `sqlite:////FILE`.
+            blobs: `s3://BUCKET/PREFIX`, or `file:///DIR`.
+            create: False to refuse what is not a registry yet.
 
         Raises:
-            RegistryLocationError: no directory was named, or it holds something else.
+            RegistryLocationError: no registry was named, or something else is there.
             SchemaTooNewError: it was written by a newer version of this library.
+            DatabaseUnavailableError: the database cannot be reached.
         """
-        root = Path(location or os.environ.get(LOCATION_VARIABLE) or "")
-        if root == Path():
-            raise RegistryLocationError(
-                f"no registry was named: set {LOCATION_VARIABLE}=DIR or give --registry DIR"
-            )
-        if not (root / DATABASE_FILE).is_file():
-            _prepare(root, create=create)
-        return cls(LocalBlobStore(root), Database(root / DATABASE_FILE))
+        found = locate(location, database, blobs)
+        if found.directory and not (found.directory / DATABASE_FILE).is_file():
+            _prepare(found.directory, create=create)
+        return cls(open_blob_store(found.blobs), Database(found.database, create=create))
 
     def close(self) -> None:
         """Closes the database connections."""

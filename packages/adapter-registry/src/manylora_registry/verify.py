@@ -32,11 +32,7 @@ def verify(blobs: BlobStore, database: Database) -> VerifyReport:
         ).all()
         moves, problems = check_history(connection)
         problems += _check_numbers((row.name, row.number) for row in known)
-        problems += [
-            Problem("database", str(row[0]))
-            for row in connection.exec_driver_sql("PRAGMA integrity_check")
-            if row[0] != "ok"
-        ]
+        problems += [Problem("database", found) for found in database.check(connection)]
     recorded: dict[str, set[str]] = defaultdict(set)
     for digest, users in needed.items():
         for user in users:

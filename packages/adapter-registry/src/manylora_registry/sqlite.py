@@ -1,0 +1,94 @@
+"""The embedded database: one SQLite file in WAL mode, for the processes of one machine.
+
+The write lock is SQLite's own, taken by `BEGIN IMMEDIATE`; readers have a snapshot each.
+"""
+
+import contextlib
+import fcntl
+from collections.abc import Generator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy import event
+from sqlalchemy.engine import URL, Connection
+
+from manylora_registry.errors import RegistryLocationError
+
+BUSY_SECONDS = 60
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+
+
+class Sqlite:
+    """See `Backend`."""
+
+    def __init__(self, url: URL) -> None:
+        self._file = Path(url.database or "")
+        self.engine = sa.create_engine(
+            url,
+            connect_args={"timeout": BUSY_SECONDS},
+            # Threads of a server read at the same time; none should wait for a connection.
+            max_overflow=-1,
+        )
+        event.listen(self.engine, "connect", _on_connect)
+        event.listen(self.engine, "begin", _on_begin)
+
+    def exists(self) -> bool:
+        """See `Backend`."""
+        return self._file.exists()
+
+    def read(self, connection: Connection) -> Connection:
+        """See `Backend`: every transaction in WAL mode has its snapshot."""
+        return connection
+
+    def write(self, connection: Connection) -> Connection:
+        """See `Backend`."""
+        return connection.execution_options(manylora_write=True)
+
+    def lock(self, _connection: Connection) -> None:
+        """See `Backend`: `BEGIN IMMEDIATE` has it already."""
+
+    @contextlib.contextmanager
+    def preparing(self) -> Generator[None]:
+        """See `Backend`: the journal mode cannot be set while another process does the same."""
+        try:
+            lock = self._file.with_suffix(".lock").open("w")
+        except OSError as error:
+            raise RegistryLocationError(
+                f"no registry can be made in {self._file}: {error.strerror}"
+            ) from error
+        with lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            with self.engine.connect() as connection:
+                # Stays with the file.
+                connection.connection.cursor().execute("PRAGMA journal_mode=WAL")
+            yield
+
+    def clock(self, _connection: Connection) -> int:
+        """See `Backend`: of the one machine."""
+        return (datetime.now(UTC) - _EPOCH) // timedelta(microseconds=1)
+
+    def announce(self, _connection: Connection) -> None:
+        """See `Backend`: a commit moves the counter that waiting processes look at."""
+
+    def check(self, connection: Connection) -> list[str]:
+        """See `Backend`."""
+        found = connection.exec_driver_sql("PRAGMA integrity_check")
+        return [str(row[0]) for row in found if row[0] != "ok"]
+
+
+def _on_connect(connection: Any, _record: Any) -> None:
+    # The driver would begin transactions by itself, and later than asked; _on_begin does it.
+    connection.isolation_level = None
+    cursor = connection.cursor()
+    cursor.execute("PRAGMA foreign_keys=ON")
+    # In WAL mode NORMAL could lose the last commits in a power cut: a version said to be
+    # published would be gone.
+    cursor.execute("PRAGMA synchronous=FULL")
+    cursor.close()
+
+
+def _on_begin(connection: Connection) -> None:
+    write = connection.get_execution_options().get("manylora_write")
+    connection.exec_driver_sql("BEGIN IMMEDIATE" if write else "BEGIN")
