@@ -135,3 +135,23 @@ def plain_tensors(seed: int) -> dict[str, np.ndarray]:
         for module, out in (("q_proj", 8), ("up_proj", 16))
         for side, shape in (("lora_A", (2, 8)), ("lora_B", (out, 2)))
     }
+
+
+@pytest.fixture
+def registry(place) -> Iterator[Registry]:
+    """An open registry of each kind."""
+    with place.open() as opened:
+        yield opened
+
+
+@pytest.fixture
+def publish(registry, make_adapter):
+    """Publishes an adapter with the weights of `seed`; the same seed is the same adapter."""
+    made: dict[int, Path] = {}
+
+    def published(seed=0, name="spelling", **description):
+        if seed not in made:
+            made[seed] = make_adapter(seed)
+        return registry.publish(name, made[seed], base=BASE, **description)
+
+    return published

@@ -13,25 +13,11 @@ from manylora_registry.errors import (
 )
 
 
-@pytest.fixture
-def registry(place):
-    with place.open() as opened:
-        yield opened
-
-
-@pytest.fixture
-def publish(registry, base, make_adapter):
-    def published(seed=0, name="spelling", **description):
-        return registry.publish(name, make_adapter(seed), base=base, **description)
-
-    return published
-
-
 def content(directory):
     return {path.name: path.read_bytes() for path in directory.iterdir()}
 
 
-def test_a_version_comes_out_as_it_went_in(registry, publish, make_adapter, base, tmp_path):
+def test_a_version_comes_out_as_it_went_in(registry, make_adapter, base, tmp_path):
     adapter = make_adapter(1)
     version = registry.publish(
         "spelling",
@@ -67,7 +53,7 @@ def test_every_selector_finds_its_version_and_what_is_missing_is_named(registry,
             registry.resolve(reference)
 
 
-def test_the_same_files_are_the_same_version(registry, publish, base, make_adapter, tmp_path):
+def test_the_same_files_are_the_same_version(registry, base, make_adapter):
     adapter = make_adapter(1)
     first = registry.publish("spelling", adapter, base=base)
 

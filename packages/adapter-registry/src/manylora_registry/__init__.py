@@ -10,7 +10,17 @@ from typing import TYPE_CHECKING, Any
 
 from manylora_registry.base import BaseModelIdentity, identify_base
 from manylora_registry.reference import AdapterReference
-from manylora_registry.version import Adapter, Alias, AliasMove, Event, VerifyReport, Version
+from manylora_registry.version import (
+    Adapter,
+    Alias,
+    AliasMove,
+    Evaluation,
+    Event,
+    GarbageReport,
+    Protection,
+    VerifyReport,
+    Version,
+)
 
 if TYPE_CHECKING:
     from manylora_registry.registry import Registry
@@ -21,7 +31,10 @@ __all__ = [
     "Alias",
     "AliasMove",
     "BaseModelIdentity",
+    "Evaluation",
     "Event",
+    "GarbageReport",
+    "Protection",
     "Registry",
     "VerifyReport",
     "Version",

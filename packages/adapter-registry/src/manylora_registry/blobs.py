@@ -6,14 +6,17 @@ whole, and a blob that was acknowledged survives a power cut.
 """
 
 import contextlib
+import fcntl
 import hashlib
 import os
 import shutil
 import stat
+import time
 import uuid
 from collections.abc import Generator, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from datetime import timedelta
 from io import BufferedIOBase
 from pathlib import Path
 from typing import Protocol
@@ -48,6 +51,22 @@ class BlobStore(Protocol):
 
     def digests(self) -> Iterator[str]:
         """Every blob in the store."""
+        ...
+
+    def size(self, digest: str) -> int:
+        """Bytes of a blob; 0 where there is none."""
+        ...
+
+    def delete(self, digest: str) -> None:
+        """Removes a blob; one that is gone already is fine."""
+        ...
+
+    def set_aside(self, digest: str) -> None:
+        """Takes a damaged blob out of the store and keeps its bytes for whoever examines them."""
+        ...
+
+    def sweep(self, unused: timedelta) -> int:
+        """Removes what killed processes left in staging that long ago; how many there were."""
         ...
 
 
@@ -114,17 +133,18 @@ class LocalBlobStore:
     def __init__(self, root: Path) -> None:
         self._blobs = root / "blobs" / "sha256"
         self._incoming = root / "incoming"
+        self._damaged = root / "damaged"
 
     @contextlib.contextmanager
     def staging(self) -> Generator[Path]:
         """See `BlobStore`; on the same file system as the blobs, so that `put` is a rename."""
         self._incoming.mkdir(parents=True, exist_ok=True)
-        directory = self._incoming / uuid.uuid4().hex
-        directory.mkdir(mode=0o700)
+        directory, lock = _locked_directory(self._incoming)
         try:
             yield directory
         finally:
             shutil.rmtree(directory, ignore_errors=True)
+            os.close(lock)
 
     def put(self, file: Path, digest: str) -> None:
         """See `BlobStore`."""
@@ -149,9 +169,58 @@ class LocalBlobStore:
         for path in self._blobs.glob("??/*"):
             yield f"sha256:{path.name}"
 
+    def size(self, digest: str) -> int:
+        """See `BlobStore`."""
+        try:
+            return self._path(digest).stat().st_size
+        except FileNotFoundError:
+            return 0
+
+    def delete(self, digest: str) -> None:
+        """See `BlobStore`."""
+        self._path(digest).unlink(missing_ok=True)
+
+    def set_aside(self, digest: str) -> None:
+        """See `BlobStore`: it becomes `damaged/<64 hexadecimal digits>`."""
+        self._damaged.mkdir(exist_ok=True)
+        path = self._path(digest)
+        with contextlib.suppress(FileNotFoundError):
+            path.replace(self._damaged / path.name)
+            sync(self._damaged)
+
+    def sweep(self, unused: timedelta) -> int:
+        """See `BlobStore`: a staging directory is left over when nobody holds its lock."""
+        swept = 0
+        for directory in self._incoming.glob("*"):
+            with contextlib.suppress(FileNotFoundError, BlockingIOError):
+                lock = os.open(directory, os.O_RDONLY)
+                try:
+                    age = time.time() - os.fstat(lock).st_mtime
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    if age >= unused.total_seconds():
+                        shutil.rmtree(directory)
+                        swept += 1
+                finally:
+                    os.close(lock)
+        return swept
+
     def _path(self, digest: str) -> Path:
         name = digest.removeprefix("sha256:")
         return self._blobs / name[:2] / name
+
+
+def _locked_directory(parent: Path) -> tuple[Path, int]:
+    """A new directory with its lock held: `sweep` knows by it that somebody is at work there."""
+    while True:
+        directory = parent / uuid.uuid4().hex
+        directory.mkdir(mode=0o700)
+        # A sweep between these two calls may have had the lock first.
+        with contextlib.suppress(FileNotFoundError):
+            lock = os.open(directory, os.O_RDONLY)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if os.fstat(lock).st_nlink:
+                return directory, lock
+            os.close(lock)
 
 
 def sync(path: Path) -> None:

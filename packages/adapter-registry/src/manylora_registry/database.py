@@ -7,6 +7,7 @@ snapshot and waits for nobody. What differs between databases is behind `Backend
 """
 
 import contextlib
+import threading
 from collections.abc import Generator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -26,6 +27,21 @@ from manylora_registry.location import shown
 from manylora_registry.migrations import REVISIONS
 
 _LATEST = REVISIONS[-1]
+
+
+class Changes(Protocol):
+    """Tells one watcher that something may have changed; what did, the events say.
+
+    A lost wake-up delays and loses nothing: whoever waits looks at the events again after a while.
+    """
+
+    def wait(self, seconds: float, stop: threading.Event) -> None:
+        """Returns when something may have changed, `seconds` passed, or soon after `stop`."""
+        ...
+
+    def close(self) -> None:
+        """Gives its connection back."""
+        ...
 
 
 class Backend(Protocol):
@@ -59,6 +75,10 @@ class Backend(Protocol):
 
     def announce(self, connection: Connection, /) -> None:
         """Wakes those who wait for changes, once the transaction commits."""
+        ...
+
+    def changes(self) -> Changes:
+        """From now on."""
         ...
 
     def check(self, connection: Connection, /) -> list[str]:
@@ -99,8 +119,11 @@ class Database:
             yield self._backend.read(connection)
 
     @contextlib.contextmanager
-    def write(self) -> Generator[Connection]:
+    def write(self, *, trial: bool = False) -> Generator[Connection]:
         """A transaction alone among writers; committed, durably, when the block ends well.
+
+        Args:
+            trial: undo everything at the end of the block instead.
 
         Raises:
             DatabaseUnavailableError: the database cannot be reached, or another writer kept the
@@ -108,17 +131,27 @@ class Database:
         """
         with self._stated(), self._backend.engine.connect() as connection:
             connection = self._backend.write(connection)
-            with connection.begin():
+            with connection.begin() as transaction:
                 self._backend.lock(connection)
                 yield connection
+                if trial:
+                    transaction.rollback()
+                else:
+                    self._backend.announce(connection)
 
     def clock(self, connection: Connection) -> int:
         """Microseconds since 1970 UTC, by one clock for all processes that share the registry."""
         return self._backend.clock(connection)
 
-    def announce(self, connection: Connection) -> None:
-        """Wakes those who wait for changes, once the transaction commits."""
-        self._backend.announce(connection)
+    @contextlib.contextmanager
+    def changes(self) -> Generator[Changes]:
+        """Tells of changes from now on.
+
+        Raises:
+            DatabaseUnavailableError: the database cannot be reached.
+        """
+        with self._stated(), contextlib.closing(self._backend.changes()) as changes:
+            yield changes
 
     def check(self, connection: Connection) -> list[str]:
         """What the database finds damaged in itself."""

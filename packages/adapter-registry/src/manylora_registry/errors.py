@@ -15,7 +15,13 @@ RegistryError
 ├── InvalidAdapterError        an adapter directory cannot be published; every problem at once
 ├── WrongBaseError             an adapter was made for another base model
 ├── YankedError                a version was withdrawn and is not served
+│   └── DeletedError           a version was deleted; its bytes may be gone
+├── DescriptionError           tags, metrics or a record cannot be kept; every problem at once
 ├── AliasConflictError         somebody else moved the alias first
+├── AliasProtectedError        the version has not passed the gate of a protected alias
+├── VersionInUseError          a version cannot be deleted while an alias points at it
+├── LeaseExpiredError          a lease ran out before what it protected was done
+├── QueryError                 a filter or an order of `list` cannot be read
 ├── CorruptBlobError           stored bytes are gone or differ from their digest
 └── DestinationError           an export would write over something
 """
@@ -157,6 +163,46 @@ class YankedError(RegistryError):
     """A version was withdrawn: its bytes are kept, but it is not served."""
 
     reason = "ADAPTER_YANKED"
+
+
+class DeletedError(YankedError):
+    """A version was deleted: it is not served, and garbage collection removes its bytes."""
+
+    reason = "ADAPTER_DELETED"
+
+
+class DescriptionError(RegistryError):
+    """Tags, metrics or an evaluation record are wrong; `problems` says everything."""
+
+    reason = "DESCRIPTION_INVALID"
+
+    def __init__(self, what: str, problems: Sequence[Problem]) -> None:
+        self.problems = tuple(problems)
+        super().__init__(f"{what} cannot be described so: {_told(problems)}")
+
+
+class AliasProtectedError(RegistryError):
+    """A protected alias was to move to a version without a passed gate; nothing was changed."""
+
+    reason = "ALIAS_PROTECTED"
+
+
+class VersionInUseError(RegistryError):
+    """A version was to be deleted while an alias points at it; nothing was changed."""
+
+    reason = "VERSION_IN_USE"
+
+
+class LeaseExpiredError(RegistryError):
+    """A lease ran out, and what it protected may have been collected."""
+
+    reason = "LEASE_EXPIRED"
+
+
+class QueryError(RegistryError):
+    """A filter or an order cannot be read; the message points at the place."""
+
+    reason = "QUERY_INVALID"
 
 
 class AliasConflictError(RegistryError):

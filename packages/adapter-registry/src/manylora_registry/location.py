@@ -7,6 +7,7 @@ from pathlib import Path
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError
 
+from manylora_registry.blobs import sync
 from manylora_registry.errors import RegistryLocationError
 
 DIRECTORY_VARIABLE = "MANYLORA_REGISTRY"
@@ -62,6 +63,30 @@ def locate(
         missing = BLOBS_VARIABLE if database else DATABASE_VARIABLE
         raise RegistryLocationError(f"half a registry was named: set {missing} too")
     return Location(_database_url(database), blobs, None)
+
+
+def prepare(root: Path, *, create: bool) -> None:
+    """Makes the directory of a new registry, unless something else is there.
+
+    Raises:
+        RegistryLocationError: `root` holds other things, or it may not be created.
+    """
+    if not create:
+        raise RegistryLocationError(
+            f"{root} is not a registry; publishing to it makes one (`manylora publish`)"
+        )
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        # One that was being created when its process died, or is just now, has its lock only.
+        foreign = [path.name for path in root.iterdir() if not path.name.startswith("registry.")]
+        sync(root.parent)
+    except OSError as error:
+        raise RegistryLocationError(f"{root} cannot be a registry: {error.strerror}") from error
+    if foreign:
+        raise RegistryLocationError(
+            f"{root} is not a registry and not empty (it holds {sorted(foreign)[0]}); "
+            "give a new directory"
+        )
 
 
 def shown(url: URL) -> str:

@@ -8,11 +8,14 @@ nothing to retry, whatever the server's defaults are.
 """
 
 import contextlib
+import threading
+import time
 from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy import event
-from sqlalchemy.engine import URL, Connection
+from sqlalchemy.engine import URL, Connection, Engine
+from sqlalchemy.exc import DBAPIError
 
 LOCK = 0x6D616E796C6F7261
 """Key of the advisory lock: "manylora"."""
@@ -21,6 +24,8 @@ CHANNEL = "manylora_registry"
 CONNECT_SECONDS = 10
 LOCK_SECONDS = 60
 """How long a writer waits for the others."""
+STOP_SECONDS = 0.2
+"""How soon one who waits for changes notices that it shall stop."""
 IDLE_SECONDS = 60
 """After this long without a statement the server ends a transaction: a writer whose machine is
 gone holds up the others no longer."""
@@ -80,9 +85,57 @@ class Postgres:
         """See `Backend`."""
         connection.exec_driver_sql(f"NOTIFY {CHANNEL}")
 
+    def changes(self) -> "_Listener":
+        """See `Backend`."""
+        return _Listener(self.engine)
+
     def check(self, _connection: Connection) -> list[str]:
         """See `Backend`: the server watches over its own pages."""
         return []
+
+
+class _Listener:
+    """See `Changes`: LISTENs on a connection of its own.
+
+    Where notifications do not arrive - behind some poolers, or while the server is away - what is
+    left is a look every `seconds`.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._connection: Connection | None = self._listen()
+
+    def wait(self, seconds: float, stop: threading.Event) -> None:
+        end = time.monotonic() + seconds
+        try:
+            if self._connection is None:
+                # Something may have changed meanwhile: looked at before the first wait.
+                self._connection = self._listen()
+                return
+            driver: Any = self._connection.connection.dbapi_connection
+            while (left := end - time.monotonic()) > 0 and not stop.is_set():
+                if list(driver.notifies(timeout=min(left, STOP_SECONDS), stop_after=1)):
+                    return
+        except (DBAPIError, self._error):
+            self.close()
+            stop.wait(max(0.0, end - time.monotonic()))
+
+    def close(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+        self._connection = None
+
+    @property
+    def _error(self) -> type[Exception]:
+        """What the driver raises; it is an extra, and imported by the engine."""
+        return self._engine.dialect.loaded_dbapi.Error
+
+    def _listen(self) -> Connection:
+        connection = self._engine.connect().execution_options(isolation_level="AUTOCOMMIT")
+        # Out of the pool: it goes on listening and is closed at the end.
+        connection.detach()
+        connection.exec_driver_sql(f"LISTEN {CHANNEL}")
+        return connection
 
 
 def _on_connect(connection: Any, _record: Any) -> None:

@@ -5,6 +5,8 @@ The write lock is SQLite's own, taken by `BEGIN IMMEDIATE`; readers have a snaps
 
 import contextlib
 import fcntl
+import threading
+import time
 from collections.abc import Generator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -12,11 +14,13 @@ from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy import event
-from sqlalchemy.engine import URL, Connection
+from sqlalchemy.engine import URL, Connection, Engine
 
 from manylora_registry.errors import RegistryLocationError
 
 BUSY_SECONDS = 60
+POLL_SECONDS = 0.02
+"""Between two looks at the counter of changes; one takes some microseconds."""
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
@@ -72,10 +76,36 @@ class Sqlite:
     def announce(self, _connection: Connection) -> None:
         """See `Backend`: a commit moves the counter that waiting processes look at."""
 
+    def changes(self) -> "_DataVersion":
+        """See `Backend`."""
+        return _DataVersion(self.engine)
+
     def check(self, connection: Connection) -> list[str]:
         """See `Backend`."""
         found = connection.exec_driver_sql("PRAGMA integrity_check")
         return [str(row[0]) for row in found if row[0] != "ok"]
+
+
+class _DataVersion:
+    """See `Changes`: polls SQLite's counter of commits by other connections, without a query."""
+
+    def __init__(self, engine: Engine) -> None:
+        # Not in a transaction: within one it would see the same state for ever.
+        self._connection = engine.raw_connection()
+        self._seen = self._read()
+
+    def wait(self, seconds: float, stop: threading.Event) -> None:
+        end = time.monotonic() + seconds
+        while (left := end - time.monotonic()) > 0 and not stop.wait(min(left, POLL_SECONDS)):
+            if (now := self._read()) != self._seen:
+                self._seen = now
+                return
+
+    def close(self) -> None:
+        self._connection.close()
+
+    def _read(self) -> int:
+        return self._connection.cursor().execute("PRAGMA data_version").fetchone()[0]
 
 
 def _on_connect(connection: Any, _record: Any) -> None:
