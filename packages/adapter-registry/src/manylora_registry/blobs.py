@@ -1,8 +1,9 @@
 """Content-addressed bytes: a blob is found by the sha256 of its content and never changes.
 
-A blob is written as restic writes a pack: into a private staging directory while hashing, synced,
-renamed to its final name, and then the directories are synced. So a blob that can be seen is
-whole, and a blob that was acknowledged survives a power cut.
+In a local store a blob is written as restic writes a pack: into a private staging directory while
+hashing, synced, renamed to its final name, and then the directories are synced. So a blob that
+can be seen is whole, and a blob that was acknowledged survives a power cut. `s3_store` promises
+the same over the S3 API.
 """
 
 import contextlib
@@ -22,16 +23,26 @@ from pathlib import Path
 from typing import Protocol
 from urllib.parse import unquote, urlsplit
 
-from manylora_registry.errors import CorruptBlobError, RegistryLocationError
+from manylora_registry.errors import BlobStoreError, CorruptBlobError, RegistryLocationError
 
 CHUNK_BYTES = 1 << 20
+READ_ATTEMPTS = 3
+"""How often bytes that do not match their digest are read again: a wire may err once, a disk that
+errs always is told from it by the last attempt."""
 
 
 class BlobStore(Protocol):
-    """Where blobs lie. Digests are `sha256:` and 64 hexadecimal digits."""
+    """Where blobs lie. Digests are `sha256:` and 64 hexadecimal digits.
+
+    Safe to share by threads and processes. Every method may raise BlobStoreError, for a store
+    that cannot be reached or refuses.
+    """
 
     def staging(self) -> AbstractContextManager[Path]:
-        """A private empty directory for files on their way into the store; removed at the end."""
+        """A private empty directory for files on their way into the store; removed at the end.
+
+        An OSError inside of it, such as a full disk, comes out as BlobStoreError.
+        """
         ...
 
     def put(self, file: Path, digest: str) -> None:
@@ -42,7 +53,7 @@ class BlobStore(Protocol):
         ...
 
     def open(self, digest: str) -> BufferedIOBase:
-        """The blob's bytes, not yet verified.
+        """The blob's bytes, not yet verified: see `copy_verified` and `read_verified`.
 
         Raises:
             CorruptBlobError: it is not there.
@@ -58,28 +69,44 @@ class BlobStore(Protocol):
         ...
 
     def delete(self, digest: str) -> None:
-        """Removes a blob; one that is gone already is fine."""
+        """Removes a blob, durably; one that is gone already is fine."""
         ...
 
     def set_aside(self, digest: str) -> None:
-        """Takes a damaged blob out of the store and keeps its bytes for whoever examines them."""
+        """Takes a damaged blob out of the store but keeps its bytes below `damaged/`, to look at.
+
+        One that is gone already is fine.
+        """
         ...
 
     def sweep(self, unused: timedelta) -> int:
-        """Removes what killed processes left in staging that long ago; how many there were."""
+        """Removes what publishers that died that long ago left behind; how many there were."""
         ...
 
 
 def open_blob_store(url: str) -> BlobStore:
-    """The blob store at `url`.
+    """The store at `file:///DIRECTORY` or `s3://BUCKET[/PREFIX]`.
+
+    Credentials, region and endpoint of S3 come from where boto3 looks for them:
+    `AWS_ACCESS_KEY_ID`, `AWS_ENDPOINT_URL`, `~/.aws/config` …
 
     Raises:
-        RegistryLocationError: it is no URL of a blob store.
+        RegistryLocationError: `url` is neither, or S3 is not installed.
     """
     parts = urlsplit(url)
-    if parts.scheme == "file" and not parts.netloc and len(parts.path) > 1:
+    if parts.scheme == "file" and not parts.netloc and parts.path.startswith("/"):
         return LocalBlobStore(Path(unquote(parts.path)))
-    raise RegistryLocationError("the URL of the registry's blobs must be file:///DIR")
+    if parts.scheme == "s3" and parts.netloc and not (parts.query or parts.fragment):
+        try:
+            from manylora_registry.s3_store import S3BlobStore
+        except ModuleNotFoundError as error:
+            raise RegistryLocationError(
+                "blobs in a bucket need boto3: install manylora-registry[s3]"
+            ) from error
+        return S3BlobStore(parts.netloc, parts.path.strip("/"))
+    raise RegistryLocationError(
+        "the URL of the registry's blobs must be file:///DIRECTORY or s3://BUCKET/PREFIX"
+    )
 
 
 @dataclass(frozen=True)
@@ -120,11 +147,31 @@ def read_verified(blobs: BlobStore, digest: str, limit: int) -> bytes:
     Raises:
         CorruptBlobError: it is missing, longer than `limit` bytes, or not what its digest says.
     """
-    with blobs.open(digest) as file:
-        content = file.read(limit + 1)
-    if len(content) > limit or f"sha256:{hashlib.sha256(content).hexdigest()}" != digest:
-        raise CorruptBlobError(digest, "does not match its digest")
-    return content
+    for _ in range(READ_ATTEMPTS):
+        with blobs.open(digest) as file:
+            content = file.read(limit + 1)
+        if len(content) <= limit and f"sha256:{hashlib.sha256(content).hexdigest()}" == digest:
+            return content
+    raise CorruptBlobError(digest, "does not match its digest")
+
+
+def copy_verified(blobs: BlobStore, digest: str, size: int, target: Path) -> None:
+    """Writes a blob of `size` bytes to the new file `target`, hashing on the way.
+
+    Raises:
+        CorruptBlobError: it is missing or not what its digest says; there is no `target` then.
+    """
+    for _ in range(READ_ATTEMPTS):
+        try:
+            with blobs.open(digest) as source:
+                copied = copy_hashed(source, target, limit=size)
+        except BaseException:
+            target.unlink(missing_ok=True)
+            raise
+        if (copied.digest, copied.size) == (digest, size):
+            return
+        target.unlink()
+    raise CorruptBlobError(digest, "does not match its digest")
 
 
 class LocalBlobStore:
@@ -139,12 +186,20 @@ class LocalBlobStore:
     def staging(self) -> Generator[Path]:
         """See `BlobStore`; on the same file system as the blobs, so that `put` is a rename."""
         self._incoming.mkdir(parents=True, exist_ok=True)
-        directory, lock = _locked_directory(self._incoming)
+        directory = self._incoming / uuid.uuid4().hex
+        with _flock(self._incoming, fcntl.LOCK_SH):
+            directory.mkdir(mode=0o700)
+            owned = os.open(directory, os.O_RDONLY)
+            fcntl.flock(owned, fcntl.LOCK_EX)
         try:
             yield directory
+        except OSError as error:
+            raise BlobStoreError(
+                f"{self._incoming.parent} cannot be written: {error.strerror}"
+            ) from error
         finally:
             shutil.rmtree(directory, ignore_errors=True)
-            os.close(lock)
+            os.close(owned)
 
     def put(self, file: Path, digest: str) -> None:
         """See `BlobStore`."""
@@ -178,49 +233,41 @@ class LocalBlobStore:
 
     def delete(self, digest: str) -> None:
         """See `BlobStore`."""
-        self._path(digest).unlink(missing_ok=True)
-
-    def set_aside(self, digest: str) -> None:
-        """See `BlobStore`: it becomes `damaged/<64 hexadecimal digits>`."""
-        self._damaged.mkdir(exist_ok=True)
         path = self._path(digest)
         with contextlib.suppress(FileNotFoundError):
+            path.unlink()
+            sync(path.parent)
+
+    def set_aside(self, digest: str) -> None:
+        """See `BlobStore`."""
+        path = self._path(digest)
+        self._damaged.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):
             path.replace(self._damaged / path.name)
-            sync(self._damaged)
+            for directory in (self._damaged, path.parent, self._damaged.parent):
+                sync(directory)
 
     def sweep(self, unused: timedelta) -> int:
-        """See `BlobStore`: a staging directory is left over when nobody holds its lock."""
-        swept = 0
-        for directory in self._incoming.glob("*"):
-            with contextlib.suppress(FileNotFoundError, BlockingIOError):
-                lock = os.open(directory, os.O_RDONLY)
-                try:
-                    age = time.time() - os.fstat(lock).st_mtime
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    if age >= unused.total_seconds():
+        """See `BlobStore`; a publisher holds a lock on its directory while it lives."""
+        if not self._incoming.is_dir():
+            return 0
+        latest = time.time() - unused.total_seconds()
+        count = 0
+        # Alone here, no publisher is between making its directory and locking it.
+        with _flock(self._incoming, fcntl.LOCK_EX):
+            for directory in self._incoming.iterdir():
+                with (
+                    contextlib.suppress(BlockingIOError, FileNotFoundError),
+                    _flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB),
+                ):
+                    if directory.stat().st_mtime <= latest:
                         shutil.rmtree(directory)
-                        swept += 1
-                finally:
-                    os.close(lock)
-        return swept
+                        count += 1
+        return count
 
     def _path(self, digest: str) -> Path:
         name = digest.removeprefix("sha256:")
         return self._blobs / name[:2] / name
-
-
-def _locked_directory(parent: Path) -> tuple[Path, int]:
-    """A new directory with its lock held: `sweep` knows by it that somebody is at work there."""
-    while True:
-        directory = parent / uuid.uuid4().hex
-        directory.mkdir(mode=0o700)
-        # A sweep between these two calls may have had the lock first.
-        with contextlib.suppress(FileNotFoundError):
-            lock = os.open(directory, os.O_RDONLY)
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if os.fstat(lock).st_nlink:
-                return directory, lock
-            os.close(lock)
 
 
 def sync(path: Path) -> None:
@@ -228,5 +275,16 @@ def sync(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def _flock(path: Path, mode: int) -> Generator[None]:
+    """Holds an advisory lock on a directory; the kernel drops it when the process dies."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, mode)
+        yield
     finally:
         os.close(handle)

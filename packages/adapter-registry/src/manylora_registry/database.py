@@ -26,6 +26,8 @@ from manylora_registry.errors import (
 from manylora_registry.location import shown
 from manylora_registry.migrations import REVISIONS
 
+WRITES_UNTIDIED = 500
+"""Writing transactions after which a process that goes on and on tidies up."""
 _LATEST = REVISIONS[-1]
 
 
@@ -85,6 +87,10 @@ class Backend(Protocol):
         """What the database finds damaged in itself."""
         ...
 
+    def tidy(self) -> None:
+        """Renews what the planner of queries knows of the tables, if it must be told."""
+        ...
+
 
 class Database:
     """A database, migrated to the schema of this library.
@@ -101,6 +107,7 @@ class Database:
 
     def __init__(self, url: URL, *, create: bool = True) -> None:
         self._name = shown(url)
+        self._writes = 0
         self._backend = _backend(url)
         try:
             self._migrate(create)
@@ -138,6 +145,9 @@ class Database:
                     transaction.rollback()
                 else:
                     self._backend.announce(connection)
+        self._writes += 1
+        if self._writes % WRITES_UNTIDIED == 0:
+            self._backend.tidy()
 
     def clock(self, connection: Connection) -> int:
         """Microseconds since 1970 UTC, by one clock for all processes that share the registry."""
@@ -159,6 +169,8 @@ class Database:
 
     def close(self) -> None:
         """Closes all connections."""
+        if self._writes:
+            self._backend.tidy()
         self._backend.engine.dispose()
 
     def _migrate(self, create: bool) -> None:

@@ -23,6 +23,7 @@ RegistryError
 ├── LeaseExpiredError          a lease ran out before what it protected was done
 ├── QueryError                 a filter or an order of `list` cannot be read
 ├── CorruptBlobError           stored bytes are gone or differ from their digest
+├── BlobStoreError             the store of blobs cannot be reached, or refuses
 └── DestinationError           an export would write over something
 """
 
@@ -230,6 +231,12 @@ class CorruptBlobError(RegistryError):
             f"stored blob {digest} {what}; publish the same adapter again to restore it, "
             "and run `manylora registry verify`"
         )
+
+
+class BlobStoreError(RegistryError):
+    """The store of blobs did not do what it was asked for, for now or for want of permission."""
+
+    reason = "BLOB_STORE_UNAVAILABLE"
 
 
 class DestinationError(RegistryError):

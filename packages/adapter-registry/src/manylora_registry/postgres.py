@@ -93,6 +93,9 @@ class Postgres:
         """See `Backend`: the server watches over its own pages."""
         return []
 
+    def tidy(self) -> None:
+        """See `Backend`: autovacuum does it."""
+
 
 class _Listener:
     """See `Changes`: LISTENs on a connection of its own.

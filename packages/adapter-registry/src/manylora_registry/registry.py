@@ -23,6 +23,7 @@ from manylora_registry.garbage import collect_garbage
 from manylora_registry.leases import SERVING_SECONDS, Lease, lease_version, uploading
 from manylora_registry.location import DATABASE_FILE, locate, prepare
 from manylora_registry.manifest import digest_of
+from manylora_registry.query import find_versions
 from manylora_registry.reference import AdapterReference, check_adapter_name, check_alias_name
 from manylora_registry.rows import require_served
 from manylora_registry.staging import stage_adapter
@@ -36,6 +37,7 @@ from manylora_registry.version import (
     Protection,
     VerifyReport,
     Version,
+    VersionPage,
 )
 
 EVENTS_AT_ONCE = 1000
@@ -201,6 +203,25 @@ class Registry:
         """
         check_adapter_name(name)
         return self._catalog.versions(name)
+
+    def find_versions(
+        self, where: str = "", *, sort: str = "name", limit: int = 100, after: str | None = None
+    ) -> VersionPage:
+        """A page of the versions that match, deleted ones left out.
+
+            registry.find_versions("tag.lang=en and metric.f1>0.8", sort="-metric.f1")
+
+        Args:
+            where: the filter; its grammar stands in `manylora_registry.where`.
+            sort: name, created, metric.KEY or tag.KEY, ascending; with a '-' before it
+                descending. Versions without the metric or the tag are left out.
+            limit: at most so many, up to 1000.
+            after: `next` of the page before.
+
+        Raises:
+            QueryError: one of them cannot be read; says where.
+        """
+        return find_versions(self._database, where, sort, limit, after)
 
     def set_alias(
         self,

@@ -53,7 +53,12 @@ _ADAPTER_ID = sa.select(adapters.c.id).where(adapters.c.name == sa.bindparam("na
 
 def now() -> int:
     """Microseconds since 1970 UTC, of this process."""
-    return (datetime.now(UTC) - _EPOCH) // timedelta(microseconds=1)
+    return microseconds(datetime.now(UTC))
+
+
+def microseconds(at: datetime) -> int:
+    """A moment as rows hold it."""
+    return (at - _EPOCH) // timedelta(microseconds=1)
 
 
 def time(microseconds: int) -> datetime:

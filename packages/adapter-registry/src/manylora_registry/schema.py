@@ -21,6 +21,7 @@ from sqlalchemy import (
     Text,
     UniqueConstraint,
     false,
+    text,
 )
 
 metadata = MetaData(
@@ -68,7 +69,13 @@ versions = Table(
     UniqueConstraint("adapter_id", "number"),
     UniqueConstraint("adapter_id", "digest"),
     Index(None, "created_at", "id"),
-    Index(None, "deleted_at"),
+    # Of the few that are deleted: one over all would be taken by queries for those that are not.
+    Index(
+        None,
+        "deleted_at",
+        sqlite_where=text("deleted_at IS NOT NULL"),
+        postgresql_where=text("deleted_at IS NOT NULL"),
+    ),
     sqlite_autoincrement=True,
 )
 

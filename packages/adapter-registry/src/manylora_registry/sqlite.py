@@ -5,6 +5,7 @@ The write lock is SQLite's own, taken by `BEGIN IMMEDIATE`; readers have a snaps
 
 import contextlib
 import fcntl
+import sqlite3
 import threading
 import time
 from collections.abc import Generator
@@ -19,6 +20,7 @@ from sqlalchemy.engine import URL, Connection, Engine
 from manylora_registry.errors import RegistryLocationError
 
 BUSY_SECONDS = 60
+FEW_ROWS = 500
 POLL_SECONDS = 0.02
 """Between two looks at the counter of changes; one takes some microseconds."""
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
@@ -84,6 +86,30 @@ class Sqlite:
         """See `Backend`."""
         found = connection.exec_driver_sql("PRAGMA integrity_check")
         return [str(row[0]) for row in found if row[0] != "ok"]
+
+    def tidy(self) -> None:
+        """See `Backend`: counts rows again when there are twice as many as at the last time."""
+        with contextlib.closing(self.engine.raw_connection()) as connection:
+            cursor = connection.cursor()
+            # Seldom needed and never urgent: not worth waiting for a lock.
+            cursor.execute("PRAGMA busy_timeout=0")
+            with contextlib.suppress(sqlite3.OperationalError):
+                if _rows(cursor) > 2 * _rows_known(cursor):
+                    cursor.execute("PRAGMA analysis_limit=400")
+                    cursor.execute("ANALYZE")
+            cursor.execute(f"PRAGMA busy_timeout={BUSY_SECONDS * 1000}")
+
+
+def _rows(cursor: Any) -> int:
+    return cursor.execute("SELECT max(id) FROM versions").fetchone()[0] or 0
+
+
+def _rows_known(cursor: Any) -> int:
+    """Versions that the planner knows of; it plans well without knowing of so few."""
+    if not cursor.execute("SELECT 1 FROM sqlite_master WHERE name = 'sqlite_stat1'").fetchone():
+        return FEW_ROWS
+    found = cursor.execute("SELECT stat FROM sqlite_stat1 WHERE tbl = 'versions'").fetchone()
+    return max(int(found[0].split()[0]), FEW_ROWS) if found else FEW_ROWS
 
 
 class _DataVersion:

@@ -51,6 +51,15 @@ class Version:
 
 
 @dataclass(frozen=True)
+class VersionPage:
+    """Some of the versions that match."""
+
+    versions: tuple[Version, ...]
+    next: str | None
+    """Where to go on, if there are more."""
+
+
+@dataclass(frozen=True)
 class Alias:
     """Where an alias points, and how many times it was moved to get there."""
 

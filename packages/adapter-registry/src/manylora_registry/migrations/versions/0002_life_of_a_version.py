@@ -32,7 +32,14 @@ def upgrade() -> None:
     op.add_column("versions", sa.Column("deleted_at", sa.BigInteger))
     op.add_column("versions", sa.Column("collected_at", sa.BigInteger))
     op.create_index("ix_versions_created_at_id", "versions", ["created_at", "id"])
-    op.create_index("ix_versions_deleted_at", "versions", ["deleted_at"])
+    deleted = sa.text("deleted_at IS NOT NULL")
+    op.create_index(
+        "ix_versions_deleted_at",
+        "versions",
+        ["deleted_at"],
+        sqlite_where=deleted,
+        postgresql_where=deleted,
+    )
     op.drop_index("ix_version_metrics_key_value", "version_metrics")
     op.create_index(
         "ix_version_metrics_key_value_version_id", "version_metrics", ["key", "value", "version_id"]
