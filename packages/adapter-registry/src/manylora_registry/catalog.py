@@ -133,6 +133,16 @@ class Catalog:
             for adapter, version in zip(ids, read, strict=True)
         ]
 
+    def aliases(self, name: str) -> Mapping[str, Alias]:
+        """The aliases of one adapter.
+
+        Raises:
+            AdapterNotFoundError: there is no such adapter.
+        """
+        with self._database.read() as connection:
+            adapter = adapter_id(connection, name)
+            return _aliases(connection, [adapter]).get(adapter, {})
+
     def versions(self, name: str) -> list[Version]:
         """Every version of one adapter, from 1 upwards, deleted ones too.
 

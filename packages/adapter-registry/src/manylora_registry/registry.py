@@ -30,6 +30,7 @@ from manylora_registry.staging import stage_adapter
 from manylora_registry.verify import verify
 from manylora_registry.version import (
     Adapter,
+    Alias,
     AliasMove,
     Evaluation,
     Event,
@@ -203,6 +204,15 @@ class Registry:
         """
         check_adapter_name(name)
         return self._catalog.versions(name)
+
+    def aliases(self, name: str) -> Mapping[str, Alias]:
+        """The aliases of an adapter and where they point.
+
+        Raises:
+            AdapterNotFoundError: there is no such adapter.
+        """
+        check_adapter_name(name)
+        return self._catalog.aliases(name)
 
     def find_versions(
         self, where: str = "", *, sort: str = "name", limit: int = 100, after: str | None = None

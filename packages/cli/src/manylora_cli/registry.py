@@ -1,46 +1,102 @@
 """`manylora registry`: look at adapters, move aliases, check and carry versions."""
 
-from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from manylora_cli import registry_manage
+from manylora_cli.registry_output import (
+    AsJson,
+    Location,
+    Name,
+    Override,
+    Reference,
+    move_json,
+    open_registry,
+    print_json,
+    print_table,
+    size_text,
+    time_text,
+    version_json,
+)
+
 if TYPE_CHECKING:
-    from manylora_registry import AliasMove, Registry, Version
+    from manylora_registry import Evaluation, Protection, Registry, Version
 
-app = typer.Typer(help="Adapters, their versions and aliases.", no_args_is_help=True)
+app = typer.Typer(
+    help="""Adapters, their versions and aliases.
 
-Reference = Annotated[
-    str,
-    typer.Argument(
-        metavar="REF",
-        help="NAME[@SELECTOR]: a version number, an alias or sha256:HEX; else @production.",
-    ),
-]
-Name = Annotated[str, typer.Argument(metavar="NAME", help="The adapter.")]
-Location = Annotated[
-    Path | None,
-    typer.Option(
-        "--registry", metavar="DIR", help="The registry's directory; else $MANYLORA_REGISTRY."
-    ),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
+    A version is immutable and known by its digest; an alias such as production is a name that
+    moves between the versions of one adapter and remembers where it was. REF is NAME, NAME@ALIAS,
+    NAME@NUMBER or NAME@sha256:HEX (12 or more digits); NAME alone means NAME@production.
+
+    The registry is the directory in --registry or MANYLORA_REGISTRY, or the shared one of
+    MANYLORA_REGISTRY_DATABASE and MANYLORA_REGISTRY_BLOBS. Tables are for people on a terminal,
+    tab-separated in a pipe, and --json is for machines. Exit status: 0 good, 1 a failure that is
+    one line on stderr, 2 wrong usage.
+    """,
+    no_args_is_help=True,
+)
 
 
 @app.command("list")
-def list_adapters(registry: Location = None, as_json: AsJson = False) -> None:
-    """List every adapter with its latest version and its aliases."""
-    with _open(registry) as opened:
-        found = opened.adapters()
+def list_adapters(
+    where: Annotated[
+        str | None,
+        typer.Option(metavar="FILTER", help="Only versions that match, see below."),
+    ] = None,
+    sort: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ORDER",
+            help="name, created, metric.KEY or tag.KEY; -metric.KEY is descending.",
+        ),
+    ] = None,
+    versions: Annotated[
+        bool, typer.Option("--versions", help="Every version; implied by --where and --sort.")
+    ] = False,
+    limit: Annotated[
+        int | None, typer.Option(metavar="N", min=1, max=1000, help="At most so many.")
+    ] = None,
+    after: Annotated[
+        str | None,
+        typer.Option(metavar="KEY", help="Go on behind a page; KEY is what that one ended with."),
+    ] = None,
+    registry: Location = None,
+    as_json: AsJson = False,
+) -> None:
+    r"""List every adapter with its latest version and its aliases, or the versions that match.
+
+    FILTER compares tag.KEY, metric.KEY, lineage.KEY, name, number, digest, base, rank, size,
+    created, yanked, alias and parent by = != < <= > >= or ~ (a pattern with * and ?), joined with
+    and, or, not and parentheses. Quote values with spaces. A version without the tag or metric
+    fulfils no comparison with it. With more versions than --limit, the key to go on from is
+    printed on stderr.
+
+    \b
+    manylora registry list --where 'tag.lang=en and metric.f1>0.8' --sort -metric.f1
+    manylora registry list --where 'name~spell* and not yanked=true' --limit 20
+    """
+    with open_registry(registry) as opened:
+        if versions or where is not None or sort is not None:
+            _list_versions(opened, where or "", sort or "name", limit or 100, after, as_json)
+            return
+        found = opened.adapters(limit=limit, after=after)
+    if limit is not None and len(found) == limit:
+        _tell_next(found[-1].name)
     if as_json:
-        _print_json(
+        print_json(
             [
                 {
                     "name": adapter.name,
-                    "latest": _version(adapter.latest),
+                    "latest": version_json(adapter.latest),
                     "aliases": {
-                        name: {"version": alias.version, "generation": alias.generation}
+                        name: {
+                            "version": alias.version,
+                            "generation": alias.generation,
+                            "protected": alias.protected,
+                        }
                         for name, alias in adapter.aliases.items()
                     },
                 }
@@ -48,16 +104,16 @@ def list_adapters(registry: Location = None, as_json: AsJson = False) -> None:
             ]
         )
         return
-    _print_table(
+    print_table(
         ("adapter", "latest", "aliases", "rank", "size", "published"),
         [
             (
                 adapter.name,
-                f"{adapter.latest.number}{' (yanked)' if adapter.latest.yanked else ''}",
+                f"{adapter.latest.number}{_state(adapter.latest)}",
                 " ".join(f"{name}={at.version}" for name, at in adapter.aliases.items()),
                 str(adapter.latest.rank),
-                _size(adapter.latest.size),
-                _when(adapter.latest.created_at),
+                size_text(adapter.latest.size),
+                time_text(adapter.latest.created_at),
             )
             for adapter in found
         ],
@@ -65,31 +121,104 @@ def list_adapters(registry: Location = None, as_json: AsJson = False) -> None:
     )
 
 
+def _list_versions(
+    registry: "Registry", where: str, sort: str, limit: int, after: str | None, as_json: bool
+) -> None:
+    page = registry.find_versions(where, sort=sort, limit=limit, after=after)
+    if page.next is not None:
+        _tell_next(page.next)
+    if as_json:
+        print_json([version_json(version) for version in page.versions])
+        return
+    print_table(
+        ("version", "tags", "metrics", "rank", "size", "published"),
+        [
+            (
+                f"{version.name}@{version.number}{_state(version)}",
+                " ".join(f"{key}={value}" for key, value in sorted(version.tags.items())),
+                " ".join(f"{key}={value:.6g}" for key, value in sorted(version.metrics.items())),
+                str(version.rank),
+                size_text(version.size),
+                time_text(version.created_at),
+            )
+            for version in page.versions
+        ],
+        empty="no version matches",
+    )
+
+
+def _tell_next(key: str) -> None:
+    typer.echo(f"more: --after {key}", err=True)
+
+
 @app.command("show")
 def show(reference: Reference, registry: Location = None, as_json: AsJson = False) -> None:
-    """Show one version: what it is, where it came from, how good it was."""
-    with _open(registry) as opened:
+    """Show one version: what it is, where it came from, how good it was, what gates said."""
+    with open_registry(registry) as opened:
         version = opened.find(reference)
-        all_aliases = next(a.aliases for a in opened.adapters() if a.name == version.name)
-    aliases = [name for name, at in all_aliases.items() if at.version == version.number]
+        pointing = opened.aliases(version.name)
+        evaluations = opened.evaluations(version)
+        protections = opened.protections(version.name)
+    aliases = [name for name, at in pointing.items() if at.version == version.number]
     if as_json:
-        _print_json({**_version(version), "aliases": aliases})
+        print_json(
+            {
+                **version_json(version),
+                "aliases": aliases,
+                "evaluations": [_evaluation(each) for each in evaluations],
+                "protections": [_protection(each) for each in protections],
+            }
+        )
         return
     rows = [
-        ("version", f"{version.name}@{version.number}{' (yanked)' if version.yanked else ''}"),
+        ("version", f"{version.name}@{version.number}{_state(version)}"),
         ("digest", version.digest),
         ("aliases", " ".join(aliases)),
         ("base", version.base_fingerprint),
+        ("parent", version.parent or ""),
         ("rank", str(version.rank)),
-        ("size", _size(version.size)),
-        ("published", _when(version.created_at)),
+        ("size", size_text(version.size)),
+        ("published", time_text(version.created_at)),
         *((f"metric {key}", f"{value:.6g}") for key, value in sorted(version.metrics.items())),
         *((f"tag {key}", value) for key, value in sorted(version.tags.items())),
         *((f"lineage {key}", value) for key, value in sorted(version.lineage.items())),
+        *(
+            (
+                f"evaluation {each.suite}",
+                f"{'passed' if each.passed else 'FAILED'} {time_text(each.at)} by {each.actor}",
+            )
+            for each in evaluations
+        ),
     ]
     width = max(len(key) for key, _ in rows)
     for key, value in rows:
         print(f"{key:<{width}}  {value}".rstrip())
+
+
+def _state(version: "Version") -> str:
+    if version.deleted:
+        return " (deleted)"
+    return " (yanked)" if version.yanked else ""
+
+
+def _evaluation(evaluation: "Evaluation") -> dict[str, Any]:
+    return {
+        "suite": evaluation.suite,
+        "passed": evaluation.passed,
+        "result": dict(evaluation.result),
+        "actor": evaluation.actor,
+        "at": evaluation.at.isoformat(),
+    }
+
+
+def _protection(protection: "Protection") -> dict[str, Any]:
+    return {
+        "alias": protection.alias,
+        "suite": protection.suite,
+        "actor": protection.actor,
+        "why": protection.why,
+        "at": protection.at.isoformat(),
+    }
 
 
 @app.command("alias")
@@ -110,38 +239,35 @@ def alias(
         ),
     ] = None,
     why: Annotated[str, typer.Option(help="The reason, kept in the history.")] = "",
+    override: Override = False,
     registry: Location = None,
     as_json: AsJson = False,
 ) -> None:
     """Point an alias at a version."""
-    with _open(registry) as opened:
-        move = opened.set_alias(name, alias, version, expect=expect, why=why)
-    if as_json:
-        _print_json(_move(move))
-    else:
-        before = "nothing" if move.previous is None else f"version {move.previous}"
-        print(f"{name}@{alias}: {before} -> version {move.version} (generation {move.generation})")
+    with open_registry(registry) as opened:
+        move = opened.set_alias(name, alias, version, expect=expect, why=why, override=override)
+    registry_manage.print_move(move, as_json)
 
 
 @app.command("history")
 def history(name: Name, registry: Location = None, as_json: AsJson = False) -> None:
     """List every move of an adapter's aliases, oldest first."""
-    with _open(registry) as opened:
+    with open_registry(registry) as opened:
         moves = opened.history(name)
     if as_json:
-        _print_json([_move(move) for move in moves])
+        print_json([move_json(move) for move in moves])
         return
-    _print_table(
+    print_table(
         ("when", "alias", "generation", "from", "to", "who", "why"),
         [
             (
-                _when(move.at),
+                time_text(move.at),
                 move.alias,
                 str(move.generation),
                 "" if move.previous is None else str(move.previous),
                 str(move.version),
                 move.actor,
-                move.why,
+                f"{'(override) ' if move.override else ''}{move.why}",
             )
             for move in moves
         ],
@@ -150,14 +276,27 @@ def history(name: Name, registry: Location = None, as_json: AsJson = False) -> N
 
 
 @app.command("verify")
-def verify(registry: Location = None, as_json: AsJson = False) -> None:
-    """Hash every stored byte and check every record; exit status 1 if something is wrong."""
+def verify(
+    repair: Annotated[
+        bool,
+        typer.Option(
+            "--repair",
+            help="Move damaged blobs aside, so that publishing the same files replaces them.",
+        ),
+    ] = False,
+    registry: Location = None,
+    as_json: AsJson = False,
+) -> None:
+    """Hash every stored byte and check every record.
+
+    Says which versions are affected. Exit status 1 if something is wrong, repaired or not.
+    """
     from rich.console import Console
 
-    with _open(registry) as opened, Console(stderr=True).status("hashing every blob"):
-        report = opened.verify()
+    with open_registry(registry) as opened, Console(stderr=True).status("hashing every blob"):
+        report = opened.verify(repair=repair)
     if as_json:
-        _print_json(
+        print_json(
             {
                 "ok": report.ok,
                 "versions": report.versions,
@@ -169,17 +308,26 @@ def verify(registry: Location = None, as_json: AsJson = False) -> None:
                     for problem in report.problems
                 ],
                 "unreferenced": report.unreferenced,
+                "affected": report.affected,
+                "set_aside": report.set_aside,
             }
         )
     else:
         for problem in report.problems:
             print(f"damaged: {problem}")
         print(
-            f"{report.versions} versions, {report.blobs} blobs ({_size(report.size)}), "
+            f"{report.versions} versions, {report.blobs} blobs ({size_text(report.size)}), "
             f"{report.moves} alias moves: {'all good' if report.ok else 'DAMAGED'}"
         )
+        if report.affected:
+            print(f"affected: {', '.join(report.affected)}; publish the same files again")
+        if report.set_aside:
+            print(f"{len(report.set_aside)} damaged blobs were moved aside")
         if report.unreferenced:
-            print(f"{len(report.unreferenced)} blobs belong to no version; they do no harm")
+            print(
+                f"{len(report.unreferenced)} blobs belong to no version; they do no harm, and "
+                "`manylora registry gc` removes them"
+            )
     if not report.ok:
         raise typer.Exit(1)
 
@@ -192,11 +340,11 @@ def export(
     as_json: AsJson = False,
 ) -> None:
     """Write a version as a PEFT adapter directory; importing it gives the same digest."""
-    with _open(registry) as opened:
+    with open_registry(registry) as opened:
         version = opened.find(reference)
         opened.export(version, directory)
     if as_json:
-        _print_json({**_version(version), "directory": str(directory)})
+        print_json({**version_json(version), "directory": str(directory)})
     else:
         print(f"{version.name}@{version.number} ({version.digest}) written to {directory}")
 
@@ -216,7 +364,7 @@ def import_adapter(
     with Registry.open(registry) as opened:
         version = opened.publish(name, directory, base=identity)
     if as_json:
-        _print_json(_version(version))
+        print_json(version_json(version))
     else:
         print(f"{version.name}@{version.number} ({version.digest})")
 
@@ -224,82 +372,19 @@ def import_adapter(
 @app.command("yank")
 def yank(reference: Reference, registry: Location = None, as_json: AsJson = False) -> None:
     """Withdraw a version: it is kept, but never served again."""
-    with _open(registry) as opened:
+    with open_registry(registry) as opened:
         version = opened.yank(reference)
     if as_json:
-        _print_json(_version(version))
+        print_json(version_json(version))
     else:
         print(f"{version.name}@{version.number} is withdrawn")
 
 
-def _open(location: Path | None) -> "Registry":
-    from manylora_registry import Registry
-
-    return Registry.open(location, create=False)
-
-
-def _version(version: "Version") -> dict[str, Any]:
-    return {
-        "name": version.name,
-        "number": version.number,
-        "digest": version.digest,
-        "base": version.base_fingerprint,
-        "rank": version.rank,
-        "size": version.size,
-        "published": version.created_at.isoformat(),
-        "metrics": dict(version.metrics),
-        "tags": dict(version.tags),
-        "lineage": dict(version.lineage),
-        "yanked": version.yanked,
-    }
-
-
-def _move(move: "AliasMove") -> dict[str, Any]:
-    return {
-        "name": move.name,
-        "alias": move.alias,
-        "generation": move.generation,
-        "version": move.version,
-        "previous": move.previous,
-        "actor": move.actor,
-        "why": move.why,
-        "at": move.at.isoformat(),
-    }
-
-
-def _print_json(value: object) -> None:
-    import json
-
-    print(json.dumps(value, indent=2))
-
-
-def _print_table(header: tuple[str, ...], rows: list[tuple[str, ...]], empty: str) -> None:
-    """A table on a terminal, tab-separated lines with a header in a pipe."""
-    import sys
-
-    if not sys.stdout.isatty():
-        for row in (header, *rows):
-            print("\t".join(row))
-        return
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    if not rows:
-        print(empty)
-        return
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for title in header:
-        table.add_column(title)
-    for row in rows:
-        # Text, as a name or a reason in brackets is no markup.
-        table.add_row(*(Text(cell) for cell in row))
-    Console().print(table)
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e6:.1f} MB" if count >= 1e6 else f"{count / 1e3:.1f} kB"
-
-
-def _when(at: datetime) -> str:
-    return f"{at:%Y-%m-%d %H:%M} UTC"
+app.command("rollback")(registry_manage.rollback)
+app.command("protect")(registry_manage.protect)
+app.command("gate")(registry_manage.gate)
+app.command("tag")(registry_manage.tag)
+app.command("metric")(registry_manage.metric)
+app.command("delete")(registry_manage.delete)
+app.command("gc")(registry_manage.collect_garbage)
+app.command("events")(registry_manage.events)
