@@ -83,8 +83,14 @@ def main() -> None:
         return
     rounds = 1 if options.quick else options.rounds
     shared = {"base": base, "threads": options.threads}
-    one = Load(**shared, tasks=1, batch_size=8, steps=2 if options.quick else 4, rows="mixed")
-    eight = Load(**shared, tasks=8, batch_size=2 if options.quick else 4, steps=2, rows="mixed")
+    one = Load(
+        **shared,
+        tasks=1,
+        batch_size=4 if options.quick else 8,
+        steps=2 if options.quick else 4,
+        rows="mixed",
+    )
+    eight = Load(**shared, tasks=8, batch_size=1 if options.quick else 4, steps=2, rows="mixed")
     found: dict[str, list[dict[str, float]]] = {}
     for _ in range(rounds):
         for name, side, load in (
@@ -103,7 +109,7 @@ def main() -> None:
         for name, entries in found.items()
     }
     spelling = Load(
-        **shared, tasks=1, batch_size=8, steps=4 if options.quick else 16, rows="spelling"
+        **shared, tasks=1, batch_size=8, steps=3 if options.quick else 16, rows="spelling"
     )
     quality = {side: measure(side, spelling)["held_out_loss"] for side in ("trl", "ours")}
     other_seed = measure("ours", Load(**{**asdict(spelling), "seed": 1}))["held_out_loss"]
@@ -118,7 +124,7 @@ def main() -> None:
                 rows="spelling",
             ),
         )["seconds_per_token"]
-        for count in ADAPTER_COUNTS
+        for count in ((1, 16) if options.quick else ADAPTER_COUNTS)
     }
     lengths = {
         length: measure(
@@ -466,6 +472,7 @@ def length(load: Load, directory: Path) -> dict[str, float]:
 
         def start(self, steps: Mapping[str, int], done: int) -> None:
             nonlocal before
+            super().start(steps, done)
             before = peak_bytes()
 
     train(recipe, progress=Mark())

@@ -38,8 +38,8 @@ def save_adapter(
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_fingerprint,
-        "r": task.lora.rank,
-        "lora_alpha": task.lora.alpha,
+        "r": task.lora.saved_rank,
+        "lora_alpha": task.lora.saved_alpha,
         "lora_dropout": 0.0,
         "target_modules": _config_targets(task, targets),
         "bias": "none",
@@ -130,7 +130,7 @@ A LoRA adapter trained with manylora. It is right only on the base with the fing
 
 | | |
 |---|---|
-| rank / alpha | {task.lora.rank} / {task.lora.alpha} |
+| rank / alpha | {task.lora.saved_rank} / {task.lora.saved_alpha} |
 | steps of examples | {task.steps} of {task.batch_size} |
 | learning rate | {task.optimizer.learning_rate:g}, {task.optimizer.schedule} |
 {losses}

@@ -10,11 +10,13 @@ import json
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 from manylora_trainer.data_settings import Split
 from manylora_trainer.errors import NoExamplesError
 from manylora_trainer.formats import Rendered, render
+from manylora_trainer.preference import Pair, encode_pairs
 from manylora_trainer.recipe import Task
 from manylora_trainer.sources import Source, open_source
 from manylora_trainer.tokenization import ChatTokenizer, Example
@@ -49,8 +51,9 @@ class HeldOutRow:
 class TaskData:
     """Everything one task trains and is measured on."""
 
-    train: list[Example]
-    validation: list[Example]
+    train: Sequence[Any]
+    """Examples, or pairs of them for a task of preferences."""
+    validation: Sequence[Any]
     held_out: list[HeldOutRow]
     rows_read: int
     overlong_dropped: int
@@ -172,17 +175,24 @@ class _Cut:
     truncated: int = 0
 
 
+def encode(
+    rendered: Sequence[Rendered], tokenizer: ChatTokenizer, task: Task
+) -> Sequence[Example | Pair]:
+    """Tokenises rows as the kind of the task wants them."""
+    return (tokenizer.encode if task.kind == "sft" else partial(encode_pairs, tokenizer))(rendered)
+
+
 def _tokenise(
     rendered: Sequence[Rendered], tokenizer: ChatTokenizer, task: Task
-) -> tuple[list[Example], _Cut]:
+) -> tuple[list[Example | Pair], _Cut]:
     """Tokenises and applies the policy for overlong examples, counting what it touched."""
     cut = _Cut()
-    kept: list[Example] = []
-    for example in tokenizer.encode(rendered):
-        if len(example) <= task.max_length:
+    kept: list[Example | Pair] = []
+    for example in encode(rendered, tokenizer, task):
+        if example.longest <= task.max_length:
             kept.append(example)
-        elif task.overlong == "truncate" and example.prompt_length < task.max_length:
-            kept.append(example.truncated(task.max_length))
+        elif task.overlong == "truncate" and (short := example.truncated(task.max_length)):
+            kept.append(short)
             cut.truncated += 1
         else:
             # A prompt that fills the length leaves nothing to learn, whatever the policy.
@@ -190,9 +200,9 @@ def _tokenise(
     return kept, cut
 
 
-def _fingerprint(examples: Sequence[Example]) -> str:
+def _fingerprint(items: Sequence[Example | Pair]) -> str:
     digest = hashlib.sha256()
-    for example in examples:
+    for example in (example for item in items for example in item.sequences):
         digest.update(len(example).to_bytes(8))
         digest.update(example.tokens.astype("<i4").tobytes())
         digest.update(example.trained.tobytes())

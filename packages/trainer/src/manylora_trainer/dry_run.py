@@ -8,7 +8,7 @@ import numpy as np
 
 from manylora_registry.base import identify_base
 from manylora_trainer.adapter_files import read_initial
-from manylora_trainer.dataset import part_of
+from manylora_trainer.dataset import encode, part_of
 from manylora_trainer.errors import NoExamplesError
 from manylora_trainer.formats import render
 from manylora_trainer.recipe import Recipe, Task
@@ -74,7 +74,8 @@ def _plan_task(task: Task, linears: Shapes, tokenizer: ChatTokenizer) -> TaskPla
     rendered = [render(task.format, source.name, row) for row in rows]
     if not rendered:
         raise NoExamplesError(f"task {task.name}: {source.name} has no rows")
-    examples = tokenizer.encode(rendered)
+    items = encode(rendered, tokenizer, task)
+    examples = [example for item in items for example in item.sequences]
     lengths = np.array([len(example) for example in examples])
     trained = sum(int(example.trained.sum()) for example in examples)
     shown = examples[0]

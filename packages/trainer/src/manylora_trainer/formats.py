@@ -8,6 +8,7 @@ from typing import Any, cast
 from manylora_trainer.data_settings import (
     ChatFormat,
     FormatSettings,
+    PreferenceFormat,
     PromptCompletionFormat,
     TemplateFormat,
     placeholders,
@@ -30,6 +31,8 @@ class Rendered:
 
     messages: tuple[Message, ...]
     completion: str
+    rejected: str | None = None
+    """The answer it should rather not give, of a preference."""
 
     @property
     def input_key(self) -> bytes:
@@ -53,6 +56,8 @@ def render(settings: FormatSettings, source: str, row: Row) -> Rendered:
             return Rendered(_with_system(settings.system, Message("user", prompt)), completion)
         case ChatFormat():
             return _render_chat(settings, reader)
+        case PreferenceFormat():
+            return _render_preference(settings, reader)
 
 
 @dataclass(frozen=True)
@@ -127,6 +132,15 @@ def _render_chat(settings: ChatFormat, reader: _RowReader) -> Rendered:
     if settings.system is not None and conversation[0].role != "system":
         conversation.insert(0, Message("system", settings.system))
     return Rendered(tuple(conversation), answer.content)
+
+
+def _render_preference(settings: PreferenceFormat, reader: _RowReader) -> Rendered:
+    prompt = Message("user", reader.text(settings.prompt_column))
+    chosen = reader.text(settings.chosen_column)
+    rejected = reader.text(settings.rejected_column)
+    if chosen == rejected:
+        raise reader.error(settings.rejected_column, "is the same answer as the chosen one")
+    return Rendered(_with_system(settings.system, prompt), chosen, rejected)
 
 
 def _message(reader: _RowReader, field: str, entry: Any) -> Message:

@@ -26,6 +26,7 @@ from manylora_trainer.errors import (
     RecipeChangedError,
     RunInterruptedError,
 )
+from manylora_trainer.full import BaseWeights
 from manylora_trainer.memory import ACTIVATION_SHARE, activation_bytes, device_memory
 from manylora_trainer.plots import plot_curves
 from manylora_trainer.progress import Progress
@@ -87,13 +88,26 @@ def train_run(
 
     watch.say(f"base {recipe.base.name} on {device}, steps {first + 1} to {last}")
     transformers.utils.logging.disable_progress_bar()
-    base = BaseModel(recipe.base, _dtype(recipe, device), device)
+    base = BaseModel(
+        recipe.base,
+        _dtype(recipe, device),
+        device,
+        four_bit=training.quantization == "nf4",
+    )
+    whole = BaseWeights(base.model) if recipe.kind == "full" else None
     if _recomputes(recipe, base):
         base.recompute_layers()
     trainees = Trainees(
         base,
         [
-            Trainee(task, data[task.name], targets[task.name], seed=recipe.seed, device=device)
+            Trainee(
+                task,
+                data[task.name],
+                targets[task.name],
+                seed=recipe.seed,
+                device=device,
+                whole=whole,
+            )
             for task in recipe.tasks
         ],
         training.pack_tokens,
@@ -110,6 +124,9 @@ def train_run(
                 f"task {trainee.name}: {trainee.task.lora.init_from} is gone, and no checkpoint "
                 "holds its weights yet"
             )
+        else:
+            trainee.start(base, training.pack_tokens)
+    run["kind"] = recipe.kind
     progress = {trainee.name: trainee.progress for trainee in trainees}
 
     def save(done: int, metrics: MetricsFile) -> None:
@@ -122,6 +139,8 @@ def train_run(
         update_run(directory, run, progress)
 
     def save_weights(place: Path, trainee: Trainee) -> int:
+        if trainee.whole is not None:
+            return trainee.whole.save(place / trainee.name, recipe.base)
         return save_adapter(
             place / trainee.name,
             trainee.adapter.tensors(),
@@ -222,6 +241,8 @@ def _check_steps(path: Path, trainee: Trainee, done: int) -> None:
 
 
 def _dtype(recipe: Recipe, device: torch.device) -> torch.dtype:
+    if recipe.kind == "full":
+        return torch.float32
     match recipe.training.dtype:
         case "float32":
             return torch.float32
@@ -236,7 +257,7 @@ def _recomputes(recipe: Recipe, base: BaseModel) -> bool:
     if training.gradient_checkpointing != "auto":
         return training.gradient_checkpointing == "on"
     tokens = max(training.pack_tokens, *(task.max_length for task in recipe.tasks))
-    kept = activation_bytes(base.model.config, tokens, base.model.dtype)
+    kept = activation_bytes(base.model.config, tokens, base.dtype)
     return kept > ACTIVATION_SHARE * device_memory(base.device)
 
 
@@ -263,6 +284,7 @@ def _metrics_line(step: int, name: str, report: StepReport) -> dict[str, Any]:
         "tokens_per_s": round(report.tokens_per_s, 1),
         "grad_norm": report.grad_norm,
         "lr": report.lr,
+        **report.preference,
     }
 
 

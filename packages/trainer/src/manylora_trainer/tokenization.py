@@ -34,9 +34,20 @@ class Example:
         """Tokens before the first one that trains."""
         return int(np.argmax(self.trained))
 
-    def truncated(self, length: int) -> "Example":
-        """The first `length` tokens."""
-        return Example(self.tokens[:length], self.trained[:length])
+    @property
+    def sequences(self) -> "tuple[Example, ...]":
+        """Itself: what goes through the model for it."""
+        return (self,)
+
+    @property
+    def longest(self) -> int:
+        """Its length: it is one sequence."""
+        return len(self.tokens)
+
+    def truncated(self, length: int) -> "Example | None":
+        """The first `length` tokens; None if none of them trains."""
+        trained = self.trained[:length]
+        return Example(self.tokens[:length], trained) if trained.any() else None
 
 
 class ChatTokenizer:
