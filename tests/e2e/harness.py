@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from manylora.admin.v1.admin_pb2_grpc import AdminServiceStub
 from manylora_client import Client
 from manylora_registry.base import BaseModelIdentity
 
+ROOT = Path(__file__).parents[2]
 SLOTS = 3
 START_TIMEOUT_S = 400
 
@@ -95,16 +96,19 @@ def wait_until(holds: Callable[[], bool], within_s: float) -> bool:
     return holds()
 
 
-def start_gateway(config: Path, log: Path) -> Gateway:
-    """Starts `manylora serve` and waits for its ready line."""
+def start_gateway(
+    config: Path, log: Path, module: Sequence[str] = ("manylora_cli", "serve")
+) -> Gateway:
+    """Starts `manylora serve`, or another module that serves, and waits for its ready line."""
     with log.open("w") as errors:
         process = subprocess.Popen(
-            [sys.executable, "-m", "manylora_cli", "serve", str(config)],
+            [sys.executable, "-m", *module, str(config)],
             stdout=subprocess.PIPE,
             stderr=errors,
             text=True,
             start_new_session=True,
-            env=dict(os.environ, HF_HUB_OFFLINE="1"),
+            env=dict(os.environ, HF_HUB_OFFLINE="1", PYTHONPATH=str(ROOT)),
+            cwd=ROOT,
         )
     lines: queue.Queue[str | None] = queue.Queue()
 

@@ -111,6 +111,8 @@ class ScriptedService(InferenceServiceServicer):
     def __init__(self, script: Script) -> None:
         self._script = script
         self.received: list[pb.GenerateRequest] = []
+        self.metadata: list[dict[str, str]] = []
+        """What came with each call that generates."""
         self.in_flight = 0
         self.most_in_flight = 0
         self._barriers: dict[int, asyncio.Barrier] = {}
@@ -120,6 +122,7 @@ class ScriptedService(InferenceServiceServicer):
     async def Generate(  # noqa: N802
         self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> pb.GenerateResponse:
+        self._note(context)
         with self._counted(request):
             reply = self._reply(request)
             if isinstance(reply, Failure):
@@ -133,6 +136,7 @@ class ScriptedService(InferenceServiceServicer):
     async def GenerateStream(  # noqa: N802
         self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> AsyncIterator[pb.GenerateStreamResponse]:
+        self._note(context)
         with self._counted(request):
             reply = self._reply(request)
             words = reply.text.split(" ") if isinstance(reply, Answer) else ["word"] * reply.after
@@ -143,27 +147,41 @@ class ScriptedService(InferenceServiceServicer):
             served = _version(request, reply.version if isinstance(reply, Answer) else 1)
             started = pb.GenerateStarted(request_id="request-1", adapter=served)
             yield pb.GenerateStreamResponse(started=started)
+            answers = max(request.sampling.n, 1)
             for index, word in enumerate(words):
                 if isinstance(reply, Answer) and index == reply.drop_after:
                     return
                 await self._hold(index > 0 and index == stops)
                 text = word if index == 0 else f" {word}"
-                delta = pb.GenerateDelta(
-                    text=text, token_ids=[index], logprobs=_logprobs(request, index, 1)
-                )
-                yield pb.GenerateStreamResponse(delta=delta)
+                for choice in range(answers):
+                    delta = pb.GenerateDelta(
+                        text=text,
+                        token_ids=[index],
+                        logprobs=_logprobs(request, index, 1),
+                        choice=choice,
+                    )
+                    yield pb.GenerateStreamResponse(delta=delta)
             if isinstance(reply, Failure):
                 await _abort(context, reply)
             else:
                 response = _response(request, reply)
+                for choice, ended in enumerate(response.choices):
+                    last = pb.GenerateDelta(
+                        text=f" {choice}", token_ids=ended.token_ids[-1:], choice=choice
+                    )
+                    yield pb.GenerateStreamResponse(delta=last)
                 finished = pb.GenerateFinished(
-                    finish_reason=response.finish_reason, usage=response.usage
+                    finish_reason=response.finish_reason,
+                    usage=response.usage,
+                    timing=response.timing,
+                    finish_reasons=[choice.finish_reason for choice in response.choices],
                 )
                 yield pb.GenerateStreamResponse(finished=finished)
 
     async def BatchGenerate(  # noqa: N802
         self, request: pb.BatchGenerateRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> AsyncIterator[pb.BatchGenerateResponse]:
+        self._note(context)
         # Last first: the order of the results is the server's to choose.
         for index, entry in reversed(list(enumerate(request.requests))):
             reply = self._reply(entry)
@@ -200,6 +218,10 @@ class ScriptedService(InferenceServiceServicer):
             ],
         )
         return pb.ListAdaptersResponse(adapters=[spelling])
+
+    def _note(self, context: grpc.aio.ServicerContext[Any, Any]) -> None:
+        received = context.invocation_metadata() or ()
+        self.metadata.append({key: str(value) for key, value in received})
 
     def _reply(self, request: pb.GenerateRequest) -> Reply:
         if callable(self._script):
@@ -275,15 +297,28 @@ def _version(request: pb.GenerateRequest, number: int) -> AdapterVersion | None:
 
 
 def _response(request: pb.GenerateRequest, answer: Answer) -> pb.GenerateResponse:
-    words = answer.text.split(" ")
+    """The answer; each of several ends with a word of its own, its index."""
+    several = request.sampling.n > 1
+    answers = range(request.sampling.n if several else 1)
+    texts = [f"{answer.text} {choice}" if several else answer.text for choice in answers]
+    words = len(texts[0].split(" "))
+    choices = [
+        pb.Choice(text=text, token_ids=range(words), finish_reason=answer.finish_reason)
+        for text in texts
+    ]
+    timing = pb.Timing()
+    for part, milliseconds in (("queue", 250), ("load", 500), ("prefill", 1000), ("decode", 2000)):
+        getattr(timing, part).FromMilliseconds(milliseconds)
     return pb.GenerateResponse(
         request_id="request-1",
         adapter=_version(request, answer.version),
-        text=answer.text,
-        token_ids=range(len(words)),
+        text=texts[0],
+        token_ids=range(words),
         finish_reason=answer.finish_reason,
-        usage=pb.Usage(prompt_tokens=3, completion_tokens=len(words)),
-        logprobs=_logprobs(request, 0, len(words)),
+        usage=pb.Usage(prompt_tokens=3, completion_tokens=words * len(texts)),
+        logprobs=_logprobs(request, 0, words),
+        choices=choices if several else (),
+        timing=timing,
     )
 
 

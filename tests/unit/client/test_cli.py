@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import grpc
 import pytest
@@ -41,7 +42,11 @@ def test_the_text_is_on_stdout_and_the_version_on_stderr(stream: list[str], serv
 
 def test_text_is_one_user_message_and_every_option_is_sent(serve: Serve) -> None:
     server = serve({"": Answer()})
-    options = "--max-tokens 9 --temperature 0.5 --seed 3 --stop END --stop STOP --system Brief."
+    options = (
+        "--max-tokens 9 --temperature 0.5 --top-p 0.5 --top-k 4 --min-p 0.25 --presence-penalty -1 "
+        "--frequency-penalty 1 --repetition-penalty 1.5 --n 2 --seed 3 --stop END --stop STOP "
+        "--logprobs 1 --choice yes --choice no --system Brief."
+    )
 
     done = manylora("generate", "Hi", "--server", server.target, *options.split())
 
@@ -54,9 +59,34 @@ def test_text_is_one_user_message_and_every_option_is_sent(serve: Serve) -> None
                     pb.Message(role="user", content="Hi"),
                 ]
             ),
-            sampling=pb.Sampling(max_tokens=9, temperature=0.5, seed=3, stop=["END", "STOP"]),
+            sampling=pb.Sampling(
+                max_tokens=9,
+                temperature=0.5,
+                top_p=0.5,
+                top_k=4,
+                min_p=0.25,
+                presence_penalty=-1,
+                frequency_penalty=1,
+                repetition_penalty=1.5,
+                n=2,
+                seed=3,
+                stop=["END", "STOP"],
+                logprobs=1,
+                structured_output=pb.StructuredOutput(choice=pb.Alternatives(values=["yes", "no"])),
+            ),
         )
     ]
+
+
+def test_schema_and_grammar_are_read_from_files(serve: Serve, tmp_path: Path) -> None:
+    server = serve({"": Answer()})
+    (tmp_path / "form").write_text('{"type": "null"}')
+
+    for option in ("--json-schema", "--grammar"):
+        manylora("generate", "x", "--server", server.target, option, str(tmp_path / "form"))
+
+    schema, grammar = (asked.sampling.structured_output for asked in server.service.received)
+    assert (schema.json_schema, grammar.grammar) == ('{"type": "null"}',) * 2
 
 
 def test_raw_text_from_stdin_is_sent_as_it_stands(serve: Serve) -> None:
@@ -132,3 +162,12 @@ def test_a_system_message_needs_the_chat_template() -> None:
 
     assert done.returncode == 2
     assert "--raw" in done.stderr
+
+
+def test_a_token_is_made_and_its_digest_told_apart() -> None:
+    made = manylora("token")
+    digest = manylora("token", "--hash", stdin=made.stdout)
+    assert made.stdout.startswith("ml_")
+    assert digest.stdout == made.stderr
+    assert digest.stdout.startswith("sha256:")
+    assert manylora("token", "--hash", stdin="\n").returncode == 2

@@ -29,6 +29,7 @@ from manylora_client import (
     Request,
     ResourceExhaustedError,
     StatusError,
+    Timing,
     UnauthenticatedError,
     UnavailableError,
     UnimplementedError,
@@ -83,10 +84,16 @@ def test_every_option_reaches_the_server(serve: Serve, connect: Connect) -> None
         temperature=0.5,
         top_p=0.9,
         top_k=3,
+        min_p=0.1,
+        presence_penalty=-1,
+        frequency_penalty=2,
+        repetition_penalty=1.25,
+        n=2,
         seed=2**63,
         stop=["\n", "END"],
         ignore_eos=True,
         logprobs=0,
+        regex="[a-z]+",
     )
 
     assert server.service.received == [
@@ -98,13 +105,72 @@ def test_every_option_reaches_the_server(serve: Serve, connect: Connect) -> None
                 temperature=0.5,
                 top_p=0.9,
                 top_k=3,
+                min_p=0.1,
+                presence_penalty=-1,
+                frequency_penalty=2,
+                repetition_penalty=1.25,
+                n=2,
                 seed=2**63,
                 stop=["\n", "END"],
                 ignore_eos=True,
                 logprobs=0,
+                structured_output=pb.StructuredOutput(regex="[a-z]+"),
             ),
         )
     ]
+
+
+@pytest.mark.parametrize(
+    ("option", "sent"),
+    [
+        ({"json_schema": {"type": "null"}}, pb.StructuredOutput(json_schema='{"type": "null"}')),
+        ({"json_schema": "{}"}, pb.StructuredOutput(json_schema="{}")),
+        ({"json_object": True}, pb.StructuredOutput(json_object=pb.JsonObject())),
+        ({"choice": ["a", "b"]}, pb.StructuredOutput(choice=pb.Alternatives(values=["a", "b"]))),
+        ({"grammar": "start: A"}, pb.StructuredOutput(grammar="start: A")),
+    ],
+)
+def test_each_form_of_an_answer_can_be_asked_for(
+    option: dict[str, Any], sent: pb.StructuredOutput, serve: Serve, connect: Connect
+) -> None:
+    server = serve({"": Answer()})
+
+    connect(server.target).generate("x", **option)
+
+    assert server.service.received[0].sampling.structured_output == sent
+
+
+def test_several_choices_stream_and_return_alike(serve: Serve, connect: Connect) -> None:
+    client = connect(serve({"a": Answer("one two")}).target)
+
+    whole = client.generate("x", "a", n=2, temperature=1.0)
+
+    assert [choice.text for choice in whole.choices] == ["one two 0", "one two 1"]
+    assert (whole.text, whole.usage.completion_tokens) == ("one two 0", 6)
+    assert client.stream("x", "a", n=2, temperature=1.0).result() == whole
+
+
+def test_the_timing_is_told(serve: Serve, connect: Connect) -> None:
+    client = connect(serve({"": Answer()}).target)
+
+    assert client.generate("x").timing == Timing(0.25, 0.5, 1.0, 2.0)
+    assert client.stream("x").result().timing == Timing(0.25, 0.5, 1.0, 2.0)
+
+
+def test_the_token_and_the_requests_name_go_with_the_call(serve: Serve, connect: Connect) -> None:
+    server = serve({"": Answer()})
+    client = connect(server.target, token="secret")
+
+    client.generate("x", request_id="mine")
+    client.stream("x", request_id="mine").result()
+    client.batch([Request("x")])
+
+    assert [call["authorization"] for call in server.service.metadata] == ["Bearer secret"] * 3
+    assert [call.get("x-request-id") for call in server.service.metadata] == ["mine", "mine", None]
+    with pytest.raises(InvalidInputError):
+        client.generate("x", request_id="new\nline")
+    with pytest.raises(InvalidInputError):
+        connect(server.target, token="sécret")
 
 
 def test_what_the_caller_leaves_out_is_left_to_the_gateway(serve: Serve, connect: Connect) -> None:
@@ -157,6 +223,8 @@ def test_text_chat_and_tokens_are_sent_as_such(
         ([-1], {}, "cannot be sent"),
         ("x", {"max_tokens": -1}, "cannot be sent"),
         ("x", {"temperature": "warm"}, "cannot be sent"),
+        ("x", {"regex": "a", "grammar": "b"}, "give only one of regex, grammar"),
+        ("x", {"choice": "abc"}, r"choice must be a list of strings"),
         ("x", {"stop": "END"}, r"stop must be a list of strings, e\.g\. \['END'\]"),
     ],
 )

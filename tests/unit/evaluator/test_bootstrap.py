@@ -3,21 +3,23 @@
 import math
 import random
 
+import numpy as np
 import pytest
+from scipy.stats import bootstrap
 
-from manylora_evaluator.bootstrap import estimate
-from manylora_evaluator.scorers import Tally
+from manylora_evaluator.bootstrap import CELLS, estimate, resamples
+from manylora_evaluator.scorers.tally import Tally
 
 
 def test_a_score_is_the_ratio_of_the_sums() -> None:
-    score = estimate([Tally(1, 1), Tally(0, 9), Tally(2, 2)], seed=0)
+    score = estimate([(Tally(1, 1),), (Tally(0, 9),), (Tally(2, 2),)], seed=0)
 
     assert score.mean == pytest.approx(3 / 12)
     assert score.low <= score.mean <= score.high
 
 
 def test_the_interval_of_a_share_is_the_normal_one_where_rows_are_many() -> None:
-    score = estimate([Tally(1, 1)] * 600 + [Tally(0, 1)] * 400, seed=0)
+    score = estimate([(Tally(1, 1),)] * 600 + [(Tally(0, 1),)] * 400, seed=0)
 
     margin = 1.96 * math.sqrt(0.6 * 0.4 / 1000)
     assert score.low == pytest.approx(0.6 - margin, abs=0.005)
@@ -28,20 +30,45 @@ def test_the_interval_covers_the_truth_about_as_often_as_it_says() -> None:
     coins = random.Random(0)
     covered = 0
     for seed in range(100):
-        rows = [Tally(float(coins.random() < 0.7), 1) for _ in range(60)]
+        rows = [(Tally(float(coins.random() < 0.7), 1),) for _ in range(60)]
         score = estimate(rows, seed)
         covered += score.low <= 0.7 <= score.high
     assert 88 <= covered <= 100
 
 
 def test_the_seed_decides() -> None:
-    rows = [Tally(math.sqrt(index), 6) for index in range(20)]
+    rows = [(Tally(math.sqrt(index), 6),) for index in range(20)]
 
     assert estimate(rows, seed=1) == estimate(rows, seed=1)
     assert estimate(rows, seed=1) != estimate(rows, seed=2)
 
 
 def test_rows_without_weight_score_nothing() -> None:
-    score = estimate([Tally(0, 0), Tally(0, 0)], seed=0)
+    score = estimate([(Tally(0, 0),), (Tally(0, 0),)], seed=0)
 
     assert (score.mean, score.low, score.high) == (0, 0, 0)
+
+
+def test_groups_weigh_alike_however_many_their_rows() -> None:
+    rows = [(Tally(1, 1, "many"),)] * 9 + [(Tally(0, 1, "few"),)]
+
+    assert estimate(rows, seed=0).mean == pytest.approx(0.5)
+
+
+def test_the_interval_is_that_of_scipys_bootstrap() -> None:
+    values = np.random.default_rng(0).gamma(2.0, 0.1, 80)
+
+    score = estimate([(Tally(value, 1),) for value in values], seed=0)
+    theirs = bootstrap((values,), np.mean, method="percentile", n_resamples=9999, rng=1)
+
+    low, high = theirs.confidence_interval
+    assert (score.low, score.high) == pytest.approx((low, high), abs=0.004)
+
+
+def test_many_rows_are_resampled_in_batches() -> None:
+    rows = 3_000
+
+    batches = list(resamples(rows, seed=0, draws=CELLS // rows + 5))
+
+    assert [len(batch) for batch in batches] == [CELLS // rows, 5]
+    assert all((batch.sum(axis=1) == rows).all() for batch in batches)

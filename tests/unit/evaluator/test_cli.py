@@ -89,3 +89,28 @@ def test_a_missing_server_exits_1_with_one_line(serve: Serve, write_suite: Write
     assert done.returncode == 1
     assert done.stderr.strip().splitlines()[-1].startswith("manylora: no manylora server answers")
     assert "Traceback" not in done.stderr
+
+
+def test_a_closed_gate_exits_1_with_its_reasons(serve: Serve, write_suite: WriteSuite) -> None:
+    suite = write_suite([(str(number), "yes") for number in range(30)])
+    target = serve(
+        lambda request: Answer("no" if request.adapter.startswith("bad") else "yes")
+    ).target
+
+    done = manylora(
+        *("evaluate", suite, "--server", target, "--json"),
+        *("--adapter", "bad@1", "--baseline", "spelling"),
+    )
+
+    assert done.returncode == 1
+    assert "manylora: the gate is closed to bad@1: spelling: exact_match is worse" in done.stderr
+    (gate,) = json.loads(done.stdout)["gates"]
+    assert (gate["candidate"], gate["passed"]) == ("bad@1", False)
+    assert gate["comparison"]["verdict"] == "worse"
+
+
+def test_a_registry_without_record_is_wrong_usage(write_suite: WriteSuite, tmp_path: Path) -> None:
+    done = manylora("evaluate", write_suite([("a", "b")]), "--registry", tmp_path)
+
+    assert done.returncode == 2
+    assert "--registry is where --record keeps results" in done.stderr

@@ -3,14 +3,29 @@
 import json
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from manylora_evaluator import RowsError
+from manylora_evaluator import FixtureError, RowsError, SuiteError
+from manylora_evaluator.row_settings import HeldOutRows, JsonlRows, ParquetRows, Prompt
 from manylora_evaluator.rows import load_rows
-from manylora_evaluator.suite import load_suite
+from manylora_evaluator.scoring import prepare
+from manylora_evaluator.suite import Task, load_suite
 from manylora_registry.errors import ConfigError
 
 GOOD = {"messages": [{"role": "user", "content": "recieve"}], "expected": "receive"}
+
+
+def task_of(path: Path, *scorers: object, **settings: object) -> Task:
+    return Task.model_validate(
+        {"name": "a", "adapter": "a", "rows": str(path), "scorers": list(scorers)} | settings
+    )
+
+
+def write_lines(path: Path, *lines: object) -> Path:
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
 
 
 def test_rows_lie_beside_the_suite(tmp_path: Path) -> None:
@@ -22,7 +37,7 @@ def test_rows_lie_beside_the_suite(tmp_path: Path) -> None:
 
     (task,) = load_suite(path).tasks
 
-    assert task.rows.resolve() == tmp_path / "a.jsonl"
+    assert task.rows.file.resolve() == tmp_path / "a.jsonl"
 
 
 def test_every_mistake_of_a_suite_is_told_at_once(tmp_path: Path) -> None:
@@ -63,7 +78,7 @@ def test_rows_are_read_in_order_up_to_the_limit(tmp_path: Path) -> None:
     lines = [json.dumps(GOOD | {"expected": str(n), "row": {"n": n}}) for n in range(3)]
     path.write_text(lines[0] + "\n\n" + lines[1] + "\r\n" + lines[2] + "\nnot read")
 
-    rows = load_rows(path, ["exact_match"], limit=3)
+    rows = load_rows(JsonlRows(kind="jsonl", path=path), limit=3)
 
     assert [row.expected for row in rows] == ["0", "1", "2"]
     assert rows[2].columns == {"n": 2}
@@ -73,12 +88,13 @@ def test_rows_are_read_in_order_up_to_the_limit(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "complaint"),
     [
-        ("{", "Invalid JSON"),
-        ("[]", "row: "),
+        ("{", "is not JSON"),
+        ("[]", "must be a JSON object"),
         (json.dumps({"expected": "x"}), "messages: Field required"),
         (json.dumps(GOOD | {"messages": []}), "messages: "),
         (json.dumps(GOOD | {"messages": [{"role": "robot", "content": "x"}]}), "messages.0.role: "),
-        (json.dumps(GOOD | {"expected": ""}), "expected: "),
+        (json.dumps(GOOD | {"expected": ""}), "expected: is not a JSON object"),
+        (json.dumps(GOOD | {"expected": 1}), "expected: "),
         (json.dumps(GOOD), "expected: is not a JSON object, which json_field_f1 needs"),
     ],
 )
@@ -89,7 +105,7 @@ def test_a_malformed_row_is_named_with_its_file_and_line(
     path.write_text(json.dumps(GOOD | {"expected": "{}"}) + "\n" + line + "\n")
 
     with pytest.raises(RowsError) as raised:
-        load_rows(path, ["json_field_f1"])
+        prepare(task_of(path, "json_field_f1"), None)
 
     assert str(raised.value).startswith(f"{path} line 2: ")
     assert complaint in str(raised.value)
@@ -102,5 +118,120 @@ def test_a_file_without_readable_rows_is_refused(content: bytes | None, tmp_path
     if content is not None:
         path.write_bytes(content)
 
-    with pytest.raises(RowsError, match=r"rows\.jsonl: "):
-        load_rows(path, ["exact_match"])
+    with pytest.raises(RowsError, match=r"rows\.jsonl( line 1)?: "):
+        load_rows(JsonlRows(kind="jsonl", path=path))
+
+
+def test_held_out_rows_of_a_run_are_found_by_task(tmp_path: Path) -> None:
+    (tmp_path / "run" / "held_out").mkdir(parents=True)
+    write_lines(tmp_path / "run" / "held_out" / "spelling.jsonl", GOOD)
+
+    (row,) = load_rows(HeldOutRows(kind="held_out", run=tmp_path / "run", task="spelling"))
+
+    assert row.expected == "receive"
+
+
+def test_a_prompt_is_written_from_columns(tmp_path: Path) -> None:
+    columns = {"word": "recieve", "right": "receive", "tags": ["ie", "ei"]}
+    prompt = Prompt(system="Tags: {tags}", user="Correct {{{word}}}", expected="{right}")
+
+    plain, held_out = load_rows(
+        JsonlRows(
+            kind="jsonl", path=write_lines(tmp_path / "r.jsonl", columns, GOOD | {"row": columns})
+        ),
+        prompt,
+    )
+
+    assert [message.content for message in plain.messages] == [
+        'Tags: ["ie", "ei"]',
+        "Correct {recieve}",
+    ]
+    assert (plain.expected, plain.columns) == ("receive", columns)
+    assert (held_out.messages, held_out.expected) == (plain.messages, plain.expected)
+
+
+def test_columns_make_one_json_object(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "r.jsonl", {"q": "x", "b": [1], "a": None})
+
+    (row,) = load_rows(
+        JsonlRows(kind="jsonl", path=path), Prompt(user="{q}", expected_json=("b", "a"))
+    )
+
+    assert row.expected == '{"a": null, "b": [1]}'
+
+
+def test_a_missing_column_is_named(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "r.jsonl", {"q": "x"})
+
+    with pytest.raises(RowsError, match=r"line 1: has no column 'answer'"):
+        load_rows(JsonlRows(kind="jsonl", path=path), Prompt(user="{q}", expected="{answer}"))
+
+
+def test_parquet_rows_are_read_up_to_the_limit(tmp_path: Path) -> None:
+    path = tmp_path / "rows.parquet"
+    pq.write_table(pa.table({"q": ["a", "b", "c"], "n": [1, 2, 3]}), path)
+
+    rows = load_rows(ParquetRows(kind="parquet", path=path), Prompt(user="{q}", expected="{n}"), 2)
+
+    assert [(row.messages[0].content, row.expected) for row in rows] == [("a", "1"), ("b", "2")]
+    path.write_bytes(b"PAR1 no more")
+    with pytest.raises(RowsError, match="cannot be read as Parquet"):
+        load_rows(ParquetRows(kind="parquet", path=path), Prompt(user="{q}"))
+
+
+def test_a_row_is_known_by_what_it_asks_and_expects(tmp_path: Path) -> None:
+    other = GOOD | {"expected": "relieve"}
+    first = load_rows(
+        JsonlRows(kind="jsonl", path=write_lines(tmp_path / "a.jsonl", GOOD, other, GOOD))
+    )
+    second = load_rows(JsonlRows(kind="jsonl", path=write_lines(tmp_path / "b.jsonl", other, GOOD)))
+
+    assert len({row.id for row in first}) == 3
+    assert [second[1].id, second[0].id] == [first[0].id, first[1].id]
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"thresholds": [{"score": "rouge_l", "at_least": 1}]}, "has no score rouge_l; it has exa"),
+        ({"compare": ["guess"]}, "has no score guess"),
+        ({"slices": ["colour"]}, "is to be sliced by colour, which none of the rows"),
+    ],
+)
+def test_a_suite_that_asks_for_what_is_not_there_is_refused(
+    change: dict[str, object], complaint: str, tmp_path: Path
+) -> None:
+    with pytest.raises(SuiteError, match=complaint):
+        prepare(task_of(write_lines(tmp_path / "r.jsonl", GOOD), "exact_match", **change), None)
+
+
+def test_a_fixture_that_fails_is_named(tmp_path: Path) -> None:
+    fixture = tmp_path / "fixture.sql"
+    fixture.write_text("CREATE TABLE t (a); INSERT INTO nowhere VALUES (1);")
+    rows = write_lines(tmp_path / "r.jsonl", GOOD)
+
+    with pytest.raises(FixtureError, match=r"fixture\.sql makes no database: no such table"):
+        prepare(task_of(rows, {"kind": "sql", "fixture": str(fixture)}), None)
+
+
+@pytest.mark.parametrize(
+    ("scorer", "complaint"),
+    [
+        ("{kind: regex, pattern: '('}", "is not a regular expression"),
+        ("{kind: regex, pattern: a, group_is_expected: true}", "needs a group"),
+        ("{kind: json_schema, schema: {type: thing}}", "is not a JSON Schema"),
+        ("{kind: numeric, relative: 2}", "less than 1"),
+        ("{kind: judge, by: x, criteria: {}}", "at least 1"),
+    ],
+)
+def test_a_scorer_that_cannot_work_is_refused_with_its_line(
+    scorer: str, complaint: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "suite.yaml"
+    path.write_text(
+        f"name: s\ntasks:\n  - {{name: a, adapter: a, rows: a.jsonl, scorers: [{scorer}]}}\n"
+    )
+
+    with pytest.raises(ConfigError, match=complaint) as raised:
+        load_suite(path)
+    assert raised.value.problems[0].line == 3

@@ -1,11 +1,22 @@
 """An engine to read: it writes its adapter's name, one word a token, as told by the test."""
 
 import asyncio
+import math
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-from manylora_gateway.engine import Delta, Finish, Prompt, Sampling, TextPrompt, TokenPrompt
+from manylora_gateway.engine import (
+    Candidate,
+    Delta,
+    Finish,
+    Prompt,
+    Regex,
+    Sampling,
+    TextPrompt,
+    TokenLogprobs,
+    TokenPrompt,
+)
 from manylora_gateway.errors import (
     AdapterLoadError,
     InvalidRequestError,
@@ -14,6 +25,18 @@ from manylora_gateway.errors import (
 )
 
 MAX_CONTEXT = 64
+IMPOSSIBLE = Regex("(")
+"""A constraint the engine refuses."""
+
+
+def scores(token: int, text: str, sampling: Sampling) -> TokenLogprobs:
+    """As many candidates as were asked for, the taken token first, each half as likely."""
+    wanted = sampling.logprobs or 0
+    candidates = [
+        Candidate(token + rank, -math.log(2) * (rank + 1), text if rank == 0 else f"w{rank}")
+        for rank in range(max(wanted, 1))
+    ]
+    return TokenLogprobs(candidates[0], tuple(candidates[:wanted]))
 
 
 class FakeEngine:
@@ -33,6 +56,7 @@ class FakeEngine:
         self.running: list[str] = []
         """Adapter of every generation under way, "base" for none."""
         self.prompts: list[list[int]] = []
+        self.samplings: list[Sampling] = []
         self.dead = False
         self._loading = asyncio.Event()
         self._loading.set()
@@ -101,12 +125,19 @@ class FakeEngine:
         if adapter is not None and adapter not in self.loaded:
             self.dead = True
         self.prompts.append(token_ids)
+        self.samplings.append(sampling)
+        if sampling.constraint == IMPOSSIBLE:
+            violation = Violation("sampling.structured_output", "cannot be held")
+            raise InvalidRequestError([violation])
         async with self._run(adapter or "base"):
             for index in range(1, sampling.max_tokens + 1):
                 self.check_health()
                 last = index == sampling.max_tokens
                 finish = Finish("length", len(token_ids), index) if last else None
-                yield Delta(f"{adapter or 'base'} ", (index,), finish=finish)
+                word = f"{adapter or 'base'} "
+                for choice in range(sampling.n):
+                    logprobs = () if sampling.logprobs is None else (scores(index, word, sampling),)
+                    yield Delta(word, (index,), logprobs, finish, choice)
                 # The trial prompt of a load is not what a test holds up.
                 if not request_id.startswith("trial"):
                     await self._speaking.wait()

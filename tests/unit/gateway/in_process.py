@@ -3,7 +3,7 @@
 import asyncio
 import json
 from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,15 +14,24 @@ from safetensors.numpy import save_file
 from manylora.admin.v1 import admin_pb2_grpc
 from manylora.inference.v1 import inference_pb2 as pb
 from manylora.inference.v1 import inference_pb2_grpc
-from manylora_gateway.config import EngineConfig, FollowConfig, LimitsConfig, ListenConfig
+from manylora_gateway.access import Access
+from manylora_gateway.admission import Admission
+from manylora_gateway.config import (
+    EngineConfig,
+    FollowConfig,
+    LimitsConfig,
+    ListenConfig,
+    TlsConfig,
+)
 from manylora_gateway.engine import Delta, Prompt, Sampling
+from manylora_gateway.fair import EVERYBODY, Share
 from manylora_gateway.front import Front
-from manylora_gateway.inference import Admission, Inference
+from manylora_gateway.inference import Inference
+from manylora_gateway.limits import Limits
 from manylora_gateway.replicas import ReplicaState
-from manylora_gateway.requests import Requests
 from manylora_gateway.routes import Routes
-from manylora_gateway.servicers import AdminServicer, InferenceServicer
 from manylora_gateway.swaps import Swaps
+from manylora_gateway.tls import ServerTls
 from manylora_gateway.worker import Servable, Worker
 from manylora_registry import BaseModelIdentity, Registry, Version
 from tests.unit.gateway.fake_engine import MAX_CONTEXT, FakeEngine
@@ -30,6 +39,7 @@ from tests.unit.gateway.fake_engine import MAX_CONTEXT, FakeEngine
 MODULE = "model.layers.0.self_attn.q_proj"
 BASE = BaseModelIdentity("sha256:" + "b" * 64, {f"{MODULE}.weight": (4, 4)})
 OTHER_BASE = BaseModelIdentity("sha256:" + "c" * 64, {f"{MODULE}.weight": (4, 4)})
+BASE_NAME = "tiny"
 MAX_RANK = 8
 
 
@@ -71,17 +81,30 @@ class LocalReplicas:
         self._workers = workers
 
     async def generate(
-        self, request_id: str, prompt: Prompt, sampling: Sampling, version: Version | None
+        self,
+        request_id: str,
+        prompt: Prompt,
+        sampling: Sampling,
+        version: Version | None,
+        share: Share = EVERYBODY,
     ) -> AsyncGenerator[Delta, None]:
         worker = min(self._workers, key=lambda worker: worker.state().requests)
-        async for delta in worker.generate(request_id, prompt, sampling, version):
-            yield delta
+        deltas = worker.generate(request_id, prompt, sampling, version, share)
+        async with aclosing(deltas):
+            async for delta in deltas:
+                yield delta
 
     async def count_tokens(self, prompt: Prompt) -> int:
         return self._workers[0].count_tokens(prompt)
 
     async def prepare(self, version: Version) -> None:
         await asyncio.gather(*(worker.prepare(version) for worker in self._workers))
+
+    async def pin(self, version: Version) -> None:
+        await asyncio.gather(*(worker.pin(version) for worker in self._workers))
+
+    async def unpin(self, version: Version) -> int:
+        return sum(worker.unpin(version) for worker in self._workers)
 
     async def retire(self, version: Version) -> int:
         return sum(worker.retire(version) for worker in self._workers)
@@ -100,6 +123,11 @@ class RunningGateway:
     admin: "admin_pb2_grpc.AdminServiceAsyncStub"
     front: Front
     admission: Admission
+
+    @property
+    def http(self) -> str:
+        """Where OpenAI's API is."""
+        return f"http://{self.front.addresses['http']}"
 
     @property
     def engine(self) -> FakeEngine:
@@ -137,6 +165,8 @@ async def running_gateway(
     engine: EngineConfig | None = None,
     limits: LimitsConfig | None = None,
     replicas: int = 1,
+    tls: TlsConfig | None = None,
+    tenants: Path | None = None,
 ) -> AsyncGenerator[RunningGateway, None]:
     """Serves `registry` on free ports while the context lasts."""
     config = engine or EngineConfig(slots=2, host_adapters=4, max_concurrent=8, turn_s=0)
@@ -150,13 +180,15 @@ async def running_gateway(
     local = LocalReplicas(workers)
     routes = Routes(registry, servable)
     swaps = Swaps(registry, routes, local, FollowConfig(poll_s=0.01))
-    admission = Admission(limits.max_requests)
+    admission = Admission(limits)
     inference = Inference(registry, routes, local, admission)
-    front = Front(ListenConfig(inference="127.0.0.1:0", admin="127.0.0.1:0"))
-    await swaps.begin(warm=config.slots)
-    await front.start(
-        InferenceServicer(inference, Requests(limits, MAX_CONTEXT)), AdminServicer(inference)
+    front = Front(
+        ListenConfig(inference="127.0.0.1:0", admin="127.0.0.1:0"),
+        None if tls is None else ServerTls(tls),
+        None if tenants is None else Access(tenants),
     )
+    await swaps.begin(warm=config.slots)
+    await front.start(inference, Limits(limits, MAX_CONTEXT), BASE_NAME)
     channel = grpc.aio.insecure_channel(front.inference_address)
     admin_channel = grpc.aio.insecure_channel(front.admin_address)
     try:

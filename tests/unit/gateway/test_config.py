@@ -48,11 +48,18 @@ def test_every_mistake_comes_at_once_with_its_line(tmp_path: Path) -> None:
 
 
 def test_paths_are_read_from_the_files_place(tmp_path: Path) -> None:
-    text = "{base: ../bases/small, registry: registry, cache: /var/cache/adapters}"
+    text = (
+        "{base: ../bases/small, registry: registry, cache: /var/cache/adapters, tenants: who.yaml,"
+        " tls: {certificate: cert.pem, key: /etc/key.pem}}"
+    )
     config = load_config(write(tmp_path, text), GatewayConfig).relative_to(tmp_path)
     assert config.base == tmp_path / "../bases/small"
     assert config.registry == tmp_path / "registry"
     assert config.cache == Path("/var/cache/adapters")
+    assert config.tenants == tmp_path / "who.yaml"
+    assert config.tls is not None
+    assert config.tls.certificate == tmp_path / "cert.pem"
+    assert config.tls.key == Path("/etc/key.pem")
 
 
 def test_reading_a_config_imports_nothing_heavy() -> None:

@@ -74,6 +74,35 @@ WRONG_FIELDS = {
     "sampling.stop": pb.GenerateRequest(text="hi", sampling=pb.Sampling(stop=["x"] * 17)),
     "sampling.stop[0]": pb.GenerateRequest(text="hi", sampling=pb.Sampling(stop=[""])),
     "sampling.logprobs": pb.GenerateRequest(text="hi", sampling=pb.Sampling(logprobs=21)),
+    "sampling.min_p": pb.GenerateRequest(text="hi", sampling=pb.Sampling(min_p=1.5)),
+    "sampling.presence_penalty": pb.GenerateRequest(
+        text="hi", sampling=pb.Sampling(presence_penalty=-2.5)
+    ),
+    "sampling.frequency_penalty": pb.GenerateRequest(
+        text="hi", sampling=pb.Sampling(frequency_penalty=math.nan)
+    ),
+    "sampling.repetition_penalty": pb.GenerateRequest(
+        text="hi", sampling=pb.Sampling(repetition_penalty=0)
+    ),
+    "sampling.n": pb.GenerateRequest(text="hi", sampling=pb.Sampling(n=2)),
+    "sampling.structured_output": pb.GenerateRequest(
+        text="hi", sampling=pb.Sampling(structured_output=pb.StructuredOutput())
+    ),
+    "sampling.structured_output.json_schema": pb.GenerateRequest(
+        text="hi",
+        sampling=pb.Sampling(structured_output=pb.StructuredOutput(json_schema="{")),
+    ),
+    "sampling.structured_output.regex": pb.GenerateRequest(
+        text="hi", sampling=pb.Sampling(structured_output=pb.StructuredOutput(regex="a\0"))
+    ),
+    "sampling.structured_output.choice": pb.GenerateRequest(
+        text="hi",
+        sampling=pb.Sampling(structured_output=pb.StructuredOutput(choice=pb.Alternatives())),
+    ),
+    "sampling.structured_output.grammar": pb.GenerateRequest(
+        text="hi",
+        sampling=pb.Sampling(structured_output=pb.StructuredOutput(grammar="x" * (1 << 17))),
+    ),
     "adapter": pb.GenerateRequest(text="hi", adapter="../../etc/passwd"),
 }
 

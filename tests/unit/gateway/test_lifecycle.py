@@ -24,7 +24,7 @@ async def requests(gateway: RunningGateway) -> int:
 
 
 async def test_a_cancelled_stream_frees_its_seat(served: dict[str, Version], start: Start) -> None:
-    config = EngineConfig(slots=1, host_adapters=2, max_concurrent=1)
+    config = EngineConfig(slots=1, host_adapters=2, max_concurrent=1, express=0)
     async with start(engine=config) as gateway:
         gateway.engine.hold_answers()
         call = gateway.inference.GenerateStream(SAY)
@@ -40,7 +40,7 @@ async def test_a_cancelled_stream_frees_its_seat(served: dict[str, Version], sta
 async def test_a_cancelled_waiting_request_leaves_the_queue(
     served: dict[str, Version], start: Start
 ) -> None:
-    config = EngineConfig(slots=1, host_adapters=2, max_concurrent=1)
+    config = EngineConfig(slots=1, host_adapters=2, max_concurrent=1, express=0)
     async with start(engine=config) as gateway:
         gateway.engine.hold_answers()
         running = gateway.inference.Generate(SAY)

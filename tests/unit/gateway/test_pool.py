@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 
 import pytest
 
+from manylora_gateway.errors import PoolFullError
 from manylora_gateway.pool import AdapterPool
 from manylora_registry import Version
 
@@ -72,13 +73,16 @@ def clock() -> Clock:
 
 @pytest.fixture
 def make(memory: Memory, clock: Clock) -> Callable[..., AdapterPool]:
-    def make(slots: int = 2, capacity: int = 4, seats: int = 8, turn_s: float = 1) -> AdapterPool:
+    def make(
+        slots: int = 2, capacity: int = 4, seats: int = 8, express: int = 0, turn_s: float = 1
+    ) -> AdapterPool:
         return AdapterPool(
             memory.load,
             memory.unload,
             slots=slots,
             capacity=capacity,
             seats=seats,
+            express=express,
             turn_s=turn_s,
             clock=clock,
         )
@@ -354,3 +358,49 @@ async def test_random_traffic_leaks_nothing_and_never_overfills(
     errors = [error for error in results if isinstance(error, Exception)]
     assert errors == []
     assert pool.requests == 0
+
+
+async def test_a_pinned_adapter_stays_when_memory_is_full(
+    make: Callable[..., AdapterPool], memory: Memory
+) -> None:
+    pool = make(slots=1, capacity=3)
+    await pool.pin(RED)
+    for each in (GREEN, BLUE, GREY):
+        async with pool.hold(each):
+            pass
+    assert {"red", "grey"} <= memory.held
+    assert not pool.retire(RED)
+    with pytest.raises(PoolFullError):
+        await pool.pin(GREEN)
+    assert pool.unpin(RED)
+    for each in (GREEN, BLUE):
+        async with pool.hold(each):
+            pass
+    assert "red" not in memory.held
+    assert pool.counts.evictions >= 2
+
+
+async def test_a_flood_leaves_express_seats_to_others(make: Callable[..., AdapterPool]) -> None:
+    pool = make(seats=2, express=1)
+    flood = [Request(pool, RED) for _ in range(4)]
+    await settled(pool)
+    assert [request.seated.is_set() for request in flood] == [True, True, False, False]
+    green, more = Request(pool, GREEN), Request(pool, GREEN)
+    await settled(pool)
+    assert green.seated.is_set()
+    assert not more.seated.is_set()
+
+
+async def test_as_many_leave_as_want_a_slot(make: Callable[..., AdapterPool], clock: Clock) -> None:
+    pool = make(slots=2, turn_s=1)
+    busy = [Request(pool, RED), Request(pool, GREEN)]
+    await settled(pool)
+    clock.now = 2
+    cold = [Request(pool, BLUE), Request(pool, GREY)]
+    late = [Request(pool, RED), Request(pool, GREEN)]
+    await settled(pool)
+    for request in busy:
+        await request.end()
+    await settled(pool)
+    assert all(request.seated.is_set() for request in cold)
+    assert not any(request.seated.is_set() for request in late)

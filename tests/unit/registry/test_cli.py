@@ -6,7 +6,7 @@ import pytest
 from typer.testing import CliRunner
 
 from manylora_cli.registry import app
-from manylora_registry import identify_base
+from manylora_registry import Registry, identify_base
 
 
 @pytest.fixture
@@ -62,15 +62,55 @@ def test_verify_says_what_is_damaged_and_fails(run, version, tmp_path):
     assert "damaged: spelling@1" in run("verify", code=1)
 
 
+@pytest.mark.parametrize("form", ["peft", "hf", "oci", "tar"])
 def test_a_version_goes_out_and_comes_in_again(
-    run, registry, make_adapter, base_directory, tmp_path
+    run, registry, make_adapter, base_directory, tmp_path, form
 ):
     identity = identify_base(base_directory)
     adapter = make_adapter(config={"base_model_name_or_path": "tiny"})
     version = registry.publish("spelling", adapter, base=identity)
     out = tmp_path / "out"
 
-    run("export", "spelling@1", str(out))
+    run("export", "spelling@1", str(out), "--format", form)
     added = run("import", str(out), "--name", "other", "--base", str(base_directory), "--json")
 
     assert (added["name"], added["number"], added["digest"]) == ("other", 1, version.digest)
+
+
+def test_a_form_that_is_none_is_wrong_usage(run, version, tmp_path):
+    run("export", "spelling@1", str(tmp_path / "out"), "--format", "zip", code=2)
+
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_diff_says_what_moved(run, registry, base, version, make_adapter):
+    registry.publish("spelling", make_adapter(1), base=base, metrics={"loss": 0.25})
+
+    found = run("diff", "spelling@1", "spelling@2", "--json")
+    lines = run("diff", "spelling@1", "spelling@2").splitlines()
+
+    assert found["metrics"] == {"loss": {"before": 0.5, "after": 0.25}}
+    assert [module["module"] for module in found["modules"]] == [
+        "model.layers.0.q_proj",
+        "model.layers.0.up_proj",
+    ]
+    assert lines[0] == "metric loss: 0.5 -> 0.25"
+    assert lines[1].startswith("2 of 2 modules differ; all weights together moved by")
+    assert lines[2].split("\t") == ["module", "before", "after", "change", "relative"]
+    assert len(lines) == 5
+    assert run("diff", "spelling@1", "spelling@1").splitlines() == [
+        "0 of 2 modules differ; all weights together moved by 0.0% of their norm"
+    ]
+
+
+def test_a_registry_is_copied_and_verified(version, tmp_path):
+    words = ["copy", str(tmp_path / "registry"), str(tmp_path / "there")]
+
+    result = CliRunner().invoke(app, [*words, "--json"])
+    again = CliRunner().invoke(app, words)
+
+    assert result.exit_code == 0, result.output
+    assert (json.loads(result.stdout)["ok"], json.loads(result.stdout)["versions"]) == (True, 1)
+    assert "1 versions, 3 blobs" in again.stdout
+    with Registry.open(tmp_path / "there", create=False) as there:
+        assert there.find("spelling@1") == version

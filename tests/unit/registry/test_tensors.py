@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from manylora_registry.tensors import find_non_finite, read_header
+from manylora_registry.tensors import find_non_finite, read_header, read_tensor
 
 
 @pytest.fixture
@@ -112,3 +112,20 @@ def test_finds_nan_and_infinity_in_every_dtype(write, dtype, value):
 
     assert problems == []
     assert [problem.path for problem in find_non_finite(file, tensors)] == ["bad"]
+
+
+def test_reads_values_of_every_dtype(write):
+    data = np.array([1, -2], "<f4").tobytes() + np.array([1, -2], "<f2").tobytes()
+    bf16 = np.array([0x3F80, 0xC000], "<u2").tobytes()
+    header = {
+        "a": entry(0, 8, dtype="F32"),
+        "b": entry(8, 12, dtype="F16"),
+        "c": entry(12, 16, (2, 1), "BF16"),
+    }
+    file = write(header, data + bf16)
+    tensors, _ = read_header(file)
+
+    values = [read_tensor(file, tensor) for tensor in tensors]
+
+    assert [value.ravel().tolist() for value in values] == [[1.0, -2.0]] * 3
+    assert values[2].shape == (2, 1)

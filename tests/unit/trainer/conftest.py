@@ -2,12 +2,15 @@
 
 import json
 import os
+import signal
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+
+from manylora_trainer.progress import Progress
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -55,6 +58,19 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     LlamaForCausalLM(config).save_pretrained(directory)
     return directory
+
+
+class StopAt(Progress):
+    """Sends this process a signal during a step."""
+
+    def __init__(self, step: int, number: signal.Signals) -> None:
+        super().__init__()
+        self._step = step
+        self._number = number
+
+    def step(self, step, losses, tokens_per_s):
+        if step == self._step:
+            os.kill(os.getpid(), self._number)
 
 
 def words(count: int, prefix: str = "word") -> list[dict[str, str]]:

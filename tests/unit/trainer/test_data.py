@@ -1,18 +1,14 @@
-"""Rows become examples: formats, the mask, the split, and clear words about bad rows."""
+"""Rows become examples: formats, the mask, and clear words about bad rows."""
 
-import json
-from collections import Counter
+import shutil
 
 import numpy as np
 import pytest
 
-from manylora_trainer.data_settings import ChatFormat, PromptCompletionFormat, Split, TemplateFormat
-from manylora_trainer.dataset import load_task, part_of
-from manylora_trainer.errors import NoExamplesError, RowError, SourceError, UnsupportedBaseError
+from manylora_trainer.data_settings import ChatFormat, PromptCompletionFormat, TemplateFormat
+from manylora_trainer.errors import RowError, UnsupportedBaseError
 from manylora_trainer.formats import Message, Rendered, render
-from manylora_trainer.recipe import Task
-from manylora_trainer.sampling import Cursor, Sampler
-from manylora_trainer.sources import JsonLines, PythonFunction, Row
+from manylora_trainer.sources import Row
 from manylora_trainer.tokenization import ChatTokenizer
 
 
@@ -32,7 +28,7 @@ def template(**changes):
 
 def test_template_fills_columns():
     row = Row(1, {"wrong": "teh", "right": "the", "n": 3})
-    rendered = render(template(system="Use {n} words."), "rows", row)
+    rendered = render(template(system="Use {n} words."), row)
     assert rendered == Rendered(
         (Message("system", "Use 3 words."), Message("user", "Fix teh")), "the"
     )
@@ -40,15 +36,13 @@ def test_template_fills_columns():
 
 def test_columns_as_canonical_json():
     row = Row(1, {"wrong": "ua", "os": "Línux", "browser": "Fox", "version": None})
-    rendered = render(
-        template(completion=None, completion_json=["os", "browser", "version"]), "rows", row
-    )
+    rendered = render(template(completion=None, completion_json=["os", "browser", "version"]), row)
     assert rendered.completion == '{"browser":"Fox","os":"Línux","version":null}'
 
 
 def test_prompt_completion():
     row = Row(1, {"prompt": "2+2?", "completion": "4"})
-    rendered = render(PromptCompletionFormat(kind="prompt_completion"), "rows", row)
+    rendered = render(PromptCompletionFormat(kind="prompt_completion"), row)
     assert rendered == Rendered((Message("user", "2+2?"),), "4")
 
 
@@ -59,9 +53,7 @@ def test_chat_learns_the_last_answer():
         {"role": "user", "content": "2+2?"},
         {"role": "assistant", "content": "4"},
     ]
-    rendered = render(
-        ChatFormat(kind="chat", system="Be brief."), "rows", Row(1, {"messages": turns})
-    )
+    rendered = render(ChatFormat(kind="chat", system="Be brief."), Row(1, {"messages": turns}))
     assert [message.role for message in rendered.messages] == [
         "system",
         "user",
@@ -71,9 +63,88 @@ def test_chat_learns_the_last_answer():
     assert rendered.completion == "4"
 
 
+TALK = [
+    {"role": "user", "content": "hi"},
+    {"role": "assistant", "content": "hello", "train": True},
+    {"role": "user", "content": "2+2?"},
+    {"role": "assistant", "content": "4"},
+]
+
+
+def test_columns_as_a_json_prompt():
+    rendered = render(
+        template(prompt=None, prompt_json=["b", "a"]), Row(1, {"b": 1, "a": "x", "right": "r"})
+    )
+    assert rendered.messages == (Message("user", '{"a":"x","b":1}'),)
+
+
+@pytest.mark.parametrize(
+    ("train", "given", "learned"),
+    [
+        ("last", ["Be brief.", "hi", "hello", "2+2?"], ["4"]),
+        ("all", ["Be brief.", "hi"], ["hello", "4"]),
+        ("flagged", ["Be brief.", "hi"], ["hello"]),
+    ],
+)
+def test_which_messages_train(tokenizer, train, given, learned):
+    settings = ChatFormat(kind="chat", system="Be brief.", train=train)
+    rendered = render(settings, Row(1, {"messages": TALK}))
+    assert [m.content for m in rendered.messages][: len(given)] == given
+    (example,) = tokenizer.encode([rendered])
+    text = tokenizer.decode(example.tokens[example.trained])
+    assert text == "".join(f"{answer}<|im_end|>" for answer in learned)
+
+
+def test_every_learned_turn_follows_what_a_server_would_have_given(tokenizer, tiny_base):
+    from transformers import AutoTokenizer
+
+    rendered = render(ChatFormat(kind="chat", train="all"), Row(1, {"messages": TALK}))
+    (example,) = tokenizer.encode([rendered])
+    server = AutoTokenizer.from_pretrained(tiny_base)
+    starts = np.flatnonzero(example.trained & ~np.roll(example.trained, 1))
+    for start, turn in zip(starts, (1, 3), strict=True):
+        turns = [{"role": m["role"], "content": m["content"]} for m in TALK[:turn]]
+        prompt = server.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
+        assert example.tokens[:start].tolist() == prompt
+
+
+def test_a_template_that_changes_earlier_answers_cannot_learn_them(tiny_base, tmp_path):
+    base = tmp_path / "forgetful"
+    shutil.copytree(tiny_base, base)
+    file = base / "chat_template.jinja"
+    file.write_text(
+        file.read_text().replace(
+            "{{ message['content'] }}", "{{ message['content'] if loop.last else '...' }}"
+        )
+    )
+    rendered = render(ChatFormat(kind="chat", train="all"), Row(1, {"messages": TALK}))
+    with pytest.raises(UnsupportedBaseError, match=r"changes earlier answers.*format.train: last"):
+        ChatTokenizer(base).encode([rendered])
+
+
 @pytest.mark.parametrize(
     ("settings", "columns", "field", "said"),
     [
+        (
+            ChatFormat(kind="chat", train="flagged"),
+            {"messages": [{"role": "user", "content": "a", "train": True}, TALK[1]]},
+            "messages.0.train",
+            "only assistant messages train",
+        ),
+        (
+            ChatFormat(kind="chat", train="flagged"),
+            {"messages": [TALK[0], {**TALK[3], "train": "yes"}]},
+            "messages.1.train",
+            "must be true or false",
+        ),
+        (
+            ChatFormat(kind="chat", train="flagged"),
+            {"messages": [TALK[0], TALK[3]]},
+            "messages",
+            "no message has train: true",
+        ),
+        (ChatFormat(kind="chat", train="all"), {"messages": TALK[1:]}, "messages", "begin with"),
+        (template(), {"wrong": "\ud800", "right": "b"}, "wrong", "half a surrogate pair"),
         (template(), {"wrong": "a"}, "right", "missing"),
         (template(), {"wrong": ["a"], "right": "b"}, "wrong", "must be text or a number"),
         (template(), {"wrong": "a", "right": " "}, "completion", "renders to nothing"),
@@ -112,59 +183,9 @@ def test_chat_learns_the_last_answer():
 )
 def test_a_malformed_row_names_its_field(settings, columns, field, said):
     with pytest.raises(RowError, match=said) as caught:
-        render(settings, "rows.jsonl", Row(12, columns))
+        render(settings, Row(12, columns, "rows.jsonl"))
     assert (caught.value.source, caught.value.row, caught.value.field) == ("rows.jsonl", 12, field)
     assert str(caught.value).startswith(f"rows.jsonl, row 12, field {field!r}: ")
-
-
-# Sources
-
-
-@pytest.mark.parametrize(
-    ("line", "said"),
-    [
-        (b'{"a": ', "not JSON"),
-        (b"[1, 2]", "must be an object with columns, is list"),
-        (b'{"a": "\xff"}', "not UTF-8"),
-        (b'{"a": "' + b"x" * (17 << 20) + b'"}', "longer than 16 MiB"),
-    ],
-)
-def test_a_malformed_line_names_file_and_row(tmp_path, line, said):
-    path = tmp_path / "rows.jsonl"
-    path.write_bytes(b'{"a": 1}\n\n' + line + b"\n")
-    rows = JsonLines(path).rows()
-    assert next(rows).columns == {"a": 1}
-    with pytest.raises(RowError, match=said) as caught:
-        next(rows)
-    assert caught.value.row == 3
-    assert caught.value.source == str(path)
-
-
-def test_a_missing_file_is_told(tmp_path):
-    with pytest.raises(SourceError, match=r"none\.jsonl cannot be read: No such file"):
-        list(JsonLines(tmp_path / "none.jsonl").rows())
-
-
-def test_a_python_function_is_a_source(tmp_path):
-    file = tmp_path / "tasks.py"
-    file.write_text("def rows():\n    for i in range(3):\n        yield {'i': i}\n")
-    assert [row.columns["i"] for row in PythonFunction(file, "rows").rows()] == [0, 1, 2]
-
-
-@pytest.mark.parametrize(
-    ("code", "said"),
-    [
-        ("def rows():\n    yield {}\n    raise KeyError('x')\n", "failed after 1 rows: KeyError"),
-        ("import nowhere\n", "cannot be imported: ModuleNotFoundError"),
-        ("other = 1\n", "has no function 'rows'"),
-        ("def rows():\n    yield 7\n", "row 1: must be an object"),
-    ],
-)
-def test_a_failing_function_is_told(tmp_path, code, said):
-    file = tmp_path / "tasks.py"
-    file.write_text(code)
-    with pytest.raises((SourceError, RowError), match=said):
-        list(PythonFunction(file, "rows").rows())
 
 
 # Tokens
@@ -201,155 +222,8 @@ def test_the_example_is_the_whole_conversation_as_rendered(tokenizer, tiny_base)
 
 
 def test_a_base_without_a_chat_template_is_refused(tiny_base, tmp_path):
-    import shutil
-
     plain = tmp_path / "plain"
     shutil.copytree(tiny_base, plain)
     (plain / "chat_template.jinja").unlink()
     with pytest.raises(UnsupportedBaseError, match="no chat template"):
         ChatTokenizer(plain)
-
-
-# Split and sample
-
-
-class Rows:
-    """A source of given rows."""
-
-    name = "rows"
-
-    def __init__(self, rows):
-        self._rows = rows
-
-    def rows(self):
-        return (Row(number, row) for number, row in enumerate(self._rows, start=1))
-
-
-def task(**changes) -> Task:
-    return Task(
-        **{
-            "name": "words",
-            "source": {"kind": "jsonl", "path": "unused"},
-            "format": {"kind": "template", "prompt": "Fix {wrong}", "completion": "{right}"},
-            "split": {"validation": 0.2, "held_out": 0.2, "held_out_rows": 1000},
-            "steps": 100,
-            "batch_size": 10,
-            **changes,
-        }
-    )
-
-
-def prompts(examples, tokenizer):
-    return {tokenizer.decode(e.tokens[: e.prompt_length]) for e in examples}
-
-
-def test_no_input_is_on_two_sides_of_the_split(tokenizer):
-    rows = [{"wrong": f"w{i % 150}", "right": f"r{i}"} for i in range(450)]
-    data = load_task(
-        task(split={"validation": 0.2, "held_out": 0.2}), tokenizer, 0, source=Rows(rows)
-    )
-    train, validation = prompts(data.train, tokenizer), prompts(data.validation, tokenizer)
-    held_out = {tokenizer.render_prompt(row.rendered.messages) for row in data.held_out}
-    assert min(len(train), len(validation), len(held_out)) > 5
-    assert not train & validation
-    assert not train & held_out
-    assert not validation & held_out
-    assert len(train) + len(validation) + len(held_out) == 150
-    # Evaluations count each input once; training keeps its repetitions.
-    assert len(data.validation) == len(validation)
-    assert len(data.held_out) == len(held_out)
-    assert len(data.train) == 3 * len(train)
-
-
-def test_a_row_keeps_its_place_whatever_stands_around_it():
-    split = Split(validation=0.3, held_out=0.3)
-    entries = [Rendered((Message("user", f"w{i}"),), "x") for i in range(300)]
-    counts = Counter(part_of(entry, split)[0] for entry in entries)
-    assert all(60 < counts[part] < 140 for part in ("train", "validation", "held_out"))
-    other = Rendered(entries[0].messages, "another answer")
-    assert part_of(other, split) == part_of(entries[0], split)
-
-
-def test_capped_parts_do_not_depend_on_the_order_of_rows(tokenizer):
-    rows = [{"wrong": f"w{i}", "right": "r"} for i in range(300)]
-    capped = task(
-        split={"validation": 0.3, "held_out": 0.3, "validation_rows": 5, "held_out_rows": 9}
-    )
-    one = load_task(capped, tokenizer, 0, source=Rows(rows))
-    two = load_task(capped, tokenizer, 0, source=Rows(rows[::-1]))
-    assert [row.as_json() for row in one.held_out] == [row.as_json() for row in two.held_out]
-    assert (len(one.held_out), len(one.validation)) == (9, 5)
-    assert prompts(one.validation, tokenizer) == prompts(two.validation, tokenizer)
-
-
-def test_held_out_rows_are_complete(tokenizer):
-    rows = [{"wrong": f"w{i}", "right": "r", "extra": i} for i in range(30)]
-    (first, *_) = load_task(task(), tokenizer, 0, source=Rows(rows)).held_out
-    entry = json.loads(first.as_json())
-    assert entry["messages"] == [{"role": "user", "content": f"Fix {entry['row']['wrong']}"}]
-    assert entry["expected"] == "r"
-    assert entry["row"]["extra"] == int(entry["row"]["wrong"][1:])
-
-
-def test_a_long_source_is_sampled_evenly(tokenizer):
-    rows = [{"wrong": f"w{i}", "right": f"{i}"} for i in range(3000)]
-    data = load_task(task(steps=10, batch_size=30), tokenizer, 0, source=Rows(rows))
-    numbers = [int(tokenizer.decode(e.tokens[e.prompt_length : -1])) for e in data.train]
-    assert len(set(numbers)) == 300
-    assert 1300 < np.mean(numbers) < 1700
-    again = load_task(task(steps=10, batch_size=30), tokenizer, 0, source=Rows(rows))
-    assert again.data_fingerprint == data.data_fingerprint
-    other_seed = load_task(task(steps=10, batch_size=30), tokenizer, 1, source=Rows(rows))
-    assert other_seed.data_fingerprint != data.data_fingerprint
-
-
-@pytest.mark.parametrize(
-    ("policy", "dropped", "truncated"), [("drop", 20, 0), ("truncate", 10, 10)]
-)
-def test_overlong_examples_are_counted(tokenizer, policy, dropped, truncated):
-    fine = [{"wrong": f"w{i}", "right": "r"} for i in range(10)]
-    long_answer = [{"wrong": f"a{i}", "right": "r" * 300} for i in range(10)]
-    long_prompt = [{"wrong": f"p{i}" + "w" * 300, "right": "r"} for i in range(10)]
-    settings = task(overlong=policy, max_length=200, split={"validation": 0, "held_out": 0})
-    data = load_task(settings, tokenizer, 0, source=Rows([*fine, *long_answer, *long_prompt]))
-    assert (data.overlong_dropped, data.overlong_truncated) == (dropped, truncated)
-    assert len(data.train) == 30 - dropped
-    assert max(len(example) for example in data.train) <= 200
-    assert all(example.trained.any() for example in data.train)
-
-
-def test_an_empty_source_is_told(tokenizer):
-    with pytest.raises(NoExamplesError, match="rows has no rows"):
-        load_task(task(), tokenizer, 0, source=Rows([]))
-
-
-def test_nothing_left_to_train_on_is_told(tokenizer):
-    with pytest.raises(NoExamplesError, match="1 longer than max_length 8"):
-        load_task(
-            task(max_length=8, split={"validation": 0, "held_out": 0}),
-            tokenizer,
-            0,
-            source=Rows([{"wrong": "w", "right": "r"}]),
-        )
-
-
-# Batches
-
-
-def test_epochs_take_every_example_once_and_a_cursor_resumes_exactly():
-    def sampler():
-        return Sampler(10, 4, seed=1, task="t")
-
-    whole = sampler()
-    batches = [whole.next_batch() for _ in range(10)]
-    taken = [index for batch in batches for index in batch]
-    for epoch in range(4):
-        assert sorted(taken[epoch * 10 : epoch * 10 + 10]) == list(range(10))
-    assert taken[:10] != taken[10:20]
-    stopped = sampler()
-    for _ in range(3):
-        stopped.next_batch()
-    assert stopped.cursor == Cursor(epoch=1, position=2)
-    resumed = sampler()
-    resumed.move_to(stopped.cursor)
-    assert [resumed.next_batch() for _ in range(7)] == batches[3:]

@@ -14,6 +14,7 @@ from manylora_trainer.errors import NotPublishableError, RunInterruptedError, Un
 from manylora_trainer.progress import Progress
 from manylora_trainer.publish import publish_run
 from manylora_trainer.recipe import load_recipe
+from manylora_trainer.sampling import ExampleStream
 from manylora_trainer.tokenization import ChatTokenizer
 
 
@@ -43,14 +44,10 @@ def test_full_fine_tuning_equals_plain_autograd(recipe, tiny_base, tmp_path):
     data = load_task(task, ChatTokenizer(tiny_base), 7)
     model = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
-    # Rows repeat within a step as the run draws them: 36 of them and the first four again.
-    from manylora_trainer.sampling import Sampler
-
-    sampler = Sampler(len(data.train), 40, seed=7, task="whole")
+    stream = ExampleStream(task, data, seed=7)
     for _ in range(3):
         total, count = torch.zeros(()), 0
-        for index in sampler.next_batch():
-            example = data.train[index]
+        for example in stream.next_batch():
             tokens = torch.from_numpy(example.tokens)[None].long()
             logits = model(input_ids=tokens).logits[0, :-1]
             trained = torch.from_numpy(example.trained)[1:]

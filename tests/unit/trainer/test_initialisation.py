@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 import manylora_trainer
 from manylora_trainer.dataset import load_task
 from manylora_trainer.recipe import load_recipe
+from manylora_trainer.sampling import ExampleStream
 from manylora_trainer.tokenization import ChatTokenizer
 
 PISSA = {"rank": 3, "alpha": 6, "init_weights": "pissa"}
@@ -61,7 +62,7 @@ def test_eva_begins_along_the_main_directions_of_the_inputs(
         lambda _, inputs: seen.append(inputs[0].flatten(0, -2))
     )
     with torch.no_grad():
-        for example in data.train:
+        for example in ExampleStream(task, data, seed=7).next_batch():
             model(input_ids=torch.from_numpy(example.tokens)[None].long())
     _, _, right = torch.linalg.svd(torch.cat(seen), full_matrices=False)
     saved = adapter_of(started, "eva")

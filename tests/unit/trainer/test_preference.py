@@ -10,6 +10,7 @@ import manylora_trainer
 from manylora_trainer.dataset import load_task
 from manylora_trainer.errors import RowError
 from manylora_trainer.recipe import load_recipe
+from manylora_trainer.sampling import ExampleStream
 from manylora_trainer.tokenization import ChatTokenizer
 
 FORMAT = {"kind": "preference", "system": "Choose the better spelling of all the words."}
@@ -72,8 +73,9 @@ def by_hand(recipe, base, start):
         return -torch.nn.functional.logsigmoid(BETA * (now - before))
 
     losses = []
+    stream = ExampleStream(settings, data, seed=7)
     for _ in range(settings.steps):
-        step = torch.stack([loss(pair) for pair in data.train]).mean()
+        step = torch.stack([loss(pair) for pair in stream.next_batch()]).mean()
         model.zero_grad()
         step.backward()
         with torch.no_grad():

@@ -8,7 +8,7 @@ import yaml
 
 from manylora_registry.errors import ConfigError
 from manylora_trainer import load_recipe
-from manylora_trainer.data_settings import JsonlSource
+from manylora_trainer.source_settings import JsonlSource
 
 GOOD = {
     "base": "base",
@@ -45,7 +45,7 @@ def test_paths_are_relative_to_the_recipe(tmp_path):
     assert recipe.run_directory == tmp_path / "runs" / "one"
     source = recipe.tasks[0].source
     assert isinstance(source, JsonlSource)
-    assert source.path == tmp_path / "rows.jsonl"
+    assert source.path == str(tmp_path / "rows.jsonl")
 
 
 def test_every_mistake_is_reported_with_its_place(tmp_path):
@@ -77,7 +77,7 @@ def test_every_mistake_is_reported_with_its_place(tmp_path):
         "tasks.1.batch_size",
         "tasks.2.name",
         "tasks.2.source",
-        "tasks.2.steps",
+        "tasks.2.epochs",
     }
     assert found["sede"] == "unknown key"
     assert found["tasks.1.name"] == "two tasks are named 'spelling'"
@@ -183,3 +183,10 @@ def test_checking_a_recipe_imports_nothing_heavy(tmp_path):
         [sys.executable, "-c", script, path], capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == "[]"
+
+
+def test_paths_lose_the_way_up_they_begin_with(make_task, write_recipe, tmp_path):
+    path = write_recipe(make_task("a"))
+    loaded = load_recipe(path, ["run_directory=../below/../runs/one", "base=../base"])
+    assert loaded.run_directory == tmp_path.parent / "below" / ".." / "runs" / "one"
+    assert loaded.base == tmp_path.parent / "base"

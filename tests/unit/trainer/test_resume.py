@@ -1,7 +1,6 @@
 """Promise 4: killed at any moment and resumed, the adapters are the same bytes."""
 
 import json
-import os
 import random
 import resource
 import shutil
@@ -23,6 +22,7 @@ from manylora_trainer.errors import (
 )
 from manylora_trainer.progress import Progress
 from manylora_trainer.recipe import load_recipe
+from tests.unit.trainer.conftest import StopAt
 
 # Kills its own process, without a chance to tidy up, just before the first file operation of the
 # kind and path that are asked for: audit events are raised by the interpreter itself.
@@ -68,10 +68,11 @@ def losses(run: Path) -> list[tuple[int, str, float]]:
 
 @pytest.fixture
 def recipe(make_task, write_recipe):
-    # Batches that do not divide the rows: epochs end within a batch, and resumes in mid-epoch.
+    # Batches that divide neither the rows nor the shuffle buffer: epochs and windows end within a
+    # batch, and resumes fall in the middle of both.
     return write_recipe(
-        make_task("brief", steps=3, batch_size=9),
-        make_task("long", steps=7, batch_size=13),
+        make_task("brief", steps=3, batch_size=9, shuffle_buffer=11),
+        make_task("long", steps=7, batch_size=None, batch_tokens=1000, shuffle_buffer=11),
     )
 
 
@@ -161,19 +162,6 @@ def test_killed_again_and_again_at_random_equals_uninterrupted(make_task, write_
         manylora_trainer.train(recipe, run, resume=True)
         assert adapters(run) == adapters(tmp_path / "whole"), f"seed {seed}"
         assert losses(run) == losses(tmp_path / "whole"), f"seed {seed}"
-
-
-class StopAt(Progress):
-    """Sends this process a signal during a step."""
-
-    def __init__(self, step: int, number: signal.Signals) -> None:
-        super().__init__()
-        self._step = step
-        self._number = number
-
-    def step(self, step, losses, tokens_per_s):
-        if step == self._step:
-            os.kill(os.getpid(), self._number)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

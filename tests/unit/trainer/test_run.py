@@ -1,6 +1,11 @@
 """What a run leaves behind: adapters that PEFT reads, metrics, a picture, versions."""
 
 import json
+import signal
+import socket
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,11 +20,13 @@ from manylora_trainer.dataset import load_task
 from manylora_trainer.errors import (
     AdaptersStoppedError,
     NotPublishableError,
+    RunInterruptedError,
     UnsupportedBaseError,
 )
 from manylora_trainer.publish import publish_run
 from manylora_trainer.recipe import load_recipe
 from manylora_trainer.tokenization import ChatTokenizer
+from tests.unit.trainer.conftest import StopAt
 
 app = typer.Typer()
 app.command()(train)
@@ -95,6 +102,10 @@ def test_the_run_directory_tells_the_run(run, tmp_path):
     task = told["tasks"]["second"]
     assert task["steps"] == 4
     assert task["metrics"].keys() == {"train_loss", "validation_loss"}
+    rows = tmp_path / "second.jsonl"
+    assert [(f["path"], f["bytes"]) for f in task["files"]["listed"]] == [
+        (str(rows), rows.stat().st_size)
+    ]
     held_out = (directory / "held_out" / "second.jsonl").read_text().splitlines()
     assert len(held_out) == task["held_out_rows"] > 0
     assert json.loads(held_out[0]).keys() == {"messages", "expected", "row"}
@@ -103,13 +114,54 @@ def test_the_run_directory_tells_the_run(run, tmp_path):
     assert [line["step"] for line in steps] == [1, 2, 3, 4]
     assert steps[0].keys() == {
         *("step", "task", "loss", "tokens", "trained_tokens", "computed_tokens"),
-        *("tokens_per_s", "grad_norm", "lr"),
+        *("tokens_per_s", "grad_norm", "lr", "peak_memory_bytes", "time"),
     }
+    assert 1e6 < steps[0]["peak_memory_bytes"] < 1e12
     validations = [line["step"] for line in lines if "validation_loss" in line]
     assert validations == [2, 2, 4, 4, 6]
     assert sum(line["tokens"] for line in steps) == task["tokens"]
     assert (directory / "plots" / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert steps[-1]["loss"] < steps[0]["loss"]
+
+
+def test_the_run_tells_what_it_ran_on_and_no_secret(recipe, tmp_path, monkeypatch):
+    monkeypatch.setenv("SOME_TOKEN", "hunter2")
+    monkeypatch.chdir(_repository(tmp_path / "work"))
+    with pytest.raises(RunInterruptedError):
+        manylora_trainer.train(recipe, tmp_path / "run", progress=StopAt(2, signal.SIGTERM))
+    (tmp_path / "work" / "file").write_text("changed")
+    manylora_trainer.train(recipe, tmp_path / "run", resume=True)
+    text = (tmp_path / "run" / "environment.json").read_text()
+    begun, resumed = json.loads(text)["starts"]
+    assert begun["environment"]["packages"]["torch"] == version("torch")
+    assert begun["environment"]["threads"] == 1
+    assert (begun["git"]["branch"], begun["git"]["dirty"]) == ("trunk", False)
+    assert (resumed["git"]["commit"], resumed["git"]["dirty"]) == (begun["git"]["commit"], True)
+    assert "hunter2" not in text
+    assert f'"{socket.gethostname()}"' not in text
+
+
+def _repository(directory: Path) -> Path:
+    directory.mkdir()
+    (directory / "file").write_text("as committed")
+    for command in ("init -q -b trunk", "add file", "commit -q -m first"):
+        subprocess.run(
+            ["git", "-c", "user.name=a", "-c", "user.email=a@b", *command.split()],
+            cwd=directory,
+            check=True,
+        )
+    return directory
+
+
+def test_the_card_tells_what_the_adapter_is_and_no_place(run, tmp_path):
+    card = (tmp_path / "run" / "adapters" / "second" / "README.md").read_text()
+    told = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert told["base"]["fingerprint"] in card
+    assert told["tasks"]["second"]["data_fingerprint"] in card
+    assert "| lora.rank | 2 |" in card
+    assert "| validation_loss | " in card
+    assert "prompt: 'Fix: {wrong}'" in card
+    assert str(tmp_path) not in card
 
 
 def test_the_resolved_recipe_starts_the_same_run(run, tmp_path):
@@ -187,16 +239,3 @@ def test_the_verb_fails_when_an_adapter_stopped(make_task, write_recipe, tmp_pat
     result = CliRunner().invoke(app, ["train", str(recipe), "--run-dir", str(tmp_path / "run")])
     assert isinstance(result.exception, AdaptersStoppedError)
     assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "failed"
-
-
-def test_a_dry_run_tells_the_plan_and_writes_nothing(recipe, tmp_path):
-    arguments = ["train", str(recipe), "--run-dir", str(tmp_path / "run"), "--dry-run"]
-    first, second = json.loads(CliRunner().invoke(app, [*arguments, "--json"]).stdout)
-    assert first["sampled"] == 40
-    assert first["steps"] == 6
-    assert second["trainable_parameters"] == 2 * 2 * (32 + 32 + 32 + 48)
-    assert first["prompt"].endswith("<|im_start|>assistant\n")
-    assert first["completion"].endswith("<|im_end|>")
-    table = CliRunner().invoke(app, arguments)
-    assert "first" in table.stdout
-    assert not (tmp_path / "run").exists()

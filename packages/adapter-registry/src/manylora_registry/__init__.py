@@ -3,7 +3,7 @@
 with Registry.open("registry") as registry:
     version = registry.publish("spelling", run / "adapters/spelling", base=identify_base(base))
     registry.set_alias("spelling", "production", version.number, why="first release")
-    directory = registry.materialize(registry.resolve("spelling"), cache)
+    directory = registry.materialize(registry.resolve("spelling"))
 """
 
 from typing import TYPE_CHECKING, Any
@@ -13,6 +13,7 @@ from manylora_registry.reference import AdapterReference
 from manylora_registry.version import Adapter, Alias, AliasMove, Event, VerifyReport, Version
 
 if TYPE_CHECKING:
+    from manylora_registry.cache import Cache
     from manylora_registry.registry import Registry
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "Alias",
     "AliasMove",
     "BaseModelIdentity",
+    "Cache",
     "Event",
     "Registry",
     "VerifyReport",
@@ -36,4 +38,8 @@ def __getattr__(name: str) -> Any:
         from manylora_registry.registry import Registry
 
         return Registry
+    if name == "Cache":
+        from manylora_registry.cache import Cache
+
+        return Cache
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

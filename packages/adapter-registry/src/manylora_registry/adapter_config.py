@@ -4,8 +4,10 @@ The engine reads a few keys and ignores the others, so an adapter that needs an 
 load and answer wrongly. Whatever changes the mathematics beyond plain LoRA is refused here.
 """
 
+import math
 import re
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -22,8 +24,11 @@ from manylora_registry.manifest import CONFIG_FILE
 
 MAX_RANK = 512
 """The engine's largest."""
+MAX_ALPHA = 65_536.0
+"""A hundred times what anybody trains with; far above it weights times scaling overflow."""
 PLAIN_INITS = frozenset({"gaussian", "eva", "orthogonal", "mica", "lora_ga"})
 """Named initial weights that leave the base as it is; PiSSA, OLoRA, CorDA and LoftQ do not."""
+Number = TypeVar("Number", int, float)
 _PATTERN = re.compile(r"\^?[A-Za-z0-9_.]{1,256}")
 
 
@@ -54,6 +59,7 @@ def _plain_pattern(value: str) -> str:
 
 
 Rank = Annotated[int, Field(ge=1, le=MAX_RANK)]
+Alpha = Annotated[FiniteFloat, Field(gt=0, le=MAX_ALPHA)]
 Pattern = Annotated[str, AfterValidator(_plain_pattern)]
 NullIsEmpty = BeforeValidator(lambda value: {} if value is None else value)
 
@@ -68,12 +74,10 @@ class AdapterConfig(BaseModel):
     base_model_name_or_path: str | None = None
     """The fingerprint of the base where our trainer wrote it; a name or path elsewhere."""
     r: Rank
-    lora_alpha: Annotated[FiniteFloat, Field(gt=0)]
+    lora_alpha: Alpha
     target_modules: Annotated[list[str], Field(min_length=1)] | Annotated[str, Field(min_length=1)]
     rank_pattern: Annotated[dict[Pattern, Rank], Field(max_length=1024), NullIsEmpty] = {}
-    alpha_pattern: Annotated[
-        dict[Pattern, Annotated[FiniteFloat, Field(gt=0)]], Field(max_length=1024), NullIsEmpty
-    ] = {}
+    alpha_pattern: Annotated[dict[Pattern, Alpha], Field(max_length=1024), NullIsEmpty] = {}
     bias: Literal["none"] = "none"
     use_rslora: bool | None = None
     init_lora_weights: Annotated[bool | str | None, AfterValidator(_plain_init)] = None
@@ -90,6 +94,7 @@ class AdapterConfig(BaseModel):
     arrow_config: Annotated[Any, _unset("Arrow routing")] = None
     kasa_config: Annotated[Any, _unset("KaSA")] = None
     monteclora_config: Annotated[Any, _unset("MonteCLoRA")] = None
+    vllm_max_position_embeddings: Annotated[Any, _unset("a context length of its own")] = None
 
     @property
     def max_rank(self) -> int:
@@ -98,16 +103,26 @@ class AdapterConfig(BaseModel):
 
     def rank_of(self, module: str) -> int:
         """The rank of one module; PEFT's rule: the first pattern that is its end at a dot."""
-        for pattern, rank in self.rank_pattern.items():
-            if re.match(rf"(.*\.)?({pattern})$", module):
-                return rank
-        return self.r
+        return _matching(self.rank_pattern, module, self.r)
+
+    def scaling_of(self, module: str) -> float:
+        """What multiplies B·A of one module: alpha over rank, or over its square root (rsLoRA)."""
+        rank = self.rank_of(module)
+        alpha = _matching(self.alpha_pattern, module, self.lora_alpha)
+        return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
     def targets(self, module: str) -> bool:
         """Whether PEFT would adapt `module`. A single string may be any pattern and is believed."""
         if isinstance(self.target_modules, str):
             return True
         return any(module == name or module.endswith(f".{name}") for name in self.target_modules)
+
+
+def _matching(patterns: Mapping[str, Number], module: str, default: Number) -> Number:
+    for pattern, value in patterns.items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            return value
+    return default
 
 
 def read_config(content: bytes) -> tuple[AdapterConfig | None, list[Problem]]:

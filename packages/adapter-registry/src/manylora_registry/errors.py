@@ -14,8 +14,12 @@ RegistryError
 ├── InvalidAdapterError        an adapter directory cannot be published; every problem at once
 ├── WrongBaseError             an adapter was made for another base model
 ├── YankedError                a version was withdrawn and is not served
+├── UnsignedError              a signature is required, and no trusted key signed the version
+├── SigningKeyError            a key to sign or to verify with cannot be used
 ├── AliasConflictError         somebody else moved the alias first
 ├── CorruptBlobError           stored bytes are gone or differ from their digest
+├── BlobStoreError             the store of blobs cannot be reached, or refuses
+├── SourceError                what is to be imported is no exported version, or damaged
 └── DestinationError           an export would write over something
 """
 
@@ -44,7 +48,9 @@ class Problem:
 
     def __str__(self) -> str:
         where = f"line {self.line}: " if self.line is not None else ""
-        return f"{where}{self.path}: {self.message}" if self.path else f"{where}{self.message}"
+        # A file or a tensor may be called anything, line breaks and megabytes included.
+        path = "".join(letter if letter.isprintable() else "?" for letter in self.path[:200])
+        return f"{where}{path}: {self.message}" if path else f"{where}{self.message}"
 
 
 def _told(problems: Sequence[Problem]) -> str:
@@ -149,6 +155,18 @@ class YankedError(RegistryError):
     reason = "ADAPTER_YANKED"
 
 
+class UnsignedError(RegistryError):
+    """A signature is required, and no trusted key signed the version."""
+
+    reason = "ADAPTER_UNSIGNED"
+
+
+class SigningKeyError(RegistryError):
+    """A key to sign or to verify with cannot be used."""
+
+    reason = "SIGNING_KEY"
+
+
 class AliasConflictError(RegistryError):
     """An alias was not at the generation the caller expected; nothing was changed."""
 
@@ -170,10 +188,23 @@ class CorruptBlobError(RegistryError):
 
     def __init__(self, digest: str, what: str) -> None:
         self.digest = digest
+        self.what = what
         super().__init__(
             f"stored blob {digest} {what}; publish the same adapter again to restore it, "
             "and run `manylora registry verify`"
         )
+
+
+class BlobStoreError(RegistryError):
+    """The store of blobs did not do what it was asked for, for now or for want of permission."""
+
+    reason = "BLOB_STORE_UNAVAILABLE"
+
+
+class SourceError(RegistryError):
+    """What is to be imported is in none of the known forms, or damaged."""
+
+    reason = "SOURCE"
 
 
 class DestinationError(RegistryError):

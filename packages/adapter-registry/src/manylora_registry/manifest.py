@@ -8,11 +8,12 @@ its name, its number or the time, so that the same adapter has the same digest i
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from manylora_registry.blobs import BlobStore, read_verified
+from manylora_registry.blobs import BlobSource, read_verified
 from manylora_registry.errors import CorruptBlobError
 
 CONFIG_FILE = "adapter_config.json"
@@ -24,7 +25,12 @@ MEDIA_TYPES = {
     CARD_FILE: "text/markdown",
 }
 """Media type of every file an adapter may have."""
+MANIFEST_TYPE = "application/vnd.oci.image.manifest.v1+json"
+ARTIFACT_TYPE = "application/vnd.manylora.adapter.v1"
 MANIFEST_BYTES = 1 << 20
+MALFORMED = (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError)
+"""What reading JSON of another shape than expected raises."""
+_DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 _TITLE = "org.opencontainers.image.title"
 _BASE = "io.manylora.base.fingerprint"
 _RANK = "io.manylora.rank"
@@ -66,8 +72,8 @@ class Manifest:
         return canonical_json(
             {
                 "schemaVersion": 2,
-                "mediaType": "application/vnd.oci.image.manifest.v1+json",
-                "artifactType": "application/vnd.manylora.adapter.v1",
+                "mediaType": MANIFEST_TYPE,
+                "artifactType": ARTIFACT_TYPE,
                 "config": _descriptor(self.config),
                 "layers": [_descriptor(layer) for layer in self.layers],
                 "annotations": {_BASE: self.base_fingerprint, _RANK: str(self.rank)},
@@ -75,7 +81,7 @@ class Manifest:
         )
 
 
-def load_manifest(blobs: BlobStore, digest: str) -> Manifest:
+def load_manifest(blobs: BlobSource, digest: str) -> Manifest:
     """Reads and verifies the manifest of a version.
 
     Raises:
@@ -83,15 +89,20 @@ def load_manifest(blobs: BlobStore, digest: str) -> Manifest:
     """
     content = read_verified(blobs, digest, MANIFEST_BYTES)
     try:
-        data: Mapping[str, Any] = json.loads(content)
-        return Manifest(
-            config=_file(data["config"]),
-            layers=tuple(_file(layer) for layer in data["layers"]),
-            base_fingerprint=str(data["annotations"][_BASE]),
-            rank=int(data["annotations"][_RANK]),
-        )
-    except (ValueError, KeyError, TypeError) as error:
+        return parse_manifest(content)
+    except MALFORMED as error:
         raise CorruptBlobError(digest, "is not the manifest of an adapter") from error
+
+
+def parse_manifest(content: bytes) -> Manifest:
+    """Reads a manifest from its bytes; one of `MALFORMED` where it is none."""
+    data: Mapping[str, Any] = json.loads(content)
+    return Manifest(
+        config=_file(data["config"]),
+        layers=tuple(_file(layer) for layer in data["layers"]),
+        base_fingerprint=str(data["annotations"][_BASE]),
+        rank=int(data["annotations"][_RANK]),
+    )
 
 
 def canonical_json(value: object) -> bytes:
@@ -118,4 +129,7 @@ def _file(descriptor: Mapping[str, Any]) -> AdapterFile:
     title = descriptor["annotations"][_TITLE]
     if title not in MEDIA_TYPES:
         raise ValueError(title)
-    return AdapterFile(title, str(descriptor["digest"]), int(descriptor["size"]))
+    digest, size = descriptor["digest"], descriptor["size"]
+    if not _DIGEST.fullmatch(digest) or not isinstance(size, int) or size < 0:
+        raise ValueError(title)
+    return AdapterFile(title, digest, size)

@@ -15,8 +15,7 @@ from collections.abc import Generator
 from pathlib import Path
 from typing import TextIO
 
-from manylora_registry.blobs import BlobStore, copy_hashed, hash_file, sync
-from manylora_registry.errors import CorruptBlobError, DestinationError
+from manylora_registry.blobs import BlobStore, copy_verified, hash_file, sync
 from manylora_registry.manifest import AdapterFile, Manifest, load_manifest
 
 
@@ -47,24 +46,6 @@ def materialize(blobs: BlobStore, digest: str, directory: Path) -> Path:
     return target
 
 
-def export(blobs: BlobStore, digest: str, directory: Path) -> None:
-    """Writes the version's files to a new `directory`, verified and at once.
-
-    Raises:
-        CorruptBlobError: a stored blob is damaged; nothing is left behind.
-        DestinationError: something is there already, or it cannot be written.
-    """
-    manifest = load_manifest(blobs, digest)
-    try:
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        with _written(blobs, manifest, directory.parent) as whole:
-            whole.rename(directory)
-    except OSError as error:
-        raise DestinationError(
-            f"{directory} cannot be written ({error.strerror}); give a new or an empty directory"
-        ) from error
-
-
 @contextlib.contextmanager
 def _written(blobs: BlobStore, manifest: Manifest, parent: Path) -> Generator[Path]:
     """A hidden directory below `parent` with all files, verified and synced, to be renamed."""
@@ -80,10 +61,7 @@ def _written(blobs: BlobStore, manifest: Manifest, parent: Path) -> Generator[Pa
 
 
 def _write(blobs: BlobStore, file: AdapterFile, target: Path) -> None:
-    with blobs.open(file.digest) as source:
-        copied = copy_hashed(source, target, limit=file.size)
-    if (copied.digest, copied.size) != (file.digest, file.size):
-        raise CorruptBlobError(file.digest, "does not match its digest")
+    copy_verified(blobs, file.digest, file.size, target)
     target.chmod(0o444)
     sync(target)
 

@@ -4,20 +4,28 @@ import getpass
 import os
 import socket
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from types import TracebackType
 
 from manylora_registry import materialize as files
 from manylora_registry.base import BaseModelIdentity
 from manylora_registry.blobs import LocalBlobStore, sync
+from manylora_registry.cache import Cache
 from manylora_registry.catalog import Catalog, Description, require_served
+from manylora_registry.copy import Progress, copy
 from manylora_registry.database import Database
 from manylora_registry.description import check_description, one_line
-from manylora_registry.errors import RegistryLocationError
+from manylora_registry.diff import VersionDiff, diff
+from manylora_registry.errors import RegistryLocationError, WrongBaseError
+from manylora_registry.export import Format, export
 from manylora_registry.manifest import digest_of
 from manylora_registry.reference import AdapterReference, check_adapter_name, check_alias_name
-from manylora_registry.staging import stage_adapter
+from manylora_registry.signatures import Signatures
+from manylora_registry.signing import required_keys, sign_manifest
+from manylora_registry.staging import largest_adapter, stage_adapter
+from manylora_registry.unpack import unpack
 from manylora_registry.verify import verify
 from manylora_registry.version import Adapter, AliasMove, Event, VerifyReport, Version
 
@@ -38,6 +46,12 @@ class Registry:
         self._blobs = blobs
         self._database = database
         self._catalog = Catalog(database)
+        self._signatures = Signatures(blobs, database)
+        self._signing_key: Path | None = None
+        self._required_keys = required_keys()
+        self._leases = ExitStack()
+        self._held: dict[str, Path] = {}
+        self._holding = threading.Lock()
 
     @classmethod
     def open(cls, location: str | Path | None = None, *, create: bool = True) -> "Registry":
@@ -61,7 +75,9 @@ class Registry:
         return cls(LocalBlobStore(root), Database(root / DATABASE_FILE))
 
     def close(self) -> None:
-        """Closes the database connections."""
+        """Closes the database connections and gives back what is held in the cache."""
+        self._leases.close()
+        self._held.clear()
         self._database.close()
 
     def __enter__(self) -> "Registry":
@@ -104,6 +120,7 @@ class Registry:
             InvalidNameError: an adapter may not be called `name`.
             InvalidAdapterError: it may not be served; carries every problem.
             WrongBaseError: it says itself that it was made for another base.
+            SigningKeyError: it was to be signed with a key that cannot be used.
         """
         check_adapter_name(name)
         description = Description(metrics or {}, tags or {}, lineage or {})
@@ -111,11 +128,16 @@ class Registry:
         with self._blobs.staging() as staging:
             manifest = stage_adapter(name, directory, staging, base, wrong)
             content = manifest.to_bytes()
+            key = self._signing_key
+            signature = None if key is None else sign_manifest(content, key)
             (staging / _MANIFEST).write_bytes(content)
             for file in manifest.files:
                 self._blobs.put(staging / file.title, file.digest)
             self._blobs.put(staging / _MANIFEST, digest_of(content))
-            return self._catalog.add(name, digest_of(content), manifest, description)
+            version = self._catalog.add(name, digest_of(content), manifest, description)
+            if signature is not None:
+                self._signatures.add(version, signature)
+        return version
 
     def resolve(self, reference: str | AdapterReference, *, base: str | None = None) -> Version:
         """The version a reference means now, if it may be served.
@@ -129,9 +151,11 @@ class Registry:
             NotFoundError: no such adapter, version or alias.
             YankedError: the version was withdrawn.
             WrongBaseError: it belongs to another base than `base`.
+            UnsignedError: a signature is required, and it has none of a trusted key.
         """
         version = self.find(reference)
         require_served(version)
+        self._require_signature(version)
         if base is not None:
             version.require_base(base)
         return version
@@ -207,25 +231,145 @@ class Registry:
         check_adapter_name(name)
         return self._catalog.history(name)
 
-    def materialize(self, version: Version, directory: Path) -> Path:
+    def materialize(self, version: Version, directory: Path | None = None) -> Path:
         """Makes `directory/<hexadecimal digest>/` with the version's verified files.
 
         Atomic, and cheap if it is there already (see `manylora_registry.materialize` for when an
         existing one is trusted). Safe with any number of threads and processes.
 
-        Raises:
-            CorruptBlobError: a stored blob is damaged; nothing is left behind.
-        """
-        return files.materialize(self._blobs, version.digest, directory)
-
-    def export(self, version: Version, directory: Path) -> None:
-        """Writes the version as an adapter directory, which publishes to the same digest.
+        Args:
+            version: one of this registry.
+            directory: yours to clear; else `Cache.from_environment()`, where it is held until
+                this registry is closed.
 
         Raises:
             CorruptBlobError: a stored blob is damaged; nothing is left behind.
-            DestinationError: `directory` exists and is not empty, or cannot be written.
+            BlobStoreError: it cannot be read.
+            UnsignedError: a signature is required, and it has none of a trusted key.
         """
-        files.export(self._blobs, version.digest, directory)
+        self._require_signature(version)
+        if directory is not None:
+            return files.materialize(self._blobs, version.digest, directory)
+        with self._holding:
+            if version.digest not in self._held:
+                held = self.hold(version, Cache.from_environment())
+                self._held[version.digest] = self._leases.enter_context(held)
+            return self._held[version.digest]
+
+    def hold(self, version: Version, cache: Cache) -> AbstractContextManager[Path]:
+        """The version's directory in a cache, which keeps it until the block ends.
+
+        Raises:
+            CorruptBlobError: a stored blob is damaged; nothing is left behind.
+            BlobStoreError: it cannot be read.
+            UnsignedError: a signature is required, and it has none of a trusted key.
+        """
+        self._require_signature(version)
+        return cache.hold(self._blobs, version.digest)
+
+    def sign_published_with(self, private_key: Path) -> None:
+        """Signs every version published from now on; an elliptic-curve key in PEM."""
+        self._signing_key = private_key
+
+    def require_signatures_of(self, public_keys: Sequence[Path]) -> None:
+        """From now on resolves and materializes only what one of these keys signed.
+
+        Opened, a registry requires those in `$MANYLORA_REQUIRE_SIGNATURE`; none lifts it.
+        """
+        self._required_keys = tuple(public_keys)
+
+    def sign(self, version: Version, private_key: Path) -> str:
+        """Adds a signature to a version; the digest of the signature.
+
+        Raises:
+            SigningKeyError: the key cannot be used.
+            CorruptBlobError: the manifest is damaged.
+        """
+        return self._signatures.sign(version, private_key)
+
+    def verify_signature(self, version: Version, public_keys: Sequence[Path]) -> Path:
+        """Which of the keys signed the version.
+
+        Raises:
+            UnsignedError: none of them.
+            SigningKeyError: a key cannot be read.
+            CorruptBlobError: the manifest or a signature is damaged.
+        """
+        return self._signatures.require(version, public_keys)
+
+    def _require_signature(self, version: Version) -> None:
+        if self._required_keys:
+            self._signatures.require_once(version, self._required_keys)
+
+    def diff(self, before: Version, after: Version) -> VersionDiff:
+        """What differs between two versions: config, description, and each module's weights.
+
+        Raises:
+            CorruptBlobError: a stored blob is damaged.
+            BlobStoreError: one cannot be read.
+        """
+        return diff(self._blobs, before, after)
+
+    def export(self, version: Version, destination: Path, format: Format = "peft") -> None:  # noqa: A002
+        """Writes the version in a form that imports to the same digest.
+
+        Args:
+            version: one of this registry.
+            destination: a path where nothing is yet, or an empty directory.
+            format: `peft` or `hf`, directories for PEFT and the Hugging Face hub; `oci`, an OCI
+                image layout; `tar`, that as one file.
+
+        Raises:
+            CorruptBlobError: a stored blob is damaged; nothing is left behind.
+            BlobStoreError: one cannot be read.
+            DestinationError: `destination` is there already, or cannot be written.
+        """
+        export(self._blobs, version, destination, format)
+
+    def import_adapter(self, name: str, source: Path, *, base: BaseModelIdentity) -> Version:
+        """Publishes what `export` wrote, or any PEFT adapter directory, as a version of `name`.
+
+        What the exported version was described with is kept.
+
+        Raises:
+            SourceError: `source` is in none of these forms, or damaged.
+            InvalidNameError: an adapter may not be called `name`.
+            InvalidAdapterError: it may not be served; carries every problem.
+            WrongBaseError: it was made for another base.
+        """
+        check_adapter_name(name)
+        with self._blobs.staging() as staging:
+            found = unpack(source, staging, largest_adapter(base))
+            if found.base_fingerprint not in (None, base.fingerprint):
+                raise WrongBaseError(name, found.base_fingerprint, base.fingerprint)
+            return self.publish(
+                name,
+                found.directory,
+                base=base,
+                metrics=found.metrics,
+                tags=found.tags,
+                lineage=found.lineage,
+            )
+
+    def copy_to(self, target: "Registry", progress: Progress | None = None) -> VerifyReport:
+        """Makes `target`, a new registry or a copy begun before, equal to this one; verifies it.
+
+        Numbers, digests, aliases, history and events stay what they are. Interrupted, it can be
+        started again and goes on.
+
+        Raises:
+            CorruptBlobError: a blob is damaged here.
+            BlobStoreError: blobs cannot be read or written.
+            DestinationError: `target` holds something else.
+        """
+        copy(
+            self._blobs,
+            self._database,
+            target._blobs,
+            target._database,
+            progress or (lambda _arrived, _all: None),
+        )
+        return target.verify()
 
     def events(self, since: int = 0, limit: int = EVENTS_AT_ONCE) -> list[Event]:
         """What happened after event number `since`, in order, at most `limit` events."""

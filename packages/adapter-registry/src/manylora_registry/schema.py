@@ -121,3 +121,11 @@ events = Table(
     Column("at", BigInteger, nullable=False),
     sqlite_autoincrement=True,
 )
+
+signatures = Table(
+    "signatures",
+    metadata,
+    Column("version_id", _Id, ForeignKey("versions.id"), primary_key=True),
+    Column("digest", String(71), primary_key=True),
+    Column("at", BigInteger, nullable=False),
+)

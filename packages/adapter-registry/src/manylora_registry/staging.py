@@ -5,13 +5,12 @@ published, whoever writes to the directory meanwhile.
 """
 
 import os
-import stat
 from collections.abc import Iterable
 from pathlib import Path
 
-from manylora_registry.adapter_config import AdapterConfig, read_config
+from manylora_registry.adapter_config import MAX_RANK, AdapterConfig, read_config
 from manylora_registry.base import BaseModelIdentity
-from manylora_registry.blobs import Copied, copy_hashed
+from manylora_registry.blobs import Copied, copy_hashed, open_regular
 from manylora_registry.errors import InvalidAdapterError, Problem, WrongBaseError
 from manylora_registry.manifest import (
     CARD_FILE,
@@ -21,7 +20,7 @@ from manylora_registry.manifest import (
     AdapterFile,
     Manifest,
 )
-from manylora_registry.tensors import Tensor, find_non_finite, read_header
+from manylora_registry.tensors import HEADER_BYTES, Tensor, find_non_finite, read_header
 
 SMALL_FILE_BYTES = 1 << 20
 """Limit of the config and of the card."""
@@ -47,7 +46,7 @@ def stage_adapter(
         WrongBaseError: it says itself that it was made for another base.
     """
     problems = [*noticed]
-    files = _copy(directory, staging, problems)
+    files = _copy(directory, staging, largest_adapter(base), problems)
     config = None
     if CONFIG_FILE in files:
         config, found = read_config((staging / CONFIG_FILE).read_bytes())
@@ -71,7 +70,15 @@ def stage_adapter(
     )
 
 
-def _copy(directory: Path, staging: Path, problems: list[Problem]) -> dict[str, Copied]:
+def largest_adapter(base: BaseModelIdentity) -> int:
+    """Bytes of the weights of an adapter of the highest rank on every linear layer of the base."""
+    widths = sum(sum(shape) for shape in base.tensors.values() if len(shape) == 2)
+    return HEADER_BYTES + widths * MAX_RANK * 4
+
+
+def _copy(
+    directory: Path, staging: Path, largest: int, problems: list[Problem]
+) -> dict[str, Copied]:
     """Copies the files an adapter may have; whatever else lies there is a problem."""
     try:
         found = sorted(entry.name for entry in os.scandir(directory))
@@ -90,7 +97,8 @@ def _copy(directory: Path, staging: Path, problems: list[Problem]) -> dict[str, 
     for title in MEDIA_TYPES:
         if title not in found:
             continue
-        copied = _copy_file(directory / title, staging / title)
+        limit = largest if title == WEIGHTS_FILE else SMALL_FILE_BYTES
+        copied = _copy_file(directory / title, staging / title, limit)
         if isinstance(copied, Problem):
             problems.append(copied)
         else:
@@ -98,20 +106,14 @@ def _copy(directory: Path, staging: Path, problems: list[Problem]) -> dict[str, 
     return copies
 
 
-def _copy_file(source: Path, target: Path) -> Copied | Problem:
-    limit = None if source.name == WEIGHTS_FILE else SMALL_FILE_BYTES
+def _copy_file(source: Path, target: Path, limit: int) -> Copied | Problem:
     try:
-        # Never through a link, and never waiting for a pipe to be written.
-        handle = os.open(source, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        file = open_regular(source)
     except OSError as error:
-        link = source.is_symlink()
-        what = "is a symbolic link" if link else f"cannot be read: {error.strerror}"
-        return Problem(source.name, what)
-    with os.fdopen(handle, "rb") as file:
-        if not stat.S_ISREG(os.fstat(handle).st_mode):
-            return Problem(source.name, "is not a regular file")
+        return Problem(source.name, str(error.strerror))
+    with file:
         copied = copy_hashed(file, target, limit)
-    if limit is not None and copied.size > limit:
+    if copied.size > limit:
         return Problem(source.name, f"is larger than {limit} bytes")
     return copied
 
@@ -125,7 +127,7 @@ def _check_tensors(
     by_name = {tensor.name: tensor for tensor in tensors}
     problems: list[Problem] = []
     for tensor in tensors:
-        module = _module(tensor.name)
+        module = module_of(tensor.name)
         weight = base.tensors.get(f"{module}.weight") if module else None
         if module is None:
             what = f"is not named {_PREFIX}MODULE{_A} or {_B}"
@@ -140,8 +142,8 @@ def _check_tensors(
     return problems
 
 
-def _module(tensor: str) -> str | None:
-    """`base_model.model.MODULE.lora_A.weight` -> `MODULE`."""
+def module_of(tensor: str) -> str | None:
+    """`base_model.model.MODULE.lora_A.weight` -> `MODULE`; None for a tensor named otherwise."""
     if not tensor.startswith(_PREFIX) or not tensor.endswith((_A, _B)):
         return None
     return tensor[len(_PREFIX) : -len(_A)] or None

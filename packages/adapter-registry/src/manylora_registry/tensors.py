@@ -14,11 +14,14 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+from numpy.typing import NDArray
 
 from manylora_registry.errors import Problem
 
 HEADER_BYTES = 16 << 20
 TENSORS = 65_536
+PARSED_VALUES = 16 * TENSORS
+"""Of all JSON values in a header: two bytes of text can become an object of a hundred."""
 DIMENSIONS = 8
 SCAN_BYTES = 4 << 20
 DTYPES = {"F32": "<u4", "F16": "<u2", "BF16": "<u2"}
@@ -48,6 +51,8 @@ def read_header(path: Path) -> tuple[list[Tensor], list[Problem]]:
         if not 2 <= length <= min(HEADER_BYTES, size - 8):
             return [], [Problem(path.name, "is not a safetensors file: its header length is wrong")]
         text = file.read(length)
+    if sum(text.count(mark) for mark in (b"[", b"{", b",")) > PARSED_VALUES:
+        return [], [Problem(path.name, "is not a safetensors file: its header holds too much")]
     try:
         header: Any = json.loads(text.decode(), object_pairs_hook=_distinct)
     except (ValueError, RecursionError) as error:
@@ -55,7 +60,8 @@ def read_header(path: Path) -> tuple[list[Tensor], list[Problem]]:
     if not isinstance(header, dict):
         return [], [Problem(path.name, "is not a safetensors file: its header is no object")]
     entries = cast("dict[str, Any]", header)
-    entries.pop("__metadata__", None)
+    if not _is_metadata(entries.pop("__metadata__", {})):
+        return [], [Problem(path.name, "has __metadata__ that is no map of texts to texts")]
     if len(entries) > TENSORS:
         return [], [Problem(path.name, f"has {len(entries)} tensors; {TENSORS} are the limit")]
     tensors: list[Tensor] = []
@@ -69,6 +75,18 @@ def read_header(path: Path) -> tuple[list[Tensor], list[Problem]]:
     if not problems:
         problems = _layout(path.name, tensors, 8 + length, size)
     return tensors, problems
+
+
+def read_tensor(path: Path, tensor: Tensor) -> NDArray[np.floating[Any]]:
+    """The values of one tensor, in its shape; BF16 as float32."""
+    with path.open("rb") as file:
+        file.seek(tensor.start)
+        content = file.read(tensor.end - tensor.start)
+    if tensor.dtype == "BF16":
+        # Its bits are the upper half of a float32's.
+        wide = np.frombuffer(content, "<u2").astype("<u4") << 16
+        return wide.view("<f4").reshape(tensor.shape)
+    return np.frombuffer(content, "<f4" if tensor.dtype == "F32" else "<f2").reshape(tensor.shape)
 
 
 def find_non_finite(path: Path, tensors: Sequence[Tensor]) -> list[Problem]:
@@ -100,6 +118,8 @@ def _tensor(name: str, entry: Any, data: int, size: int) -> Tensor | Problem:
         dtype, shape, (start, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
     except (KeyError, TypeError, ValueError):
         return Problem(name, "has no dtype, shape and data_offsets in the header")
+    if not _is_unicode(name):
+        return Problem(name, "is no name")
     if not isinstance(dtype, str) or dtype not in DTYPES:
         return Problem(name, f"is {str(dtype)[:20]}; allowed are {', '.join(DTYPES)}")
     if not isinstance(shape, list) or not 1 <= len(cast("list[Any]", shape)) <= DIMENSIONS:
@@ -124,6 +144,20 @@ def _layout(file: str, tensors: Sequence[Tensor], data: int, size: int) -> list[
             return [Problem(tensor.name, "overlaps another tensor or leaves a gap before it")]
         at = tensor.end
     return [] if at == size else [Problem(file, f"has {size - at} bytes behind its last tensor")]
+
+
+def _is_metadata(value: Any) -> bool:
+    if not isinstance(value, dict):
+        return False
+    pairs = cast("dict[Any, Any]", value)
+    return all(
+        isinstance(text, str) and _is_unicode(text) for pair in pairs.items() for text in pair
+    )
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether it is more than Python's idea of a text: JSON can write halves of characters."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from manylora_registry.database import Database
 from manylora_registry.errors import CorruptBlobError, Problem
 from manylora_registry.history import check_history
 from manylora_registry.manifest import load_manifest
-from manylora_registry.schema import adapters, version_blobs, versions
+from manylora_registry.schema import adapters, signatures, version_blobs, versions
 from manylora_registry.version import VerifyReport
 
 
@@ -30,6 +30,7 @@ def verify(blobs: BlobStore, database: Database) -> VerifyReport:
                 adapters.c.name, versions.c.number, versions.c.digest, versions.c.base_fingerprint
             ).join_from(versions, adapters)
         ).all()
+        signed = set(connection.scalars(sa.select(signatures.c.digest)))
         moves, problems = check_history(connection)
         problems += _check_numbers((row.name, row.number) for row in known)
         problems += [
@@ -59,7 +60,7 @@ def verify(blobs: BlobStore, database: Database) -> VerifyReport:
             continue
         listed = {row.digest, *(file.digest for file in manifest.files)}
         if (
-            listed != recorded[f"{row.name}@{row.number}"]
+            listed != recorded[f"{row.name}@{row.number}"] - signed
             or manifest.base_fingerprint != row.base_fingerprint
         ):
             problems.append(

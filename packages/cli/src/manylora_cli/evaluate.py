@@ -1,9 +1,12 @@
 """`manylora evaluate`: adapters beside the bare base on held-out rows."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from manylora_evaluator.results import EvaluationResult
 
 
 def evaluate(
@@ -19,6 +22,12 @@ def evaluate(
         list[str] | None,
         typer.Option(metavar="REF", help="Score this adapter too, in every task run; repeatable."),
     ] = None,
+    baseline: Annotated[
+        str | None,
+        typer.Option(
+            metavar="REF", help="Score this version too; exit 1 when an adapter is not its match."
+        ),
+    ] = None,
     task: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME", help="Run only this task of the suite; repeatable."),
@@ -26,6 +35,16 @@ def evaluate(
     out: Annotated[
         Path | None,
         typer.Option(metavar="DIR", help="Write results.json and report.html here."),
+    ] = None,
+    record: Annotated[
+        bool,
+        typer.Option("--record", help="Keep the results on the versions in the registry."),
+    ] = False,
+    registry: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR", help="Where --record keeps them, instead of MANYLORA_REGISTRY."
+        ),
     ] = None,
     limit: Annotated[
         int | None,
@@ -35,20 +54,25 @@ def evaluate(
 ) -> None:
     """Ask held-out rows of the bare base and of adapters, and compare the scores.
 
-    Exits 1 when a request failed, after printing and writing the results of the others.
+    Exits 1 when a request failed, after printing and writing the results of the others; when a
+    threshold of the suite is not kept; and when an adapter is worse than the baseline or the rows
+    are too few to tell.
     """
     from rich.console import Console
 
-    from manylora_evaluator.errors import EvaluationFailedError
+    if registry is not None and not record:
+        raise typer.BadParameter("--registry is where --record keeps results")
+
+    from manylora_evaluator.errors import EvaluationFailedError, GateError
     from manylora_evaluator.results import EvaluationResult
     from manylora_evaluator.run import evaluate as run
-    from manylora_evaluator.table import table
+    from manylora_evaluator.table import summary
 
     def show(result: EvaluationResult) -> None:
         if as_json:
             print(result.to_json())
         else:
-            Console().print(table(result))
+            Console().print(summary(result))
             if out is not None:
                 print(f"report: {out / 'report.html'}")
 
@@ -60,9 +84,24 @@ def evaluate(
             out,
             tasks=task or (),
             limit=limit,
+            baseline=baseline,
             console=Console(stderr=True),
         )
     except EvaluationFailedError as error:
         show(error.result)
         raise
     show(result)
+    if record:
+        _record(result, registry)
+    closed = [gate for gate in result.gates if not gate.passed]
+    if closed:
+        reasons = "; ".join(f"{gate.candidate}: {', '.join(gate.reasons)}" for gate in closed)
+        raise GateError(f"the gate is closed to {reasons}", result)
+
+
+def _record(result: "EvaluationResult", registry: str | None) -> None:
+    from manylora_evaluator.records import record
+    from manylora_registry import Registry
+
+    with Registry.open(registry, create=False) as opened:
+        record(result, opened)

@@ -9,7 +9,18 @@ import sys
 
 import typer
 
-from manylora_cli import base, evaluate, generate, publish, registry, serve, train
+from manylora_cli import (
+    base,
+    evaluate,
+    generate,
+    publish,
+    registry,
+    runs,
+    serve,
+    sweep,
+    token,
+    train,
+)
 
 app = typer.Typer(
     name="manylora",
@@ -20,11 +31,14 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("train")(train.train)
+app.command("sweep")(sweep.sweep)
 app.command("publish")(publish.publish)
 app.add_typer(registry.app, name="registry")
 app.command("serve")(serve.serve)
 app.command("generate")(generate.generate)
 app.command("evaluate")(evaluate.evaluate)
+app.add_typer(runs.app, name="runs")
+app.command("token")(token.token)
 app.add_typer(base.app, name="base")
 
 

@@ -7,7 +7,12 @@ import typer
 
 
 def publish(
-    run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="A finished run.")],
+    run_dir: Annotated[
+        Path,
+        typer.Argument(
+            metavar="RUN_DIR", help="A finished run, or a sweep: then its best trial alone."
+        ),
+    ],
     task: Annotated[
         list[str] | None,
         typer.Option("--task", metavar="NAME", help="Only this task; may be repeated."),
@@ -15,6 +20,10 @@ def publish(
     alias: Annotated[
         str | None,
         typer.Option("--alias", help="Also point this alias at the new versions."),
+    ] = None,
+    sign_key: Annotated[
+        Path | None,
+        typer.Option("--sign-key", metavar="PEM", help="Sign the versions with this private key."),
     ] = None,
     registry: Annotated[
         str | None,
@@ -26,10 +35,17 @@ def publish(
     import json
 
     from manylora_registry import Registry
-    from manylora_trainer.publish import publish_run
+    from manylora_trainer.publish import is_sweep, publish_best_trial, publish_run
 
     with Registry.open(registry) as opened:
-        versions = publish_run(run_dir, opened, task, alias)
+        if sign_key is not None:
+            opened.sign_published_with(sign_key)
+        if not is_sweep(run_dir):
+            versions = publish_run(run_dir, opened, task, alias)
+        elif task:
+            raise typer.BadParameter("a sweep is of one task; leave --task out")
+        else:
+            versions = [publish_best_trial(run_dir, opened, alias)]
     if as_json:
         entries = [
             {"name": v.name, "number": v.number, "digest": v.digest, "size": v.size, "alias": alias}

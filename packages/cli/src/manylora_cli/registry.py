@@ -1,44 +1,51 @@
 """`manylora registry`: look at adapters, move aliases, check and carry versions."""
 
-from datetime import datetime
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
-if TYPE_CHECKING:
-    from manylora_registry import AliasMove, Registry, Version
+from manylora_cli import registry_files
+from manylora_cli.registry_output import (
+    AsJson,
+    Location,
+    Name,
+    Reference,
+    move_json,
+    open_registry,
+    print_json,
+    print_table,
+    size_text,
+    time_text,
+    version_json,
+)
 
-app = typer.Typer(help="Adapters, their versions and aliases.", no_args_is_help=True)
+app = typer.Typer(
+    help="""Adapters, their versions and aliases.
 
-Reference = Annotated[
-    str,
-    typer.Argument(
-        metavar="REF",
-        help="NAME[@SELECTOR]: a version number, an alias or sha256:HEX; else @production.",
-    ),
-]
-Name = Annotated[str, typer.Argument(metavar="NAME", help="The adapter.")]
-Location = Annotated[
-    Path | None,
-    typer.Option(
-        "--registry", metavar="DIR", help="The registry's directory; else $MANYLORA_REGISTRY."
-    ),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
+    A version is immutable and known by its digest; an alias such as production is a name that
+    moves between the versions of one adapter and remembers where it was. REF is NAME, NAME@ALIAS,
+    NAME@NUMBER or NAME@sha256:HEX (12 or more digits); NAME alone means NAME@production.
+
+    The registry is the directory in --registry or MANYLORA_REGISTRY, or the shared one of
+    MANYLORA_REGISTRY_DATABASE and MANYLORA_REGISTRY_BLOBS. Tables are for people on a terminal,
+    tab-separated in a pipe, and --json is for machines. Exit status: 0 good, 1 a failure that is
+    one line on stderr, 2 wrong usage.
+    """,
+    no_args_is_help=True,
+)
 
 
 @app.command("list")
 def list_adapters(registry: Location = None, as_json: AsJson = False) -> None:
     """List every adapter with its latest version and its aliases."""
-    with _open(registry) as opened:
+    with open_registry(registry) as opened:
         found = opened.adapters()
     if as_json:
-        _print_json(
+        print_json(
             [
                 {
                     "name": adapter.name,
-                    "latest": _version(adapter.latest),
+                    "latest": version_json(adapter.latest),
                     "aliases": {
                         name: {"version": alias.version, "generation": alias.generation}
                         for name, alias in adapter.aliases.items()
@@ -48,7 +55,7 @@ def list_adapters(registry: Location = None, as_json: AsJson = False) -> None:
             ]
         )
         return
-    _print_table(
+    print_table(
         ("adapter", "latest", "aliases", "rank", "size", "published"),
         [
             (
@@ -56,8 +63,8 @@ def list_adapters(registry: Location = None, as_json: AsJson = False) -> None:
                 f"{adapter.latest.number}{' (yanked)' if adapter.latest.yanked else ''}",
                 " ".join(f"{name}={at.version}" for name, at in adapter.aliases.items()),
                 str(adapter.latest.rank),
-                _size(adapter.latest.size),
-                _when(adapter.latest.created_at),
+                size_text(adapter.latest.size),
+                time_text(adapter.latest.created_at),
             )
             for adapter in found
         ],
@@ -67,13 +74,13 @@ def list_adapters(registry: Location = None, as_json: AsJson = False) -> None:
 
 @app.command("show")
 def show(reference: Reference, registry: Location = None, as_json: AsJson = False) -> None:
-    """Show one version: what it is, where it came from, how good it was."""
-    with _open(registry) as opened:
+    """Show one version: digest, lineage, metrics, tags."""
+    with open_registry(registry) as opened:
         version = opened.find(reference)
         all_aliases = next(a.aliases for a in opened.adapters() if a.name == version.name)
     aliases = [name for name, at in all_aliases.items() if at.version == version.number]
     if as_json:
-        _print_json({**_version(version), "aliases": aliases})
+        print_json({**version_json(version), "aliases": aliases})
         return
     rows = [
         ("version", f"{version.name}@{version.number}{' (yanked)' if version.yanked else ''}"),
@@ -81,8 +88,8 @@ def show(reference: Reference, registry: Location = None, as_json: AsJson = Fals
         ("aliases", " ".join(aliases)),
         ("base", version.base_fingerprint),
         ("rank", str(version.rank)),
-        ("size", _size(version.size)),
-        ("published", _when(version.created_at)),
+        ("size", size_text(version.size)),
+        ("published", time_text(version.created_at)),
         *((f"metric {key}", f"{value:.6g}") for key, value in sorted(version.metrics.items())),
         *((f"tag {key}", value) for key, value in sorted(version.tags.items())),
         *((f"lineage {key}", value) for key, value in sorted(version.lineage.items())),
@@ -114,10 +121,10 @@ def alias(
     as_json: AsJson = False,
 ) -> None:
     """Point an alias at a version."""
-    with _open(registry) as opened:
+    with open_registry(registry) as opened:
         move = opened.set_alias(name, alias, version, expect=expect, why=why)
     if as_json:
-        _print_json(_move(move))
+        print_json(move_json(move))
     else:
         before = "nothing" if move.previous is None else f"version {move.previous}"
         print(f"{name}@{alias}: {before} -> version {move.version} (generation {move.generation})")
@@ -126,16 +133,16 @@ def alias(
 @app.command("history")
 def history(name: Name, registry: Location = None, as_json: AsJson = False) -> None:
     """List every move of an adapter's aliases, oldest first."""
-    with _open(registry) as opened:
+    with open_registry(registry) as opened:
         moves = opened.history(name)
     if as_json:
-        _print_json([_move(move) for move in moves])
+        print_json([move_json(move) for move in moves])
         return
-    _print_table(
+    print_table(
         ("when", "alias", "generation", "from", "to", "who", "why"),
         [
             (
-                _when(move.at),
+                time_text(move.at),
                 move.alias,
                 str(move.generation),
                 "" if move.previous is None else str(move.previous),
@@ -151,13 +158,16 @@ def history(name: Name, registry: Location = None, as_json: AsJson = False) -> N
 
 @app.command("verify")
 def verify(registry: Location = None, as_json: AsJson = False) -> None:
-    """Hash every stored byte and check every record; exit status 1 if something is wrong."""
+    """Hash every stored byte and check every record.
+
+    Exit status 1 if something is wrong.
+    """
     from rich.console import Console
 
-    with _open(registry) as opened, Console(stderr=True).status("hashing every blob"):
+    with open_registry(registry) as opened, Console(stderr=True).status("hashing every blob"):
         report = opened.verify()
     if as_json:
-        _print_json(
+        print_json(
             {
                 "ok": report.ok,
                 "versions": report.versions,
@@ -175,7 +185,7 @@ def verify(registry: Location = None, as_json: AsJson = False) -> None:
         for problem in report.problems:
             print(f"damaged: {problem}")
         print(
-            f"{report.versions} versions, {report.blobs} blobs ({_size(report.size)}), "
+            f"{report.versions} versions, {report.blobs} blobs ({size_text(report.size)}), "
             f"{report.moves} alias moves: {'all good' if report.ok else 'DAMAGED'}"
         )
         if report.unreferenced:
@@ -184,122 +194,20 @@ def verify(registry: Location = None, as_json: AsJson = False) -> None:
         raise typer.Exit(1)
 
 
-@app.command("export")
-def export(
-    reference: Reference,
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A new or an empty directory.")],
-    registry: Location = None,
-    as_json: AsJson = False,
-) -> None:
-    """Write a version as a PEFT adapter directory; importing it gives the same digest."""
-    with _open(registry) as opened:
-        version = opened.find(reference)
-        opened.export(version, directory)
-    if as_json:
-        _print_json({**_version(version), "directory": str(directory)})
-    else:
-        print(f"{version.name}@{version.number} ({version.digest}) written to {directory}")
-
-
-@app.command("import")
-def import_adapter(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A PEFT adapter directory.")],
-    name: Annotated[str, typer.Option(help="The adapter to add a version to.")],
-    base: Annotated[Path, typer.Option(metavar="DIR", help="The base model it was trained on.")],
-    registry: Location = None,
-    as_json: AsJson = False,
-) -> None:
-    """Publish a PEFT adapter directory from elsewhere."""
-    from manylora_registry import Registry, identify_base
-
-    identity = identify_base(base)
-    with Registry.open(registry) as opened:
-        version = opened.publish(name, directory, base=identity)
-    if as_json:
-        _print_json(_version(version))
-    else:
-        print(f"{version.name}@{version.number} ({version.digest})")
-
-
 @app.command("yank")
 def yank(reference: Reference, registry: Location = None, as_json: AsJson = False) -> None:
     """Withdraw a version: it is kept, but never served again."""
-    with _open(registry) as opened:
+    with open_registry(registry) as opened:
         version = opened.yank(reference)
     if as_json:
-        _print_json(_version(version))
+        print_json(version_json(version))
     else:
         print(f"{version.name}@{version.number} is withdrawn")
 
 
-def _open(location: Path | None) -> "Registry":
-    from manylora_registry import Registry
-
-    return Registry.open(location, create=False)
-
-
-def _version(version: "Version") -> dict[str, Any]:
-    return {
-        "name": version.name,
-        "number": version.number,
-        "digest": version.digest,
-        "base": version.base_fingerprint,
-        "rank": version.rank,
-        "size": version.size,
-        "published": version.created_at.isoformat(),
-        "metrics": dict(version.metrics),
-        "tags": dict(version.tags),
-        "lineage": dict(version.lineage),
-        "yanked": version.yanked,
-    }
-
-
-def _move(move: "AliasMove") -> dict[str, Any]:
-    return {
-        "name": move.name,
-        "alias": move.alias,
-        "generation": move.generation,
-        "version": move.version,
-        "previous": move.previous,
-        "actor": move.actor,
-        "why": move.why,
-        "at": move.at.isoformat(),
-    }
-
-
-def _print_json(value: object) -> None:
-    import json
-
-    print(json.dumps(value, indent=2))
-
-
-def _print_table(header: tuple[str, ...], rows: list[tuple[str, ...]], empty: str) -> None:
-    """A table on a terminal, tab-separated lines with a header in a pipe."""
-    import sys
-
-    if not sys.stdout.isatty():
-        for row in (header, *rows):
-            print("\t".join(row))
-        return
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    if not rows:
-        print(empty)
-        return
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for title in header:
-        table.add_column(title)
-    for row in rows:
-        # Text, as a name or a reason in brackets is no markup.
-        table.add_row(*(Text(cell) for cell in row))
-    Console().print(table)
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e6:.1f} MB" if count >= 1e6 else f"{count / 1e3:.1f} kB"
-
-
-def _when(at: datetime) -> str:
-    return f"{at:%Y-%m-%d %H:%M} UTC"
+app.command("diff")(registry_files.diff)
+app.command("export")(registry_files.export)
+app.command("import")(registry_files.import_adapter)
+app.command("copy")(registry_files.copy)
+app.command("sign")(registry_files.sign)
+app.command("verify-signature")(registry_files.verify_signature)

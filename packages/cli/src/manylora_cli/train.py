@@ -5,8 +5,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from manylora_cli.output import shown
+
 if TYPE_CHECKING:
-    from manylora_trainer.dry_run import TaskPlan
     from manylora_trainer.result import RunResult
 
 
@@ -48,20 +49,20 @@ def train(
     if dry_run:
         # Bases are local directories: without this the libraries look for a hub first.
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
-        from manylora_trainer.dry_run import as_json as plans_as_json
+        from manylora_cli.plans import show_plan
         from manylora_trainer.dry_run import plan
 
-        plans = plan(loaded)
+        planned = plan(loaded)
         if as_json:
-            print(json.dumps(plans_as_json(plans)))
+            print(json.dumps(planned.as_json()))
         else:
-            _show_plans(plans)
+            show_plan(planned)
         return
 
     from manylora_trainer import train as run
 
     path = run_dir or loaded.run_directory
-    again = ["manylora", "train", str(recipe), "--run-dir", str(path), "--resume"]
+    again = ["manylora", "train", str(recipe), "--run-dir", shown(path), "--resume"]
     for entry in set_ or ():
         again += ["--set", entry]
     for entry in allow_change or ():
@@ -84,28 +85,6 @@ def train(
         )
 
 
-def _show_plans(plans: "list[TaskPlan]") -> None:
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    console = Console()
-    table = Table("", *(entry.task for entry in plans))
-    lengths = [f"{e.tokens_median} / {e.tokens_90} / {e.tokens_longest}" for e in plans]
-    table.add_row("rows looked at", *(f"{entry.sampled}" for entry in plans))
-    table.add_row("of these to train on", *(f"{entry.train}" for entry in plans))
-    table.add_row("tokens: median / 90% / longest", *lengths)
-    table.add_row("longer than max_length", *(f"{entry.overlong}" for entry in plans))
-    table.add_row("share of tokens that train", *(f"{entry.trained_share:.0%}" for entry in plans))
-    table.add_row("trainable parameters", *(f"{entry.trainable_parameters:,}" for entry in plans))
-    table.add_row("steps", *(f"{entry.steps}" for entry in plans))
-    table.add_row("examples drawn", *(f"{entry.examples}" for entry in plans))
-    console.print(table)
-    for entry in plans:
-        console.print(Text(f"\n{entry.task}: one example; what it learns is highlighted"))
-        console.print(Text(entry.prompt) + Text(entry.completion, style="bold green reverse"))
-
-
 def _show_result(result: "RunResult") -> None:
     for name, task in result.tasks.items():
         if task.adapter is None:
@@ -114,8 +93,15 @@ def _show_result(result: "RunResult") -> None:
         losses = ", ".join(
             f"{metric.replace('_', ' ')} {value:.3f}" for metric, value in task.metrics.items()
         )
-        print(f"{name}: {losses}, {task.tokens} tokens, {task.adapter}")
+        print(f"{name}: {losses}, {task.tokens} tokens, {shown(task.adapter)}")
+        for count, what in (
+            (task.overlong_dropped, "examples longer than max_length were left out"),
+            (task.overlong_truncated, "examples were cut to max_length"),
+            (task.rows_skipped, "malformed rows were skipped"),
+        ):
+            if count:
+                print(f"{name}: {count} {what}")
     print(
         f"{result.seconds:.0f} s of training, {result.tokens_per_s:.0f} tokens/s; "
-        f"publish with: manylora publish {result.run_directory}"
+        f"publish with: manylora publish {shown(result.run_directory)}"
     )

@@ -38,6 +38,7 @@ from manylora_client.types import (
     AdapterVersion,
     AliasListing,
     Candidate,
+    Choice,
     Delta,
     Finished,
     FinishReason,
@@ -46,12 +47,14 @@ from manylora_client.types import (
     Request,
     SamplingOptions,
     Started,
+    Timing,
     TokenLogprobs,
     Usage,
 )
 
 if TYPE_CHECKING:
     from manylora_client.asynchronous import AsyncClient, AsyncGenerationStream
+    from manylora_client.channel import tls_credentials
     from manylora_client.synchronous import Client, GenerationStream
 
 __all__ = [
@@ -62,6 +65,7 @@ __all__ = [
     "AsyncGenerationStream",
     "CancelledCallError",
     "Candidate",
+    "Choice",
     "Client",
     "ClientError",
     "ClosedError",
@@ -86,17 +90,19 @@ __all__ = [
     "SamplingOptions",
     "Started",
     "StatusError",
+    "Timing",
     "TokenLogprobs",
     "UnauthenticatedError",
     "UnavailableError",
     "UnimplementedError",
     "UnreachableError",
     "Usage",
+    "tls_credentials",
 ]
 
 
 def __getattr__(name: str) -> object:
-    """Imports the clients, and with them gRPC, when they are first named."""
+    """Imports the clients, and with them gRPC, when what needs it is first named."""
     if name in {"Client", "GenerationStream"}:
         from manylora_client import synchronous
 
@@ -105,4 +111,8 @@ def __getattr__(name: str) -> object:
         from manylora_client import asynchronous
 
         return getattr(asynchronous, name)
+    if name == "tls_credentials":
+        from manylora_client import channel
+
+        return channel.tls_credentials
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

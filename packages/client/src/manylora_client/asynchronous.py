@@ -14,7 +14,9 @@ from manylora_client.channel import (
     DEFAULT_TIMEOUT,
     MAX_MESSAGE_BYTES,
     Attempts,
+    CallMetadata,
     channel_options,
+    resolve_credentials,
     resolve_target,
 )
 from manylora_client.errors import ClosedError, StatusError
@@ -57,6 +59,7 @@ class AsyncClient:
         target: str | None = None,
         *,
         credentials: grpc.ChannelCredentials | None = None,
+        token: str | None = None,
         timeout: float | None = DEFAULT_TIMEOUT,
         retries: int = 0,
         max_message_bytes: int = MAX_MESSAGE_BYTES,
@@ -65,14 +68,17 @@ class AsyncClient:
 
         Args:
             target: HOST:PORT; None: MANYLORA_SERVER, or 127.0.0.1:50051.
-            credentials: for TLS, e.g. `grpc.ssl_channel_credentials()`; None: plain text.
+            credentials: for TLS, from `tls_credentials`; None: those of the MANYLORA_TLS_CA, _CERT
+                and _KEY variables, else plain text.
+            token: says who calls; None: MANYLORA_TOKEN, if set.
             timeout: seconds for each call that names no timeout of its own; None: no deadline.
             retries: how often a call is repeated when the server says UNAVAILABLE and when to
                 come back; streams and batches are never repeated.
             max_message_bytes: largest message sent or received.
         """
         self.target = resolve_target(target)
-        self._credentials = credentials
+        self._credentials = resolve_credentials(credentials)
+        self._metadata = CallMetadata(token)
         self._timeout = timeout
         self._retries = retries
         self._options = channel_options(max_message_bytes)
@@ -85,6 +91,7 @@ class AsyncClient:
         adapter: str = "",
         *,
         timeout: float | None = None,  # noqa: ASYNC109 - sent to the server as the deadline
+        request_id: str | None = None,
         **sampling: Unpack[SamplingOptions],
     ) -> Generation:
         """Returns the whole answer of `adapter` to `input`.
@@ -93,10 +100,13 @@ class AsyncClient:
             input: text, chat messages or token ids.
             adapter: an adapter reference NAME[@SELECTOR]; empty: the bare base.
             timeout: seconds; None: the client's.
+            request_id: names the request in the answer and the gateway's log; None: the gateway
+                makes a name.
             sampling: see SamplingOptions.
         """
         message = wire.generate_request(Request(input, adapter, **sampling))
-        return wire.generation(await self._call(self._stub().Generate, message, timeout))
+        response = await self._call(self._stub().Generate, message, timeout, request_id)
+        return wire.generation(response)
 
     def stream(
         self,
@@ -104,11 +114,14 @@ class AsyncClient:
         adapter: str = "",
         *,
         timeout: float | None = None,
+        request_id: str | None = None,
         **sampling: Unpack[SamplingOptions],
     ) -> "AsyncGenerationStream":
         """Asks as `generate` does and returns the answer while it is made."""
         message = wire.generate_request(Request(input, adapter, **sampling))
-        call = self._stub().GenerateStream(message, timeout=self._seconds(timeout))
+        call = self._stub().GenerateStream(
+            message, timeout=self._seconds(timeout), metadata=self._metadata.of(request_id)
+        )
         return AsyncGenerationStream(call, self.target)
 
     async def batch(
@@ -126,7 +139,7 @@ class AsyncClient:
         collected = BatchReader(len(requests))
         try:
             async for response in self._stub().BatchGenerate(
-                message, timeout=self._seconds(timeout)
+                message, timeout=self._seconds(timeout), metadata=self._metadata.of(None)
             ):
                 collected.feed(response)
         except grpc.RpcError as failure:
@@ -187,11 +200,13 @@ class AsyncClient:
         method: "Callable[..., Awaitable[Response]]",
         message: "Message",
         timeout: float | None,  # noqa: ASYNC109 - sent to the server as the deadline
+        request_id: str | None = None,
     ) -> Response:
+        metadata = self._metadata.of(request_id)
         attempts = Attempts(self._retries, self._seconds(timeout))
         while True:
             try:
-                return await method(message, timeout=attempts.remaining())
+                return await method(message, timeout=attempts.remaining(), metadata=metadata)
             except grpc.RpcError as failure:
                 error = call_error(failure, self.target)
                 delay = attempts.delay_after(error)

@@ -3,13 +3,18 @@
 import os
 import random
 import time
+from pathlib import Path
 
-from manylora_client.errors import StatusError, UnavailableError
+import grpc
+
+from manylora_client.errors import InvalidInputError, StatusError, UnavailableError
 
 DEFAULT_TARGET = "127.0.0.1:50051"
 TARGET_VARIABLE = "MANYLORA_SERVER"
 DEFAULT_TIMEOUT = 300.0
 """Seconds; a CPU makes a hundred tokens a second for all its callers together."""
+TOKEN_VARIABLE = "MANYLORA_TOKEN"  # noqa: S105 - a name
+TLS_VARIABLES = ("MANYLORA_TLS_CA", "MANYLORA_TLS_CERT", "MANYLORA_TLS_KEY")
 MAX_MESSAGE_BYTES = 64 * 2**20
 """Room for a batch of long prompts; gRPC's own limit is 4 MiB."""
 
@@ -17,6 +22,64 @@ MAX_MESSAGE_BYTES = 64 * 2**20
 def resolve_target(target: str | None) -> str:
     """`target`, or the address in MANYLORA_SERVER, or the default one."""
     return target or os.environ.get(TARGET_VARIABLE) or DEFAULT_TARGET
+
+
+def tls_credentials(
+    ca: str | os.PathLike[str] | None = None,
+    certificate: str | os.PathLike[str] | None = None,
+    key: str | os.PathLike[str] | None = None,
+) -> grpc.ChannelCredentials:
+    """Credentials for a gateway that speaks TLS; all arguments are PEM files.
+
+    Args:
+        ca: certificates of the authorities the gateway's is checked by; None: gRPC's own list.
+        certificate: the client's, with what stands between it and its authority; with `key`.
+        key: its private key.
+
+    Raises:
+        InvalidInputError: a file cannot be read, or one of certificate and key is missing.
+    """
+    if (certificate is None) != (key is None):
+        raise InvalidInputError("a client certificate and its key go together: give both")
+    try:
+        read = [
+            None if path is None else Path(path).read_bytes() for path in (ca, key, certificate)
+        ]
+    except OSError as error:
+        raise InvalidInputError(f"the TLS files cannot be read: {error}") from error
+    return grpc.ssl_channel_credentials(*read)
+
+
+def resolve_credentials(
+    credentials: grpc.ChannelCredentials | None,
+) -> grpc.ChannelCredentials | None:
+    """`credentials`, or those of the MANYLORA_TLS variables, or None: plain text."""
+    if credentials is not None:
+        return credentials
+    files = [os.environ.get(name) or None for name in TLS_VARIABLES]
+    return tls_credentials(*files) if any(files) else None
+
+
+class CallMetadata:
+    """What goes with each call beside its message.
+
+    Args:
+        token: of the caller; None: the one in MANYLORA_TOKEN, if any.
+    """
+
+    def __init__(self, token: str | None) -> None:
+        token = token or os.environ.get(TOKEN_VARIABLE) or ""
+        if not (token.isascii() and token.isprintable()):
+            raise InvalidInputError("the token has characters that cannot be sent")
+        self._always = (("authorization", f"Bearer {token}"),) if token else ()
+
+    def of(self, request_id: str | None) -> tuple[tuple[str, str], ...]:
+        """The metadata of a call whose request is to be known as `request_id`."""
+        if request_id is None:
+            return self._always
+        if not (request_id.isascii() and request_id.isprintable()):
+            raise InvalidInputError("the request id has characters that cannot be sent")
+        return (*self._always, ("x-request-id", request_id))
 
 
 def channel_options(max_message_bytes: int) -> list[tuple[str, int]]:

@@ -4,7 +4,7 @@ import manylora.inference.v1.inference_pb2 as pb
 from manylora_client import wire
 from manylora_client.errors import ProtocolError, StatusError
 from manylora_client.status import batch_error
-from manylora_client.types import Delta, Finished, Generation, Started
+from manylora_client.types import Choice, Delta, Finished, FinishReason, Generation, Started
 
 
 class StreamReader:
@@ -48,14 +48,28 @@ class StreamReader:
         """The whole answer, equal to what `generate` would have returned."""
         if self.started is None or self.finished is None:
             raise ProtocolError("the stream was closed before its last event")
+        # A server that knows nothing of several choices names no reasons for each.
+        reasons = self.finished.finish_reasons or (self.finished.finish_reason,)
+        choices = tuple(self._choice(index, reason) for index, reason in enumerate(reasons))
         return Generation(
-            text="".join(delta.text for delta in self._deltas),
-            token_ids=tuple(token for delta in self._deltas for token in delta.token_ids),
+            text=choices[0].text,
+            token_ids=choices[0].token_ids,
             adapter=self.started.adapter,
-            finish_reason=self.finished.finish_reason,
+            finish_reason=choices[0].finish_reason,
             usage=self.finished.usage,
-            logprobs=tuple(entry for delta in self._deltas for entry in delta.logprobs),
+            logprobs=choices[0].logprobs,
             request_id=self.started.request_id,
+            choices=choices if len(choices) > 1 else (),
+            timing=self.finished.timing,
+        )
+
+    def _choice(self, index: int, reason: FinishReason) -> Choice:
+        deltas = [delta for delta in self._deltas if delta.choice == index]
+        return Choice(
+            text="".join(delta.text for delta in deltas),
+            token_ids=tuple(token for delta in deltas for token in delta.token_ids),
+            finish_reason=reason,
+            logprobs=tuple(entry for delta in deltas for entry in delta.logprobs),
         )
 
 

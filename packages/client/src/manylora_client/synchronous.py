@@ -14,7 +14,9 @@ from manylora_client.channel import (
     DEFAULT_TIMEOUT,
     MAX_MESSAGE_BYTES,
     Attempts,
+    CallMetadata,
     channel_options,
+    resolve_credentials,
     resolve_target,
 )
 from manylora_client.errors import ClosedError, StatusError
@@ -53,6 +55,7 @@ class Client:
         target: str | None = None,
         *,
         credentials: grpc.ChannelCredentials | None = None,
+        token: str | None = None,
         timeout: float | None = DEFAULT_TIMEOUT,
         retries: int = 0,
         max_message_bytes: int = MAX_MESSAGE_BYTES,
@@ -61,7 +64,9 @@ class Client:
 
         Args:
             target: HOST:PORT; None: MANYLORA_SERVER, or 127.0.0.1:50051.
-            credentials: for TLS, e.g. `grpc.ssl_channel_credentials()`; None: plain text.
+            credentials: for TLS, from `tls_credentials`; None: those of the MANYLORA_TLS_CA, _CERT
+                and _KEY variables, else plain text.
+            token: says who calls; None: MANYLORA_TOKEN, if set.
             timeout: seconds for each call that names no timeout of its own; None: no deadline.
             retries: how often a call is repeated when the server says UNAVAILABLE and when to
                 come back; streams and batches are never repeated.
@@ -72,6 +77,8 @@ class Client:
         self._retries = retries
         self._closed = False
         options = channel_options(max_message_bytes)
+        self._metadata = CallMetadata(token)
+        credentials = resolve_credentials(credentials)
         if credentials is None:
             self._channel = grpc.insecure_channel(self.target, options)
         else:
@@ -84,6 +91,7 @@ class Client:
         adapter: str = "",
         *,
         timeout: float | None = None,
+        request_id: str | None = None,
         **sampling: Unpack[SamplingOptions],
     ) -> Generation:
         """Returns the whole answer of `adapter` to `input`.
@@ -92,10 +100,12 @@ class Client:
             input: text, chat messages or token ids.
             adapter: an adapter reference NAME[@SELECTOR]; empty: the bare base.
             timeout: seconds; None: the client's.
+            request_id: names the request in the answer and the gateway's log; None: the gateway
+                makes a name.
             sampling: see SamplingOptions.
         """
         message = wire.generate_request(Request(input, adapter, **sampling))
-        return wire.generation(self._call(self._stub.Generate, message, timeout))
+        return wire.generation(self._call(self._stub.Generate, message, timeout, request_id))
 
     def stream(
         self,
@@ -103,12 +113,15 @@ class Client:
         adapter: str = "",
         *,
         timeout: float | None = None,
+        request_id: str | None = None,
         **sampling: Unpack[SamplingOptions],
     ) -> "GenerationStream":
         """Asks as `generate` does and returns the answer while it is made."""
         message = wire.generate_request(Request(input, adapter, **sampling))
         self._check_open()
-        call = self._stub.GenerateStream(message, timeout=self._seconds(timeout))
+        call = self._stub.GenerateStream(
+            message, timeout=self._seconds(timeout), metadata=self._metadata.of(request_id)
+        )
         return GenerationStream(call, self.target)
 
     def batch(
@@ -123,7 +136,9 @@ class Client:
         self._check_open()
         collected = BatchReader(len(requests))
         try:
-            for response in self._stub.BatchGenerate(message, timeout=self._seconds(timeout)):
+            for response in self._stub.BatchGenerate(
+                message, timeout=self._seconds(timeout), metadata=self._metadata.of(None)
+            ):
                 collected.feed(response)
         except grpc.RpcError as failure:
             raise call_error(failure, self.target) from failure
@@ -161,13 +176,18 @@ class Client:
         self.close()
 
     def _call(
-        self, method: Callable[..., Response], message: "Message", timeout: float | None
+        self,
+        method: Callable[..., Response],
+        message: "Message",
+        timeout: float | None,
+        request_id: str | None = None,
     ) -> Response:
         self._check_open()
+        metadata = self._metadata.of(request_id)
         attempts = Attempts(self._retries, self._seconds(timeout))
         while True:
             try:
-                return method(message, timeout=attempts.remaining())
+                return method(message, timeout=attempts.remaining(), metadata=metadata)
             except grpc.RpcError as failure:
                 error = call_error(failure, self.target)
                 delay = attempts.delay_after(error)

@@ -1,8 +1,8 @@
 """What a caller hands in and gets back: frozen dataclasses, free of gRPC."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal, TypeAlias, TypedDict
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeAlias, TypedDict
 
 Input: TypeAlias = str | Sequence[Mapping[str, str]] | Sequence[int]
 """Plain text; or chat messages `{"role": ..., "content": ...}`, rendered with the base's chat
@@ -20,10 +20,20 @@ class SamplingOptions(TypedDict, total=False):
     temperature: float | None
     top_p: float | None
     top_k: int | None
+    min_p: float | None
+    presence_penalty: float | None
+    frequency_penalty: float | None
+    repetition_penalty: float | None
+    n: int | None
     seed: int | None
     stop: Sequence[str]
     ignore_eos: bool
     logprobs: int | None
+    json_schema: Mapping[str, Any] | str | None
+    json_object: bool
+    regex: str | None
+    choice: Sequence[str]
+    grammar: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +49,13 @@ class Request:
     """None or 0: greedy."""
     top_p: float | None = None
     top_k: int | None = None
+    min_p: float | None = None
+    """Cuts candidates below this share of the likeliest one's probability."""
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    n: int | None = None
+    """Answers to sample; more than one needs a temperature."""
     seed: int | None = None
     """Makes sampling repeatable."""
     stop: Sequence[str] = ()
@@ -46,6 +63,17 @@ class Request:
     ignore_eos: bool = False
     logprobs: int | None = None
     """How many of the likeliest candidates to report at each position; None: none."""
+    json_schema: Mapping[str, Any] | str | None = None
+    """The answer is JSON that is valid by this JSON Schema. At most one of this and the following
+    may be given."""
+    json_object: bool = False
+    """The answer is a JSON object."""
+    regex: str | None = None
+    """The answer matches this regular expression as a whole."""
+    choice: Sequence[str] = ()
+    """The answer is one of these."""
+    grammar: str | None = None
+    """The answer is a sentence of this grammar, in EBNF (GBNF) or Lark notation."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +95,21 @@ class Usage:
 
     prompt_tokens: int
     completion_tokens: int
+    """Of all choices together."""
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Where the time of a request went in the gateway, in seconds, one part after the other."""
+
+    queue: float = 0.0
+    """Waiting: to be admitted, for a seat in an engine and a slot of the adapter's."""
+    load: float = 0.0
+    """Waiting for the adapter's weights."""
+    prefill: float = 0.0
+    """To the first token."""
+    decode: float = 0.0
+    """From the first token to the last."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +118,8 @@ class Candidate:
 
     token_id: int
     logprob: float
+    text: str = ""
+    """The token decoded by itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,8 +131,18 @@ class TokenLogprobs:
 
 
 @dataclass(frozen=True, slots=True)
+class Choice:
+    """One of several answers to a request."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    logprobs: tuple[TokenLogprobs, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Generation:
-    """A whole answer."""
+    """A whole answer; of several, the first."""
 
     text: str
     token_ids: tuple[int, ...]
@@ -98,6 +153,9 @@ class Generation:
     logprobs: tuple[TokenLogprobs, ...]
     """One entry a token, if the request asked for them."""
     request_id: str
+    choices: tuple[Choice, ...] = ()
+    """All answers, if the request asked for more than one."""
+    timing: Timing = field(default=Timing(), compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +173,8 @@ class Delta:
     text: str
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprobs, ...]
+    choice: int = 0
+    """Index of the answer this belongs to."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +182,11 @@ class Finished:
     """A stream's last event."""
 
     finish_reason: FinishReason
+    """Of the first choice."""
     usage: Usage
+    finish_reasons: tuple[FinishReason, ...] = ()
+    """Of every choice, by index."""
+    timing: Timing = field(default=Timing(), compare=False)
 
 
 @dataclass(frozen=True, slots=True)

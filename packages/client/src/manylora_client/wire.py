@@ -1,5 +1,6 @@
 """Conversion between the protocol's messages and the client's types, shared by both clients."""
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import cast
 
@@ -11,6 +12,7 @@ from manylora_client.types import (
     AdapterVersion,
     AliasListing,
     Candidate,
+    Choice,
     Delta,
     Finished,
     FinishReason,
@@ -18,6 +20,7 @@ from manylora_client.types import (
     Input,
     Request,
     Started,
+    Timing,
     TokenLogprobs,
     Usage,
 )
@@ -42,10 +45,16 @@ def generate_request(request: Request) -> pb.GenerateRequest:
                 temperature=request.temperature,
                 top_p=request.top_p,
                 top_k=request.top_k,
+                min_p=request.min_p,
+                presence_penalty=request.presence_penalty,
+                frequency_penalty=request.frequency_penalty,
+                repetition_penalty=request.repetition_penalty,
+                n=request.n,
                 seed=request.seed,
-                stop=_stops(request.stop),
+                stop=_strings("stop", request.stop),
                 ignore_eos=request.ignore_eos,
                 logprobs=request.logprobs,
+                structured_output=_structured_output(request),
             ),
         )
         match prompt(request.input):
@@ -97,11 +106,36 @@ def prompt(source: Input) -> str | pb.Chat | pb.Tokens:
     )
 
 
-def _stops(stop: Sequence[str]) -> Sequence[str]:
-    if isinstance(stop, str):
-        # A string is a sequence of strings, so each of its letters would end the generation.
-        raise InvalidInputError(f"stop must be a list of strings, e.g. [{stop!r}]")
-    return stop
+def _strings(name: str, value: Sequence[str]) -> Sequence[str]:
+    if isinstance(value, str):
+        # A string is a sequence of strings, so each of its letters would be taken for one.
+        raise InvalidInputError(f"{name} must be a list of strings, e.g. [{value!r}]")
+    return value
+
+
+def _structured_output(request: Request) -> pb.StructuredOutput | None:
+    """The one form the answer is held to, if any."""
+    asked = pb.StructuredOutput()
+    given: list[str] = []
+    if request.json_schema is not None:
+        given.append("json_schema")
+        schema = request.json_schema
+        asked.json_schema = schema if isinstance(schema, str) else json.dumps(schema)
+    if request.json_object:
+        given.append("json_object")
+        asked.json_object.SetInParent()
+    if request.regex is not None:
+        given.append("regex")
+        asked.regex = request.regex
+    if request.choice:
+        given.append("choice")
+        asked.choice.values.extend(_strings("choice", request.choice))
+    if request.grammar is not None:
+        given.append("grammar")
+        asked.grammar = request.grammar
+    if len(given) > 1:
+        raise InvalidInputError(f"give only one of {', '.join(given)}")
+    return asked if given else None
 
 
 def generation(response: pb.GenerateResponse) -> Generation:
@@ -114,6 +148,17 @@ def generation(response: pb.GenerateResponse) -> Generation:
         usage=_usage(response.usage),
         logprobs=_logprobs(response.logprobs),
         request_id=response.request_id,
+        choices=tuple(map(_choice, response.choices)),
+        timing=_timing(response.timing),
+    )
+
+
+def _choice(message: pb.Choice) -> Choice:
+    return Choice(
+        text=message.text,
+        token_ids=tuple(message.token_ids),
+        finish_reason=_finish_reason(message.finish_reason),
+        logprobs=_logprobs(message.logprobs),
     )
 
 
@@ -137,12 +182,18 @@ def started(message: pb.GenerateStarted) -> Started:
 
 def delta(message: pb.GenerateDelta) -> Delta:
     """One of a stream's deltas."""
-    return Delta(message.text, tuple(message.token_ids), _logprobs(message.logprobs))
+    logprobs = _logprobs(message.logprobs)
+    return Delta(message.text, tuple(message.token_ids), logprobs, message.choice)
 
 
 def finished(message: pb.GenerateFinished) -> Finished:
     """A stream's last event."""
-    return Finished(_finish_reason(message.finish_reason), _usage(message.usage))
+    return Finished(
+        finish_reason=_finish_reason(message.finish_reason),
+        usage=_usage(message.usage),
+        finish_reasons=tuple([_finish_reason(reason) for reason in message.finish_reasons]),
+        timing=_timing(message.timing),
+    )
 
 
 def _alias(listing: pb.AliasListing) -> AliasListing:
@@ -162,6 +213,15 @@ def _usage(message: pb.Usage) -> Usage:
     return Usage(message.prompt_tokens, message.completion_tokens)
 
 
+def _timing(message: pb.Timing) -> Timing:
+    return Timing(
+        queue=message.queue.ToTimedelta().total_seconds(),
+        load=message.load.ToTimedelta().total_seconds(),
+        prefill=message.prefill.ToTimedelta().total_seconds(),
+        decode=message.decode.ToTimedelta().total_seconds(),
+    )
+
+
 def _finish_reason(value: pb.FinishReason.ValueType) -> FinishReason:
     return _FINISH_REASONS.get(value, "unknown")
 
@@ -174,4 +234,4 @@ def _logprobs(entries: Iterable[pb.TokenLogprobs]) -> tuple[TokenLogprobs, ...]:
 
 
 def _candidate(message: pb.Candidate) -> Candidate:
-    return Candidate(message.token_id, message.logprob)
+    return Candidate(message.token_id, message.logprob, message.text)

@@ -1,13 +1,17 @@
 """Every error the evaluator raises.
 
 EvaluatorError
-├── RowsError                 a file of held-out rows is malformed
+├── RowsError                 held-out rows are malformed
+├── FixtureError              the script of a SQL fixture fails
+├── SuiteError                a suite that reads well asks for what its scorers or rows lack
+├── JudgeError                a judge cannot be asked at all
 ├── UnknownTaskError          the suite has no task of that name
 ├── ResultsError              a results.json cannot be read, or holds no such score
-└── EvaluationFailedError     requests failed; carries the result of those that did not
+├── EvaluationFailedError     requests failed; carries the result of those that did not
+└── GateError                 a threshold is broken, or a version no match for its baseline
 
-A suite that is wrong is a manylora_registry ConfigError; a server that is away, or an adapter it
-does not know, is a manylora_client StatusError.
+A suite that is wrong in itself is a manylora_registry ConfigError; a server that is away, or an
+adapter it does not know, is a manylora_client StatusError.
 """
 
 from pathlib import Path
@@ -24,7 +28,7 @@ class EvaluatorError(Exception):
 
 
 class RowsError(EvaluatorError):
-    """A file of held-out rows is malformed."""
+    """Held-out rows are malformed."""
 
     reason = "ROWS_INVALID"
 
@@ -33,6 +37,24 @@ class RowsError(EvaluatorError):
         self.line = line
         self.problem = problem
         super().__init__(f"{path}{'' if line is None else f' line {line}'}: {problem}")
+
+
+class FixtureError(EvaluatorError):
+    """The script of a SQL fixture fails."""
+
+    reason = "FIXTURE_INVALID"
+
+
+class SuiteError(EvaluatorError):
+    """A suite asks for what its scorers or rows do not have."""
+
+    reason = "SUITE_INVALID"
+
+
+class JudgeError(EvaluatorError):
+    """A judge cannot be asked at all."""
+
+    reason = "JUDGE_UNUSABLE"
 
 
 class UnknownTaskError(EvaluatorError):
@@ -51,6 +73,16 @@ class EvaluationFailedError(EvaluatorError):
     """Requests failed, so the scores are not to be relied on."""
 
     reason = "EVALUATION_FAILED"
+
+    def __init__(self, message: str, result: "EvaluationResult") -> None:
+        self.result = result
+        super().__init__(message)
+
+
+class GateError(EvaluatorError):
+    """A threshold is broken, or a version is no match for its baseline."""
+
+    reason = "GATE_CLOSED"
 
     def __init__(self, message: str, result: "EvaluationResult") -> None:
         self.result = result

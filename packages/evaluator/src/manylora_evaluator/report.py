@@ -1,10 +1,13 @@
-"""One self-contained HTML page of an evaluation: no script, nothing loaded from elsewhere."""
+"""One self-contained HTML page of an evaluation: one script, nothing loaded from elsewhere."""
 
+import base64
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 
 from manylora_evaluator.results import (
     Column,
@@ -17,6 +20,8 @@ from manylora_evaluator.results import (
 
 SHOWN_ROWS = 200
 """Rows of a task shown side by side; results.json has them all."""
+SHOWN_CHARACTERS = 6_000
+"""Of one text."""
 
 
 def write_report(result: EvaluationResult, directory: Path) -> None:
@@ -35,14 +40,67 @@ def render(result: EvaluationResult) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    script = environment.get_template("report.js").render()
+    baselines = [_baseline(result, task) for task in result.tasks]
     return environment.get_template("report.html.jinja").render(
         result=result,
+        script=Markup(script),  # noqa: S704 - a file of ours
+        script_hash=_hash(script),
         charts=[(task, chart(task)) for task in result.tasks],
-        shown_rows=SHOWN_ROWS,
+        side_by_side=[
+            (task, baseline, _shown(task, baseline))
+            for task, baseline in zip(result.tasks, baselines, strict=True)
+        ],
+        slices=sorted(
+            {name for task in result.tasks for row in task.rows for name in slice_names(row)}
+        ),
         percent=percent,
         verdict=verdict,
         adapters_right=adapters_right,
+        change=change,
+        slice_names=slice_names,
+        cut=cut,
     )
+
+
+def _hash(script: str) -> str:
+    """By which the page's policy knows the script, as CSP writes it."""
+    return f"sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}"
+
+
+def _baseline(result: EvaluationResult, task: TaskResult) -> int:
+    """The column that better and worse are told beside: the gate's baseline, else the bare base."""
+    named = {gate.comparison.baseline for gate in result.gates if gate.comparison}
+    places = (index for index, column in enumerate(task.columns) if column.adapter in named)
+    return next(places, 0)
+
+
+def _shown(task: TaskResult, baseline: int) -> list[tuple[int, RowResult]]:
+    """The rows on the page with their numbers, in order; worse ones are the last to be left out."""
+    numbered = list(enumerate(task.rows, start=1))
+    kept = sorted(numbered, key=lambda entry: change(task, entry[1], baseline) != "worse")
+    return sorted(kept[:SHOWN_ROWS], key=lambda entry: entry[0])
+
+
+def change(task: TaskResult, row: RowResult, baseline: int) -> str:
+    """`worse` if some adapter is worse on `row` than the baseline, else `better` or `same`."""
+    score = task.compare[0]
+    before = row.outputs[baseline].scores[score] or 0.0
+    others = (output for index, output in enumerate(row.outputs) if index not in (0, baseline))
+    moves = [(output.scores[score] or 0.0) - before for output in others]
+    if any(move < 0 for move in moves):
+        return "worse"
+    return "better" if any(move > 0 for move in moves) else "same"
+
+
+def slice_names(row: RowResult) -> list[str]:
+    """The slices `row` belongs to, e.g. `language: en`."""
+    return [f"{column}: {' '.join(value.split())}" for column, value in row.slices.items()]
+
+
+def cut(text: str) -> str:
+    """As much of `text` as the page shows."""
+    return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]} [cut]"
 
 
 def percent(share: float) -> str:
@@ -107,7 +165,9 @@ def chart(task: TaskResult) -> Chart:
     """Lays out the chart of `task`."""
     groups: list[Group] = []
     y = 0.0
-    for name in task.base.scores:
+    # Parts of a score, named SCORE.PART, are in the table alone.
+    names = [name for name in task.base.scores if "." not in name or name in task.compare]
+    for name in names:
         top = y + HEADING
         groups.append(Group(name, y + HEADING - 8, tuple(_bars(task.columns, name, top))))
         y = top + BAR * len(task.columns) + GAP

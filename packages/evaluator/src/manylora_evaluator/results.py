@@ -1,13 +1,18 @@
 """What an evaluation found: frozen dataclasses, and their JSON."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 
 from pydantic import TypeAdapter, ValidationError
 
 from manylora_evaluator.errors import ResultsError
+from manylora_evaluator.judgements import Agreement, Judgement, JudgeUsage
 from manylora_evaluator.rows import Message
+from manylora_evaluator.scorers.classification import ClassificationReport
+from manylora_evaluator.scorers.tally import Tallies
+from manylora_evaluator.suite import Decision
+from manylora_evaluator.verdicts import Gate, ThresholdCheck
 
 
 @dataclass(frozen=True)
@@ -29,6 +34,17 @@ class Score:
 
 
 @dataclass(frozen=True)
+class Slice:
+    """The rows of a task that share one value of a column."""
+
+    column: str
+    value: str
+    rows: int
+    scores: tuple[Mapping[str, Score], ...]
+    """Of each of the task's columns, in their order."""
+
+
+@dataclass(frozen=True)
 class Column:
     """One task's rows, all answered by the bare base or by one adapter version."""
 
@@ -47,6 +63,9 @@ class Column:
     latency_p50: float
     """Seconds of the median answered request; 0 when none was answered."""
     latency_p95: float
+    thresholds: tuple[ThresholdCheck, ...] = ()
+    """Empty for the bare base."""
+    reports: tuple[ClassificationReport, ...] = ()
 
     @property
     def label(self) -> str:
@@ -70,15 +89,23 @@ class Output:
     """From sending the request to its answer or failure."""
     scores: Mapping[str, float | None]
     """The row alone; None where it has no weight, e.g. no fields expected and none given."""
+    tallies: Mapping[str, Tallies]
+    """The row's share of each score, from which scores are summed up again."""
+    judgements: Mapping[str, Judgement] = field(default_factory=dict[str, Judgement])
+    """By the score's name."""
 
 
 @dataclass(frozen=True)
 class RowResult:
     """One held-out row with every column's output, in the columns' order."""
 
+    id: str
+    """The same in every evaluation of the same row."""
     messages: tuple[Message, ...]
     expected: str
     outputs: tuple[Output, ...]
+    slices: Mapping[str, str]
+    """The row's value in each column the suite slices by."""
 
 
 @dataclass(frozen=True)
@@ -88,11 +115,28 @@ class TaskResult:
     task: str
     columns: tuple[Column, ...]
     rows: tuple[RowResult, ...]
+    compare: tuple[str, ...]
+    """Scores by which versions are compared, the chief one first."""
+    slices: tuple[Slice, ...]
+    agreements: tuple[Agreement, ...] = ()
+    """Of its judges with labels and with scorers that need no model."""
 
     @property
     def base(self) -> Column:
         """The bare base."""
         return self.columns[0]
+
+    def index(self, adapter: str) -> int:
+        """Which column `adapter`, a reference as asked for, is.
+
+        Raises:
+            ResultsError: when it was not evaluated.
+        """
+        for index, column in enumerate(self.columns):
+            if column.adapter == adapter:
+                return index
+        known = ", ".join(column.adapter or "the bare base" for column in self.columns)
+        raise ResultsError(f"task {self.task!r} did not evaluate {adapter!r}, but {known}")
 
 
 @dataclass(frozen=True)
@@ -105,7 +149,11 @@ class EvaluationResult:
     """UTC."""
     seconds: float
     seed: int
+    decision: Decision
     tasks: tuple[TaskResult, ...]
+    judges: tuple[JudgeUsage, ...] = ()
+    gates: tuple[Gate, ...] = ()
+    """One an adapter, where the suite states thresholds or a baseline was named."""
 
     @property
     def requests(self) -> int:
@@ -116,6 +164,11 @@ class EvaluationResult:
     def failures(self) -> int:
         """Requests that failed."""
         return sum(column.failures for task in self.tasks for column in task.columns)
+
+    @property
+    def judge_failures(self) -> int:
+        """Questions no judge answered."""
+        return sum(judge.failures for judge in self.judges)
 
     def score(self, task: str, adapter: str, scorer: str) -> Score:
         """The score `scorer` of `adapter`, a reference as asked for (empty: bare base), in `task`.

@@ -1,14 +1,22 @@
 """Held-out rows: what is asked and what is expected."""
 
-from collections.abc import Mapping, Sequence
+import hashlib
+import importlib
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from pydantic import BaseModel, Field, ValidationError
 
 from manylora_evaluator.errors import RowsError
-from manylora_evaluator.scorers import SCORERS, ScorerName
+from manylora_evaluator.row_settings import ParquetRows, Prompt, RowSource, placeholders
+
+LONGEST_LINE = 16 * 1024 * 1024
+"""Bytes; a longer line is a file without line ends, not a row."""
 
 
 class Message(BaseModel, frozen=True, extra="forbid"):
@@ -25,51 +33,138 @@ class Row:
     messages: tuple[Message, ...]
     """The prompt, without the answer."""
     expected: str
+    """Empty where nothing is expected but what the scorers say."""
     columns: Mapping[str, Any]
     """The row the example was made from."""
+    number: int = 1
+    """Of its line, or of its row in a table; 1 is the first."""
+    id: str = ""
+    """The same for equal prompts and expectations in every evaluation, unique in its file."""
 
 
 class _Line(BaseModel, frozen=True):
     messages: tuple[Message, ...] = Field(min_length=1)
-    expected: str = Field(min_length=1)
+    expected: str = ""
     row: dict[str, Any] = Field(default_factory=dict)
 
 
-def load_rows(path: Path, scorers: Sequence[ScorerName], limit: int | None = None) -> list[Row]:
-    """Reads the first `limit` rows of the JSON-lines file `path`; None: all.
+def load_rows(
+    source: RowSource, prompt: Prompt | None = None, limit: int | None = None
+) -> list[Row]:
+    """Reads the first `limit` rows of `source`; None: all.
 
-    A line is `{"messages": [{"role", "content"}, ...], "expected": TEXT, "row": {...}}`, as a
-    training run writes them.
+    Without a `prompt` a row is `{"messages": [{"role", "content"}, ...], "expected": TEXT,
+    "row": {...}}`, as a training run writes them. With one, it is a mapping of columns, or a row
+    of the first kind whose `row` holds them.
 
     Raises:
-        RowsError: for the first line that is malformed, or whose `expected` a scorer cannot use.
+        RowsError: for the first row that is malformed.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RowsError(path, f"cannot be read: {error}") from error
+    path = source.file
+    table = _parquet(path) if isinstance(source, ParquetRows) else _json_lines(path)
+    seen: Counter[str] = Counter()
     rows: list[Row] = []
-    for number, line in enumerate(lines, start=1):
-        if len(rows) == limit:
-            break
-        if line.strip():
-            rows.append(_parse(path, number, line, scorers))
+    for number, columns in islice(table, limit):
+        line = _carried(path, number, columns) if prompt is None else None
+        line = line or _written(path, number, columns, cast("Prompt", prompt))
+        identity = _digest(line)
+        seen[identity] += 1
+        if seen[identity] > 1:
+            identity = f"{identity}-{seen[identity]}"
+        rows.append(Row(line.messages, line.expected, line.row, number, identity))
     if not rows:
         raise RowsError(path, "holds no rows")
     return rows
 
 
-def _parse(path: Path, number: int, line: str, scorers: Sequence[ScorerName]) -> Row:
+def _json_lines(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
     try:
-        parsed = _Line.model_validate_json(line)
+        with path.open("rb") as file:
+            number = 0
+            while line := file.readline(LONGEST_LINE + 1):
+                number += 1
+                if len(line) > LONGEST_LINE:
+                    raise RowsError(path, f"is longer than {LONGEST_LINE >> 20} MiB", number)
+                if line.strip():
+                    yield number, _columns(path, number, line)
+    except OSError as error:
+        raise RowsError(path, f"cannot be read: {error.strerror}") from error
+
+
+def _columns(path: Path, number: int, line: bytes) -> Mapping[str, Any]:
+    try:
+        value: Any = json.loads(line.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise RowsError(path, f"is not JSON: {error}", number) from error
+    if not isinstance(value, dict):
+        raise RowsError(path, "must be a JSON object", number)
+    return cast("Mapping[str, Any]", value)
+
+
+def _parquet(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    try:
+        # Without stubs; an extra, so that the evaluator itself stays small.
+        parquet: Any = importlib.import_module("pyarrow.parquet")
+    except ImportError as error:
+        raise RowsError(
+            path, "needs pyarrow: install the extra manylora-evaluator[parquet]"
+        ) from error
+    number = 0
+    try:
+        with parquet.ParquetFile(path) as file:
+            for batch in cast("Iterator[Any]", file.iter_batches(batch_size=256)):
+                for columns in cast("list[dict[str, Any]]", batch.to_pylist()):
+                    number += 1
+                    yield number, columns
+    except (OSError, ValueError, NotImplementedError) as error:
+        raise RowsError(path, f"cannot be read as Parquet: {error}") from error
+
+
+def _carried(path: Path, number: int, columns: Mapping[str, Any]) -> _Line:
+    """A row that carries its messages."""
+    try:
+        return _Line.model_validate(columns)
     except ValidationError as error:
         problems = (
-            f"{'.'.join(str(part) for part in problem['loc']) or 'row'}: {problem['msg']}"
+            f"{'.'.join(str(part) for part in problem['loc'])}: {problem['msg']}"
             for problem in error.errors(include_url=False)
         )
         raise RowsError(path, "; ".join(problems), number) from error
-    for name in scorers:
-        problem = SCORERS[name].unfit(parsed.expected)
-        if problem is not None:
-            raise RowsError(path, f"expected: {problem}, which {name} needs", number)
-    return Row(parsed.messages, parsed.expected, parsed.row)
+
+
+def _written(path: Path, number: int, columns: Mapping[str, Any], prompt: Prompt) -> _Line:
+    """A row whose messages are written from its columns."""
+    inner = columns.get("row")
+    if "messages" in columns and isinstance(inner, dict):
+        columns = cast("Mapping[str, Any]", inner)
+
+    def fill(template: str) -> str:
+        return template.format_map({name: _text(value(name)) for name in placeholders(template)})
+
+    def value(name: str) -> Any:
+        if name not in columns:
+            raise RowsError(path, f"has no column {name!r}", number)
+        return columns[name]
+
+    messages = (
+        *([] if prompt.system is None else [Message(role="system", content=fill(prompt.system))]),
+        Message(role="user", content=fill(prompt.user)),
+    )
+    if prompt.expected_json is not None:
+        expected = _json({name: value(name) for name in prompt.expected_json})
+    else:
+        expected = fill(prompt.expected or "")
+    return _Line(messages=messages, expected=expected, row=dict(columns))
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else _json(value)
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, sort_keys=True, default=str)
+
+
+def _digest(line: _Line) -> str:
+    content = [[message.role, message.content] for message in line.messages]
+    return hashlib.sha256(json.dumps([content, line.expected]).encode()).hexdigest()[:16]

@@ -1,31 +1,30 @@
 """Asks every row of a suite of the bare base and of adapters, and scores the answers."""
 
 import asyncio
+import functools
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from contextlib import AsyncExitStack
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
-import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import Progress
 
-from manylora_client import AsyncClient, ClientError, Generation
-from manylora_evaluator.bootstrap import estimate
-from manylora_evaluator.errors import EvaluationFailedError, UnknownTaskError
+from manylora_client import AsyncClient
+from manylora_evaluator.asking import Replies, ask_rows, progress_bars
+from manylora_evaluator.errors import EvaluationFailedError, SuiteError, UnknownTaskError
+from manylora_evaluator.gates import gate
+from manylora_evaluator.judge.caller import Caller
+from manylora_evaluator.judge.judging import EXPECTED, Judge
+from manylora_evaluator.judge.model import open_model
 from manylora_evaluator.report import write_report
-from manylora_evaluator.results import (
-    Column,
-    EvaluationResult,
-    Output,
-    RowResult,
-    TaskResult,
-    Version,
-)
-from manylora_evaluator.rows import Row, load_rows
-from manylora_evaluator.scorers import SCORERS, Tally
+from manylora_evaluator.results import EvaluationResult, TaskResult
+from manylora_evaluator.scorer_settings import JudgeSettings, PairwiseSettings
+from manylora_evaluator.scoring import PreparedTask, prepare, task_result
 from manylora_evaluator.suite import Suite, Task, load_suite
+from manylora_evaluator.verdicts import Gate
 
 BARE_BASE = ""
 RETRIES = 3
@@ -40,6 +39,7 @@ def evaluate(
     *,
     tasks: Sequence[str] = (),
     limit: int | None = None,
+    baseline: str | None = None,
     console: Console | None = None,
 ) -> EvaluationResult:
     """Evaluates the suite at `suite_path` with the gateway at `server`.
@@ -51,24 +51,28 @@ def evaluate(
         out: directory for results.json and report.html; None: nothing is written.
         tasks: names of the tasks to run; empty: all.
         limit: most rows of a task; None: as the suite says.
+        baseline: reference that is scored too and that no other adapter may be worse than; the
+            result's gates tell.
         console: where progress bars go; None: nowhere.
 
     Raises:
         ConfigError: the suite is wrong.
-        RowsError: a row is malformed; nothing was asked.
+        RowsError, FixtureError, SuiteError: so are its rows, or they do not fit its scorers;
+            nothing was asked.
         UnknownTaskError: the suite has no task of a name in `tasks`.
+        JudgeError: a judge lacks its key.
         StatusError: the server is away or cannot serve an adapter; seen before its first row.
         EvaluationFailedError: requests failed. The result, which it carries, is written.
     """
     suite = load_suite(suite_path)
-    chosen = _chosen(suite, tasks)
-    rows = [load_rows(task.rows, task.scorers, limit or task.limit) for task in chosen]
-    result = asyncio.run(
-        _evaluate(suite, list(zip(chosen, rows, strict=True)), server, adapters, console)
-    )
+    prepared = [prepare(task, limit) for task in _chosen(suite, tasks)]
+    _check_opponents(prepared, adapters, baseline)
+    asked = [*([] if baseline is None else [baseline]), *adapters]
+    result = asyncio.run(_evaluate(suite, prepared, server, asked, console))
+    result = replace(result, gates=_gates(result, adapters, baseline))
     if out is not None:
         write_report(result, out)
-    if result.failures:
+    if result.failures or result.judge_failures:
         raise EvaluationFailedError(_failure(result), result)
     return result
 
@@ -83,174 +87,116 @@ def _chosen(suite: Suite, names: Sequence[str]) -> list[Task]:
     return [task for task in suite.tasks if not names or task.name in names]
 
 
+def _check_opponents(
+    tasks: Sequence[PreparedTask], adapters: Sequence[str], baseline: str | None
+) -> None:
+    for task in tasks:
+        answered = {BARE_BASE, EXPECTED, task.settings.adapter, *adapters, baseline}
+        for scorer in task.settings.scorers:
+            if isinstance(scorer, PairwiseSettings) and scorer.against not in answered:
+                raise SuiteError(
+                    f"task {task.settings.name!r}: {scorer.name} sets answers against "
+                    f"{scorer.against}, which is not evaluated; add --adapter {scorer.against}"
+                )
+
+
+def _gates(
+    result: EvaluationResult, adapters: Sequence[str], baseline: str | None
+) -> tuple[Gate, ...]:
+    """Gates of the adapters that are candidates: those named, else each task's own."""
+    stated = any(column.thresholds for task in result.tasks for column in task.columns)
+    if baseline is None and not stated:
+        return ()
+    own = (column.adapter for task in result.tasks for column in task.columns[1:])
+    candidates = dict.fromkeys(adapters or own)
+    return tuple(
+        gate(result, candidate, baseline) for candidate in candidates if candidate != baseline
+    )
+
+
 def _failure(result: EvaluationResult) -> str:
-    outputs = (output for task in result.tasks for row in task.rows for output in row.outputs)
-    first = next(output.error for output in outputs if output.error is not None)
+    outputs = [output for task in result.tasks for row in task.rows for output in row.outputs]
+    if result.failures:
+        first = next(output.error for output in outputs if output.error is not None)
+        return (
+            f"{result.failures} of {result.requests} requests failed and count as wrong answers; "
+            f"the first with: {first}"
+        )
+    errors = (word.error for output in outputs for word in output.judgements.values())
+    first = next((error for error in errors if error is not None), "a labelled answer")
     return (
-        f"{result.failures} of {result.requests} requests failed and count as wrong answers; "
-        f"the first with: {first}"
+        f"the judge did not answer {result.judge_failures} questions, which count as failed "
+        f"answers; the first with: {first}"
     )
 
 
 async def _evaluate(
     suite: Suite,
-    tasks: Sequence[tuple[Task, Sequence[Row]]],
+    tasks: Sequence[PreparedTask],
     server: str | None,
     adapters: Sequence[str],
     console: Console | None,
 ) -> EvaluationResult:
     started_at, begun = datetime.now(UTC), time.monotonic()
     results: list[TaskResult] = []
-    async with AsyncClient(server, timeout=suite.timeout, retries=RETRIES) as client:
-        with _progress(console) as progress:
-            for task, rows in tasks:
+    async with AsyncExitStack() as stack:
+        client = await stack.enter_async_context(
+            AsyncClient(server, timeout=suite.timeout, retries=RETRIES)
+        )
+        callers = await _callers(suite, tasks, client.target, stack)
+        with progress_bars(console) as progress:
+            for task in tasks:
                 # dict: each reference once, in this order.
-                references = dict.fromkeys([BARE_BASE, task.adapter, *adapters])
+                references = dict.fromkeys([BARE_BASE, task.settings.adapter, *adapters])
                 # One after the other, so that each column's seconds are its own.
                 columns = [
-                    await _column(client, suite, task, reference, rows, progress)
+                    await ask_rows(
+                        client, task.settings, reference, task.rows, suite.concurrency, progress
+                    )
                     for reference in references
                 ]
-                results.append(_task_result(task, rows, columns))
+                judges = [
+                    Judge(settings, callers[settings.by], _bar(progress, task, settings, columns))
+                    for settings in task.settings.scorers
+                    if isinstance(settings, JudgeSettings | PairwiseSettings)
+                ]
+                results.append(await task_result(task, columns, judges, suite.seed))
     return EvaluationResult(
         suite=suite.name,
         server=client.target,
         started_at=started_at,
         seconds=time.monotonic() - begun,
         seed=suite.seed,
+        decision=suite.decision,
         tasks=tuple(results),
+        judges=tuple(caller.usage(name) for name, caller in callers.items()),
     )
 
 
-def _progress(console: Console | None) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        console=console,
-        disable=console is None,
-    )
-
-
-def _task_result(
-    task: Task, rows: Sequence[Row], columns: Sequence[tuple[Column, Sequence[Output]]]
-) -> TaskResult:
-    outputs = zip(*(outputs for _, outputs in columns), strict=True)
-    return TaskResult(
-        task=task.name,
-        columns=tuple(column for column, _ in columns),
-        rows=tuple(
-            RowResult(row.messages, row.expected, beside)
-            for row, beside in zip(rows, outputs, strict=True)
-        ),
-    )
-
-
-@dataclass(frozen=True)
-class _Reply:
-    """How one request ended: with an answer, or with what it failed with."""
-
-    generation: Generation | None
-    error: str | None
-    seconds: float
-
-
-async def _column(
-    client: AsyncClient,
-    suite: Suite,
-    task: Task,
-    reference: str,
-    rows: Sequence[Row],
+def _bar(
     progress: Progress,
-) -> tuple[Column, list[Output]]:
-    """Asks every row of `reference`."""
-    # A first request before the clock starts: it fails at once where the server is away or the
-    # reference unknown, keeps loading the adapter out of the latencies, and resolves an alias,
-    # which may be moved while the rows are asked.
-    version = (await client.generate(_prompt(rows[0]), reference, max_tokens=1)).adapter
-    pinned = BARE_BASE if version is None else f"{version.name}@{version.digest}"
-    bar = progress.add_task(f"{task.name} · {reference or 'bare base'}", total=len(rows))
-
-    async def ask(row: Row) -> _Reply:
-        begun = time.monotonic()
-        try:
-            answer = await client.generate(_prompt(row), pinned, max_tokens=task.max_tokens)
-        except ClientError as error:
-            return _Reply(None, str(error), time.monotonic() - begun)
-        finally:
-            progress.advance(bar)
-        return _Reply(answer, None, time.monotonic() - begun)
-
-    begun = time.monotonic()
-    replies = await _in_parallel(rows, ask, suite.concurrency)
-    seconds = time.monotonic() - begun
-    tallies = [_tallies(task, row, reply) for row, reply in zip(rows, replies, strict=True)]
-    answers = [reply.generation for reply in replies if reply.generation is not None]
-    latencies = [reply.seconds for reply in replies if reply.generation is not None]
-    p50, p95 = np.quantile(latencies or [0.0], [0.5, 0.95])
-    column = Column(
-        adapter=reference,
-        version=None if version is None else Version(version.name, version.number, version.digest),
-        scores={
-            name: estimate([tally[name] for tally in tallies], suite.seed) for name in tallies[0]
-        },
-        requests=len(rows),
-        failures=len(rows) - len(answers),
-        prompt_tokens=sum(answer.usage.prompt_tokens for answer in answers),
-        completion_tokens=sum(answer.usage.completion_tokens for answer in answers),
-        seconds=seconds,
-        latency_p50=float(p50),
-        latency_p95=float(p95),
-    )
-    outputs = [
-        _output(reference, reply, tally) for reply, tally in zip(replies, tallies, strict=True)
-    ]
-    return column, outputs
+    task: PreparedTask,
+    settings: JudgeSettings | PairwiseSettings,
+    columns: Sequence[Replies],
+) -> Callable[[], None]:
+    """Shows a bar for all answers one scorer judges; returns what moves it on."""
+    answers = len(task.rows) * len(columns) + len(task.labelled.get(settings.name, ()))
+    bar = progress.add_task(f"{task.settings.name} · {settings.name}", total=answers)
+    return functools.partial(progress.advance, bar)
 
 
-async def _in_parallel(
-    rows: Sequence[Row], ask: Callable[[Row], Awaitable[_Reply]], workers: int
-) -> list[_Reply]:
-    """The replies to `rows`, in their order, with so many `workers` asking at a time."""
-    replies: dict[int, _Reply] = {}
-    remaining = iter(enumerate(rows))
-
-    async def work() -> None:
-        for index, row in remaining:
-            replies[index] = await ask(row)
-
-    async with asyncio.TaskGroup() as group:
-        for _ in range(min(workers, len(rows))):
-            group.create_task(work())
-    return [replies[index] for index in range(len(rows))]
-
-
-def _tallies(task: Task, row: Row, reply: _Reply) -> Mapping[str, Tally]:
-    # A failed request is scored as an empty answer: no score looks better for it.
-    text = "" if reply.generation is None else reply.generation.text
-    return {
-        name: tally
-        for scorer in task.scorers
-        for name, tally in SCORERS[scorer].score(text, row.expected).items()
+async def _callers(
+    suite: Suite, tasks: Sequence[PreparedTask], server: str, stack: AsyncExitStack
+) -> dict[str, Caller]:
+    """A caller for every judge that these tasks use."""
+    used = {
+        scorer.by
+        for task in tasks
+        for scorer in task.settings.scorers
+        if isinstance(scorer, JudgeSettings | PairwiseSettings)
     }
-
-
-def _output(reference: str, reply: _Reply, tallies: Mapping[str, Tally]) -> Output:
-    answer = reply.generation
-    return Output(
-        adapter=reference,
-        text="" if answer is None else answer.text,
-        error=reply.error,
-        finish_reason=None if answer is None else answer.finish_reason,
-        prompt_tokens=0 if answer is None else answer.usage.prompt_tokens,
-        completion_tokens=0 if answer is None else answer.usage.completion_tokens,
-        seconds=reply.seconds,
-        scores={
-            name: tally.hits / tally.of if tally.of else None for name, tally in tallies.items()
-        },
-    )
-
-
-def _prompt(row: Row) -> list[Mapping[str, str]]:
-    return [{"role": message.role, "content": message.content} for message in row.messages]
+    return {
+        name: Caller(settings, await stack.enter_async_context(open_model(settings, server)))
+        for name, settings in suite.judges.items()
+        if name in used
+    }

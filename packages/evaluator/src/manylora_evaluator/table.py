@@ -1,9 +1,46 @@
 """The scores of an evaluation as a terminal table."""
 
+from collections.abc import Iterator
+
 from rich.box import SIMPLE_HEAD
+from rich.console import Group
+from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from manylora_evaluator.results import Column, EvaluationResult, Score
+
+
+def summary(result: EvaluationResult) -> Group:
+    """The table, and below it what the gates and the judges have to say."""
+    return Group(table(result), *_gates(result), *_judges(result))
+
+
+def _gates(result: EvaluationResult) -> Iterator[Text]:
+    for gate in result.gates:
+        word, colour = ("open", "green") if gate.passed else ("closed", "red")
+        yield Text.assemble(("gate ", "bold"), gate.candidate, ": ", (word, f"bold {colour}"))
+        compared = gate.comparison.scores if gate.comparison else ()
+        told = [entry.reason for entry in compared]
+        for reason in [*told, *(reason for reason in gate.reasons if reason not in told)]:
+            yield Text(f"  {reason}")
+
+
+def _judges(result: EvaluationResult) -> Iterator[Text]:
+    for judge in result.judges:
+        yield Text.assemble(
+            ("judge ", "bold"),
+            f"{judge.judge}: {judge.requests} asked, {judge.cached} cached, "
+            f"{judge.unreadable} unreadable, {judge.failures} unanswered, "
+            f"{judge.prompt_tokens + judge.completion_tokens} tokens, cost {judge.cost:.4f}",
+        )
+    for task in result.tasks:
+        for entry in task.agreements:
+            kappa = "undefined" if entry.kappa is None else f"{entry.kappa:.2f}"
+            yield Text(
+                f"  {task.task}: {entry.criterion} agrees with {entry.beside} on "
+                f"{entry.accuracy:.0%} of {entry.answers} answers, kappa {kappa}"
+            )
 
 
 def table(result: EvaluationResult) -> Table:
@@ -12,7 +49,7 @@ def table(result: EvaluationResult) -> Table:
     Scores are percentages with their 95 % confidence intervals in brackets.
     """
     shown = Table(
-        title=f"{result.suite}: base beside adapters",
+        title=f"{escape(result.suite)}: base beside adapters",
         caption=_caption(result),
         title_style="bold",
         caption_justify="left",
@@ -21,18 +58,17 @@ def table(result: EvaluationResult) -> Table:
         padding=(0, 1),
     )
     shown.add_column("task and score", no_wrap=True)
-    shown.add_column("answered by")
     shown.add_column("bare base", justify="right", no_wrap=True)
     shown.add_column("adapter", justify="right", no_wrap=True)
     shown.add_column("gain", justify="right", no_wrap=True)
     for task in result.tasks:
-        shown.add_row(f"[bold]{task.task}[/], {len(task.rows)} rows")
+        shown.add_row(f"[bold]{escape(task.task)}[/], {len(task.rows)} rows")
         for column in task.columns[1:]:
+            shown.add_row(f"  {escape(column.label)}")
             for name, score in column.scores.items():
                 base = task.base.scores[name]
                 shown.add_row(
-                    f"  {name}",
-                    column.label,
+                    f"    {escape(name)}",
                     _interval(base),
                     f"[bold]{_interval(score)}[/]",
                     _gain(score.mean - base.mean),

@@ -4,6 +4,7 @@
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
 # pyright: reportUnknownArgumentType=false
 
+import asyncio
 import logging
 import os
 import re
@@ -15,13 +16,15 @@ from typing import TYPE_CHECKING, Any
 import ray
 from ray import serve
 from ray.exceptions import RayActorError, RayError, RayTaskError
-from ray.serve.config import ProxyLocation
+from ray.serve.config import ProxyLocation, RequestRouterConfig
 from ray.serve.exceptions import RayServeException
 
 from manylora_gateway.config import GatewayConfig
+from manylora_gateway.deltas import END_GRACE_S, DeltaReceiver, FrontAddress, Inbox
 from manylora_gateway.engine import Delta, Prompt, Sampling
 from manylora_gateway.errors import GatewayError, ReplicaLostError, StartError
-from manylora_gateway.replica import EngineReplica
+from manylora_gateway.fair import EVERYBODY, Share
+from manylora_gateway.replica import EngineReplica, MakeEngine
 from manylora_gateway.replicas import ReplicaState
 from manylora_gateway.worker import Servable
 from manylora_registry import Version
@@ -33,30 +36,75 @@ APPLICATION = "manylora"
 OBJECT_STORE_BYTES = 100 << 20
 """Only adapters' names and deltas travel, all of them small."""
 STATE_TIMEOUT_S = 5.0
+ROUTER: Any = "manylora_gateway.router:AdapterRouter"
+"""Typed wrongly by Serve."""
 ENGINE_ERROR = re.compile(r"^\(EngineCore.*\] (\w*(?:Error|Exception): .+)$", re.MULTILINE)
 
 
 class RayReplicas:
-    """The `Replicas` of production: a Serve deployment."""
+    """The `Replicas` of production: a Serve deployment.
 
-    def __init__(self, handle: "DeploymentHandle[EngineReplica]") -> None:
+    Args:
+        handle: calls the deployment.
+        receiver: where the replicas' deltas arrive.
+        address: its address, as replicas reach it.
+    """
+
+    def __init__(
+        self,
+        handle: "DeploymentHandle[EngineReplica]",
+        receiver: DeltaReceiver,
+        address: FrontAddress,
+    ) -> None:
         self._handle = handle
-        self._streaming = handle.options(stream=True)
+        self._receiver = receiver
+        self._address = address
+        self._calls: set[asyncio.Task[None]] = set()
 
     async def generate(
-        self, request_id: str, prompt: Prompt, sampling: Sampling, version: Version | None
+        self,
+        request_id: str,
+        prompt: Prompt,
+        sampling: Sampling,
+        version: Version | None,
+        share: Share = EVERYBODY,
     ) -> AsyncGenerator[Delta, None]:
-        """Generates on the replica Serve chooses."""
-        response: Any = self._streaming.generate.remote(request_id, prompt, sampling, version)
-        whole = False
-        try:
+        """Generates on the replica that Serve chooses by `AdapterRouter`."""
+        with self._receiver.expect(request_id) as inbox:
+            response: Any = self._handle.generate.remote(
+                self._address, request_id, prompt, sampling, version=version, share=share
+            )
+            whole = False
+            self._watch(response, inbox)
+            try:
+                while deltas := await inbox.take():
+                    for delta in deltas:
+                        yield delta
+                whole = True
+            finally:
+                if not whole:
+                    response.cancel()
+
+    def _watch(self, response: Any, inbox: Inbox) -> None:
+        """Has `inbox` fail as the call does."""
+
+        async def call() -> None:
             with _translated():
-                async for delta in response:
-                    yield delta
-            whole = True
-        finally:
-            if not whole:
-                response.cancel()
+                await response
+
+        def ended(task: asyncio.Task[None]) -> None:
+            self._calls.discard(task)
+            if task.cancelled():
+                inbox.fail(ReplicaLostError("The call to the engine replica was cancelled."))
+            elif (error := task.exception()) is not None:
+                inbox.fail(error)
+            else:
+                late = ReplicaLostError("The engine replica ended without the end of its answer.")
+                asyncio.get_running_loop().call_later(END_GRACE_S, inbox.fail, late)
+
+        task = asyncio.get_running_loop().create_task(call())
+        self._calls.add(task)
+        task.add_done_callback(ended)
 
     async def count_tokens(self, prompt: Prompt) -> int:
         """Asks any replica."""
@@ -66,6 +114,14 @@ class RayReplicas:
     async def prepare(self, version: Version) -> None:
         """Loads on all; a replica that dies meanwhile is replaced by one that loads on demand."""
         await self._everywhere("prepare", version)
+
+    async def pin(self, version: Version) -> None:
+        """Pins on all."""
+        await self._everywhere("pin", version)
+
+    async def unpin(self, version: Version) -> int:
+        """Unpins on all."""
+        return sum(await self._everywhere("unpin", version))
 
     async def retire(self, version: Version) -> int:
         """Unloads from all."""
@@ -142,7 +198,14 @@ def start_ray(config: GatewayConfig, scratch: Path) -> None:
         raise StartError(f"Ray did not start: {_last_line(str(error))}") from error
 
 
-def deploy(config: GatewayConfig, servable: Servable, cache: Path, scratch: Path) -> RayReplicas:
+def reachable_host(config: GatewayConfig) -> str:
+    """Where replicas can reach this process, once Ray runs."""
+    return "127.0.0.1" if config.ray_address is None else ray.util.get_node_ip_address()
+
+
+def deploy(
+    config: GatewayConfig, servable: Servable, cache: Path, scratch: Path, make_engine: MakeEngine
+) -> "DeploymentHandle[EngineReplica]":
     """Starts the replicas; returns when all of them are up.
 
     Verified copies of versions are kept in `cache`; `scratch` is what Ray was started with.
@@ -166,17 +229,20 @@ def deploy(config: GatewayConfig, servable: Servable, cache: Path, scratch: Path
             ray_actor_options={"num_cpus": 1, "num_gpus": gpus},
             # The pool seats and queues; Serve only spreads.
             max_ongoing_requests=config.limits.max_requests + config.limits.max_batch,
+            request_router_config=RequestRouterConfig(request_router_class=ROUTER),
             max_constructor_retry_count=1,
             health_check_period_s=2.0,
             graceful_shutdown_wait_loop_s=0.1,
             graceful_shutdown_timeout_s=10.0,
         )
         handle: Any = serve.run(
-            deployment.bind(config, servable, cache, gpus), name=APPLICATION, route_prefix=None
+            deployment.bind(config, servable, cache, gpus, make_engine),
+            name=APPLICATION,
+            route_prefix=None,
         )
     except Exception as error:
         raise StartError(f"The engine did not start: {_cause(error, scratch)}") from error
-    return RayReplicas(handle)
+    return handle
 
 
 def stop() -> None:

@@ -20,6 +20,27 @@ class ListenConfig(ConfigModel):
     """InferenceService, for clients."""
     admin: Address = "127.0.0.1:50052"
     """AdminService, for operators: bind it where only they can reach it."""
+    http: Address | None = "127.0.0.1:0"
+    """OpenAI's HTTP API over the same adapters; null: none."""
+
+
+class TlsConfig(ConfigModel):
+    """Certificates of all ports, PEM files."""
+
+    certificate: Path
+    """The gateway's, followed by what stands between it and its authority."""
+    key: Path
+    """Its private key, not encrypted."""
+    client_ca: Path | None = None
+    """Authorities of client certificates. With it every client must show one, on every port,
+    health checks included."""
+
+    def relative_to(self, directory: Path) -> "TlsConfig":
+        """The same with its paths read from `directory`."""
+        ca = None if self.client_ca is None else directory / self.client_ca
+        return TlsConfig(
+            certificate=directory / self.certificate, key=directory / self.key, client_ca=ca
+        )
 
 
 class EngineConfig(ConfigModel):
@@ -36,8 +57,13 @@ class EngineConfig(ConfigModel):
     """Highest rank that can be loaded: every slot is this big."""
     max_context: int = Field(default=2048, ge=16)
     """Tokens of prompt and answer together."""
+    max_prompt_tokens: int | None = Field(default=None, ge=1)
+    """Tokens of a prompt. Unset: one less than `max_context`, so that one can be answered."""
     max_concurrent: int = Field(default=16, ge=1, le=4096)
     """Requests one replica runs in one batch; more wait."""
+    express: int | None = Field(default=None, ge=0, le=4096)
+    """Seats beside those for tenants and adapters that hold less than their share, so that a
+    flood on another does not keep them waiting. Unset: half of `max_concurrent`."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Of weights and activations. auto: float32 on a CPU, what the base says on a GPU."""
     kv_cache_gib: float | None = Field(default=None, gt=0)
@@ -55,21 +81,54 @@ class EngineConfig(ConfigModel):
     stream_interval_ms: float = Field(default=20.0, ge=0, le=1000)
     """Shortest time between two deltas of one stream; tokens made meanwhile come together."""
 
+    @property
+    def express_seats(self) -> int:
+        """Seats beside `max_concurrent`."""
+        return -(-self.max_concurrent // 2) if self.express is None else self.express
+
+
+class AdapterLimits(ConfigModel):
+    """How much the requests for one adapter may take together; unset is no limit of its own."""
+
+    concurrent_requests: int | None = Field(default=None, ge=1)
+    """Requests running or waiting at once."""
+    tokens_per_second: float | None = Field(default=None, gt=0)
+    """Prompt and generated tokens, sustained; ten seconds' worth may be spent in one burst."""
+    weight: float = Field(default=1.0, gt=0, le=1000)
+    """Share of the engine beside other adapters when all of them wait."""
+
 
 class LimitsConfig(ConfigModel):
     """What one request, and all of them together, may ask for."""
 
-    max_requests: int = Field(default=512, ge=1)
-    """Requests running or waiting in the whole gateway; more are refused with
-    RESOURCE_EXHAUSTED."""
+    max_requests: int = Field(default=1024, ge=1)
+    """Requests running or waiting in the whole gateway. One tenant's requests for one adapter take
+    at most as many places as they leave free; more are refused with RESOURCE_EXHAUSTED."""
+    each_adapter: AdapterLimits = AdapterLimits()
+    """For every adapter that `adapters` does not name."""
+    adapters: dict[str, AdapterLimits] = Field(default_factory=dict)
+    """By adapter name."""
     max_request_bytes: int = Field(default=1 << 20, ge=1024, le=64 << 20)
-    """Size of one request message."""
+    """Size of one request: a GenerateRequest, alone or in a batch, or an HTTP body."""
+    max_message_bytes: int = Field(default=64 << 20, ge=1024, le=1 << 30)
+    """Size of one gRPC message, thus of a whole batch. gRPC itself refuses a larger one, with
+    RESOURCE_EXHAUSTED, before it is read."""
     max_batch: int = Field(default=256, ge=1)
     """Requests of one BatchGenerate."""
+    max_tokens: int | None = Field(default=None, ge=1)
+    """Tokens one answer may ask for. Unset: as many as `engine.max_context`."""
     default_max_tokens: int = Field(default=256, ge=1)
     """Where a request names no max_tokens."""
+    max_choices: int = Field(default=16, ge=1, le=1024)
+    """Answers to one request (n)."""
+    max_stop_strings: int = Field(default=16, ge=0, le=1024)
+    """Stop strings of one request."""
+    max_stop_characters: int = Field(default=256, ge=1)
+    """Length of each of them."""
     max_logprobs: int = Field(default=20, ge=0, le=1000)
     """Candidates reported at one position."""
+    max_constraint_bytes: int = Field(default=64 << 10, ge=1)
+    """Size of a JSON Schema, a regular expression, a grammar or all strings of a choice."""
 
 
 class FollowConfig(ConfigModel):
@@ -91,6 +150,10 @@ class GatewayConfig(ConfigModel):
     cache: Path | None = None
     """Directory for verified copies of adapter versions; unset: a temporary one of this run."""
     listen: ListenConfig = ListenConfig()
+    tls: TlsConfig | None = None
+    """Unset: plain text on every port."""
+    tenants: Path | None = None
+    """YAML file of who may call; see docs/serving-api.md. Unset: everybody, with every right."""
     engine: EngineConfig = EngineConfig()
     limits: LimitsConfig = LimitsConfig()
     follow: FollowConfig = FollowConfig()
@@ -106,5 +169,7 @@ class GatewayConfig(ConfigModel):
                 "base": directory / self.base,
                 "registry": None if self.registry is None else directory / self.registry,
                 "cache": None if self.cache is None else directory / self.cache,
+                "tenants": None if self.tenants is None else directory / self.tenants,
+                "tls": None if self.tls is None else self.tls.relative_to(directory),
             }
         )

@@ -43,6 +43,45 @@ Prompt = ChatPrompt | TextPrompt | TokenPrompt
 
 
 @dataclass(frozen=True, slots=True)
+class JsonSchema:
+    """JSON that is valid by a schema."""
+
+    schema: str
+    """Itself JSON."""
+
+
+@dataclass(frozen=True, slots=True)
+class JsonObject:
+    """Any JSON object."""
+
+
+@dataclass(frozen=True, slots=True)
+class Regex:
+    """Text that matches as a whole."""
+
+    pattern: str
+
+
+@dataclass(frozen=True, slots=True)
+class OneOf:
+    """One of these strings."""
+
+    values: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Grammar:
+    """A sentence of a context-free grammar."""
+
+    text: str
+    """In EBNF (GBNF) or Lark notation."""
+
+
+Constraint = JsonSchema | JsonObject | Regex | OneOf | Grammar
+"""What the text of an answer is held to."""
+
+
+@dataclass(frozen=True, slots=True)
 class Sampling:
     """How tokens are chosen and where they end."""
 
@@ -52,11 +91,22 @@ class Sampling:
     top_p: float = 1.0
     top_k: int = 0
     """0 keeps all candidates."""
+    min_p: float = 0.0
+    """Cuts candidates below this share of the likeliest one's probability."""
+    presence_penalty: float = 0.0
+    """Subtracted from the logit of every token generated before."""
+    frequency_penalty: float = 0.0
+    """The same, once for each time it was generated."""
+    repetition_penalty: float = 1.0
+    """Divides positive logits of tokens of the prompt and the answer, multiplies negative ones."""
+    n: int = 1
+    """Answers to sample."""
     seed: int | None = None
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
     """Candidates to report at each position; None reports nothing."""
+    constraint: Constraint | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +115,8 @@ class Candidate:
 
     token_id: int
     logprob: float
+    text: str = ""
+    """The token decoded by itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +129,7 @@ class TokenLogprobs:
 
 @dataclass(frozen=True, slots=True)
 class Finish:
-    """How a generation ended and what it used, in tokens."""
+    """How one answer ended and what it used, in tokens."""
 
     reason: Literal["stop", "length"]
     prompt_tokens: int
@@ -85,13 +137,31 @@ class Finish:
 
 
 @dataclass(frozen=True, slots=True)
+class Timing:
+    """Where the time of a request went, in seconds, one part after the other."""
+
+    queue_s: float = 0.0
+    """Waiting for admission, a seat and a slot."""
+    load_s: float = 0.0
+    """Waiting for the adapter's weights."""
+    prefill_s: float = 0.0
+    """To the first token."""
+    decode_s: float = 0.0
+    """From the first token to the last."""
+
+
+@dataclass(frozen=True, slots=True)
 class Delta:
-    """What came since the delta before; the last one of a generation has `finish`."""
+    """What came of one answer since its delta before; its last one has `finish`."""
 
     text: str
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprobs, ...] = ()
     finish: Finish | None = None
+    choice: int = 0
+    """Index of the answer, below `Sampling.n`."""
+    timing: Timing | None = None
+    """With the last delta of all."""
 
 
 class Engine(Protocol):
@@ -123,7 +193,14 @@ class Engine(Protocol):
     def generate(
         self, request_id: str, token_ids: list[int], sampling: Sampling, adapter: str | None
     ) -> AsyncGenerator[Delta, None]:
-        """Generates after `token_ids`; closing the generator frees what it held."""
+        """Generates `sampling.n` answers after `token_ids`; ends when the last of them has.
+
+        Closing the generator frees what it held.
+
+        Raises:
+            InvalidRequestError: the engine cannot hold an answer to `sampling.constraint`.
+            ReplicaLostError: the engine died.
+        """
         ...
 
     def check_health(self) -> None:

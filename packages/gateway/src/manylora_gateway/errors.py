@@ -2,6 +2,8 @@
 
 GatewayError
 ├── InvalidRequestError      a field is wrong; carries every violation     INVALID_ARGUMENT
+├── UnauthenticatedError     who calls is not known                        UNAUTHENTICATED
+├── PermissionDeniedError    who calls may not do that                     PERMISSION_DENIED
 ├── UnknownAdapterError      no such adapter, version or alias             NOT_FOUND
 ├── UnservableError          a version this gateway may not serve          FAILED_PRECONDITION
 │   ├── WrongBaseError       made for another base
@@ -9,7 +11,11 @@ GatewayError
 │   ├── YankedAdapterError   withdrawn from the registry
 │   └── AdapterLoadError     the engine refused it
 ├── CorruptAdapterError      a blob does not match its digest              DATA_LOSS
-├── QueueFullError           as many requests as the gateway takes         RESOURCE_EXHAUSTED
+├── ExhaustedError           too much is asked for at once                 RESOURCE_EXHAUSTED
+│   ├── QueueFullError       as many requests as the gateway takes
+│   ├── ConcurrencyError     as many requests as one tenant or adapter may have
+│   ├── TokenRateError       as many tokens as one tenant or adapter may use
+│   └── PoolFullError        no adapter can be pinned any more
 ├── UnavailableError         may work in a moment                          UNAVAILABLE
 │   ├── DrainingError        the gateway is shutting down
 │   ├── ReplicaLostError     the replica died under the request
@@ -42,7 +48,7 @@ class Violation:
     """One field of a request that is wrong."""
 
     field: str
-    """Its path in the request message, e.g. `sampling.top_p`."""
+    """Its path in the request message, e.g. `sampling.top_p`; empty for the whole of it."""
     message: str
 
 
@@ -57,7 +63,24 @@ class InvalidRequestError(GatewayError):
         self.violations = tuple(violations)
 
     def __str__(self) -> str:
-        return "; ".join(f"{violation.field}: {violation.message}" for violation in self.violations)
+        return "; ".join(
+            f"{violation.field}: {violation.message}" if violation.field else violation.message
+            for violation in self.violations
+        )
+
+
+class UnauthenticatedError(GatewayError):
+    """The call carries no credential that is known here."""
+
+    status = "UNAUTHENTICATED"
+    reason = "UNAUTHENTICATED"
+
+
+class PermissionDeniedError(GatewayError):
+    """The caller is known and may not do that."""
+
+    status = "PERMISSION_DENIED"
+    reason = "PERMISSION_DENIED"
 
 
 class UnknownAdapterError(GatewayError):
@@ -105,12 +128,44 @@ class CorruptAdapterError(GatewayError):
     reason = "ADAPTER_CORRUPT"
 
 
-class QueueFullError(GatewayError):
-    """The gateway has as many requests as it takes."""
+class ExhaustedError(GatewayError):
+    """More is asked for than there is, or than one may have."""
 
     status = "RESOURCE_EXHAUSTED"
-    reason = "QUEUE_FULL"
+    reason = "EXHAUSTED"
     retry_after_s = 1.0
+
+
+class QueueFullError(ExhaustedError):
+    """The gateway has as many requests as it takes."""
+
+    reason = "QUEUE_FULL"
+
+
+class ConcurrencyError(ExhaustedError):
+    """A tenant or an adapter has as many requests as it may have."""
+
+    reason = "CONCURRENCY_LIMIT"
+
+
+class TokenRateError(ExhaustedError):
+    """A tenant or an adapter used more tokens than its rate allows; says when to come back."""
+
+    reason = "TOKEN_RATE_LIMIT"
+
+    def __init__(self, text: str, retry_after_s: float) -> None:
+        super().__init__(text, retry_after_s)
+        self.retry_after_s = retry_after_s
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+class PoolFullError(ExhaustedError):
+    """As many adapters are pinned as can be."""
+
+    reason = "PINS_EXHAUSTED"
+    retry_after_s = None
 
 
 class UnavailableError(GatewayError):
@@ -169,6 +224,10 @@ def from_registry(error: Exception) -> GatewayError:
             return YankedAdapterError(text)
         case registry_errors.CorruptBlobError():
             return CorruptAdapterError(text)
+        case registry_errors.UnsignedError():
+            unsigned = UnservableError(text)
+            unsigned.reason = error.reason
+            return unsigned
         case registry_errors.InvalidAdapterError():
             return AdapterLoadError(text)
         case _:

@@ -1,4 +1,4 @@
-"""The gRPC servers: inference and administration on a port each, health and reflection on both."""
+"""The servers: inference and administration over gRPC and OpenAI's API over HTTP, a port each."""
 
 # Generated modules of gRPC and protobuf; the health package has no types at all.
 # pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false
@@ -12,31 +12,84 @@ from grpc_reflection.v1alpha import reflection
 
 from manylora.admin.v1 import admin_pb2, admin_pb2_grpc
 from manylora.inference.v1 import inference_pb2, inference_pb2_grpc
-from manylora_gateway.config import ListenConfig
+from manylora_gateway.access import Access
+from manylora_gateway.config import GatewayConfig, LimitsConfig, ListenConfig
 from manylora_gateway.errors import StartError
+from manylora_gateway.guard import Guard, HttpAuthentication
+from manylora_gateway.inference import Inference
+from manylora_gateway.limits import Limits
+from manylora_gateway.openai_http.app import application
+from manylora_gateway.openai_http.reading import Reading
+from manylora_gateway.openai_http.server import HttpServer
+from manylora_gateway.requests import Requests
 from manylora_gateway.servicers import AdminServicer, InferenceServicer
+from manylora_gateway.tls import ServerTls
 
 INFERENCE_SERVICE: str = inference_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name
 ADMIN_SERVICE: str = admin_pb2.DESCRIPTOR.services_by_name["AdminService"].full_name
 
 FLUSH_S = 1.0
 """An answer that is whole may still be on its way to the wire."""
-RECEIVE_LIMIT = 128 << 20
-"""gRPC's own refusal of a big message names no field, so it stands above ours."""
+DEFAULT_MESSAGE_BYTES = LimitsConfig().max_message_bytes
 
 
 class Front:
-    """Both servers. Ports are taken first, so that a taken one is known before engines start."""
+    """All servers. Ports are taken first, so that a taken one is known before engines start."""
 
-    def __init__(self, listen: ListenConfig) -> None:
+    def __init__(
+        self,
+        listen: ListenConfig,
+        tls: ServerTls | None = None,
+        access: Access | None = None,
+        max_message_bytes: int = DEFAULT_MESSAGE_BYTES,
+    ) -> None:
         self._health = health.aio.HealthServicer()
-        self._inference, self.inference_address = _bound(listen.inference, "listen.inference")
-        self._admin, self.admin_address = _bound(listen.admin, "listen.admin")
+        self._serving = False
+        self._access = access
+        self._inference, self.inference_address = _bound(
+            listen.inference, "listen.inference", tls, Guard(access, "infer"), max_message_bytes
+        )
+        self._admin, self.admin_address = _bound(
+            listen.admin, "listen.admin", tls, Guard(access, "admin"), max_message_bytes
+        )
+        self._http = None
+        if listen.http is not None:
+            context = None if tls is None else tls.context
+            self._http = HttpServer(listen.http, "listen.http", context)
 
-    async def start(self, inference: InferenceServicer, admin: AdminServicer) -> None:
-        """Answers from here on."""
-        inference_pb2_grpc.add_InferenceServiceServicer_to_server(inference, self._inference)
-        admin_pb2_grpc.add_AdminServiceServicer_to_server(admin, self._admin)
+    @classmethod
+    def configured(cls, config: GatewayConfig) -> "Front":
+        """The front of a gateway's file.
+
+        Raises:
+            StartError: a port is taken, or the TLS files cannot be used.
+            ConfigError: the tenants' file has mistakes.
+        """
+        return cls(
+            config.listen,
+            None if config.tls is None else ServerTls(config.tls),
+            None if config.tenants is None else Access(config.tenants),
+            config.limits.max_message_bytes,
+        )
+
+    @property
+    def addresses(self) -> dict[str, str]:
+        """Where each server listens, as the ready line tells it."""
+        addresses = {"grpc": self.inference_address, "admin": self.admin_address}
+        return addresses if self._http is None else addresses | {"http": self._http.address}
+
+    async def start(self, inference: Inference, limits: Limits, base: str) -> None:
+        """Answers from here on.
+
+        Args:
+            inference: answers.
+            limits: what a request may ask for.
+            base: what HTTP clients call the bare base.
+        """
+        inference_pb2_grpc.add_InferenceServiceServicer_to_server(
+            InferenceServicer(inference, Requests(limits)), self._inference
+        )
+        admin_pb2_grpc.add_AdminServiceServicer_to_server(AdminServicer(inference), self._admin)
         for server, service in ((self._inference, INFERENCE_SERVICE), (self._admin, ADMIN_SERVICE)):
             health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
             names = (service, health.SERVICE_NAME, reflection.SERVICE_NAME)
@@ -44,31 +97,52 @@ class Front:
         await self._set_health(health_pb2.HealthCheckResponse.SERVING)
         await self._inference.start()
         await self._admin.start()
+        if self._http is not None:
+            reading = Reading(limits, base)
+            app = application(inference, reading, lambda: self._serving)
+            if self._access is not None:
+                app = HttpAuthentication(app, self._access)
+            await self._http.start(app)
+        self._serving = True
 
     async def announce_end(self) -> None:
         """Tells health checks that no new requests are wanted; answers go on."""
+        self._serving = False
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
 
     async def stop(self) -> None:
-        """Closes both ports; what still runs is cut off."""
-        await asyncio.gather(self._inference.stop(FLUSH_S), self._admin.stop(FLUSH_S))
+        """Closes all ports; what still runs is cut off."""
+        stops = [self._inference.stop(FLUSH_S), self._admin.stop(FLUSH_S)]
+        if self._http is not None:
+            stops.append(self._http.stop())
+        await asyncio.gather(*stops)
 
     async def _set_health(self, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
         for service in ("", INFERENCE_SERVICE, ADMIN_SERVICE):
             await self._health.set(service, status)
 
 
-def _bound(address: str, field: str) -> tuple[grpc.aio.Server, str]:
+def _bound(
+    address: str,
+    field: str,
+    tls: ServerTls | None,
+    guard: Guard,
+    max_message_bytes: int,
+) -> tuple[grpc.aio.Server, str]:
     server = grpc.aio.server(
+        interceptors=[guard],
         options=[
             # Without this two gateways would share a port and each get half of the requests.
             ("grpc.so_reuseport", 0),
-            ("grpc.max_receive_message_length", RECEIVE_LIMIT),
+            ("grpc.max_receive_message_length", max_message_bytes),
             ("grpc.max_send_message_length", -1),
-        ]
+        ],
     )
     try:
-        port = server.add_insecure_port(address)
+        if tls is None:
+            port = server.add_insecure_port(address)
+        else:
+            port = server.add_secure_port(address, tls.credentials)
     except RuntimeError as error:
         raise StartError(
             f"{field}: {address} cannot be listened on; is another server there?"

@@ -13,14 +13,16 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from manylora_gateway import cluster
+from manylora_gateway.admission import Admission
 from manylora_gateway.config import GatewayConfig
+from manylora_gateway.deltas import DeltaReceiver
 from manylora_gateway.front import Front
-from manylora_gateway.inference import Admission, Inference
+from manylora_gateway.inference import Inference
+from manylora_gateway.limits import Limits
 from manylora_gateway.processes import end_marked
+from manylora_gateway.replica import MakeEngine
 from manylora_gateway.replicas import Replicas
-from manylora_gateway.requests import Requests
 from manylora_gateway.routes import Routes
-from manylora_gateway.servicers import AdminServicer, InferenceServicer
 from manylora_gateway.swaps import Swaps
 from manylora_gateway.worker import Servable
 from manylora_registry import Registry
@@ -33,7 +35,13 @@ logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 
-async def run(config: GatewayConfig, registry: Registry, servable: Servable, scratch: Path) -> bool:
+async def run(
+    config: GatewayConfig,
+    registry: Registry,
+    servable: Servable,
+    scratch: Path,
+    make_engine: MakeEngine,
+) -> bool:
     """Serves until SIGINT or SIGTERM, then drains; a second signal ends it at once.
 
     Ray's own files go below `scratch`. Says False where a signal came before it served.
@@ -43,19 +51,20 @@ async def run(config: GatewayConfig, registry: Registry, servable: Servable, scr
     """
     stop = asyncio.Event()
     _listen_for_signals(stop)
-    front = Front(config.listen)
-    async with _cluster(config, servable, scratch, stop) as replicas:
+    front = Front.configured(config)
+    async with _cluster(config, servable, scratch, stop, make_engine) as replicas:
         if replicas is None:
             return False
         routes = Routes(registry, servable)
         swaps = Swaps(registry, routes, replicas, config.follow)
-        admission = Admission(config.limits.max_requests)
+        admission = Admission(config.limits)
         inference = Inference(registry, routes, replicas, admission)
         logger.info("loading the adapters that are served now")
         await swaps.begin(warm=config.engine.slots)
-        requests = Requests(config.limits, config.engine.max_context)
-        await front.start(InferenceServicer(inference, requests), AdminServicer(inference))
-        print(f"ready grpc={front.inference_address} admin={front.admin_address}", flush=True)
+        limits = Limits(config.limits, config.engine.max_context)
+        await front.start(inference, limits, config.base.resolve().name)
+        addresses = (f"{name}={address}" for name, address in front.addresses.items())
+        print("ready", *addresses, flush=True)
         await stop.wait()
         logger.info("draining; running requests have %g s", config.drain_s)
         await front.announce_end()
@@ -72,7 +81,11 @@ async def run(config: GatewayConfig, registry: Registry, servable: Servable, scr
 
 @asynccontextmanager
 async def _cluster(
-    config: GatewayConfig, servable: Servable, scratch: Path, stop: asyncio.Event
+    config: GatewayConfig,
+    servable: Servable,
+    scratch: Path,
+    stop: asyncio.Event,
+    make_engine: MakeEngine,
 ) -> AsyncGenerator[Replicas | None, None]:
     """The replicas, up while the context lasts; None where `stop` came first.
 
@@ -83,10 +96,11 @@ async def _cluster(
 
     cache, ray_files = config.cache or scratch / "adapters", scratch / "ray"
 
-    def start() -> Replicas:
+    def start() -> tuple[Any, str]:
         cluster.start_ray(config, ray_files)
         loop.call_soon_threadsafe(_listen_for_signals, stop)
-        return cluster.deploy(config, servable, cache, ray_files)
+        handle = cluster.deploy(config, servable, cache, ray_files, make_engine)
+        return handle, cluster.reachable_host(config)
 
     loop = asyncio.get_running_loop()
     starting = asyncio.ensure_future(_in_thread(start))
@@ -105,9 +119,12 @@ async def _cluster(
         starting.cancel()
         yield None
         return
+    receiver = DeltaReceiver()
     try:
-        yield await starting
+        handle, host = await starting
+        yield cluster.RayReplicas(handle, receiver, await receiver.start(host))
     finally:
+        await receiver.close()
         try:
             async with asyncio.timeout(SHUTDOWN_S):
                 await _in_thread(cluster.stop)

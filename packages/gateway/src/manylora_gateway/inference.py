@@ -5,52 +5,31 @@ no messages of a protocol.
 """
 
 import asyncio
+import time
 import uuid
-from collections.abc import AsyncGenerator, Generator
-from contextlib import aclosing, contextmanager
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from dataclasses import dataclass
 
-from manylora_gateway.engine import Delta, Finish, Prompt, Sampling, TokenLogprobs
+from manylora_gateway.admission import Admission, Ticket
+from manylora_gateway.engine import Delta, Prompt
 from manylora_gateway.errors import (
-    DrainingError,
     GatewayError,
-    QueueFullError,
     ReplicaLostError,
     from_registry,
 )
+from manylora_gateway.generation import (
+    Generation,
+    GenerationRequest,
+    Started,
+    collect,
+    with_queue_time,
+)
 from manylora_gateway.replicas import Replicas, ReplicaState
 from manylora_gateway.routes import Route, Routes
+from manylora_gateway.tenants import ANONYMOUS, Tenant
 from manylora_registry import Adapter, AdapterReference, Registry, Version
 from manylora_registry.errors import RegistryError
-
-
-@dataclass(frozen=True)
-class GenerationRequest:
-    """What a client wants generated, checked field by field."""
-
-    adapter: str
-    """An adapter reference; empty for the bare base."""
-    prompt: Prompt
-    sampling: Sampling
-
-
-@dataclass(frozen=True)
-class Started:
-    """The request was admitted; `version` makes its answer (None: the bare base)."""
-
-    request_id: str
-    version: Version | None
-
-
-@dataclass(frozen=True)
-class Generation:
-    """A whole answer."""
-
-    started: Started
-    text: str
-    token_ids: tuple[int, ...]
-    logprobs: tuple[TokenLogprobs, ...]
-    finish: Finish
 
 
 @dataclass(frozen=True)
@@ -72,43 +51,6 @@ class AdapterState:
     aliases: tuple[AliasState, ...]
 
 
-class Admission:
-    """Counts the requests inside, refuses what is too many, and knows when all have left."""
-
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
-        self._inside = 0
-        self._draining = False
-        self._empty = asyncio.Event()
-        self._empty.set()
-
-    @contextmanager
-    def enter(self) -> Generator[None, None, None]:
-        """One request's stay.
-
-        Raises:
-            DrainingError: nobody is admitted any more.
-            QueueFullError: as many as `limit` are inside.
-        """
-        if self._draining:
-            raise DrainingError("The gateway is shutting down.")
-        if self._inside >= self._limit:
-            raise QueueFullError(f"{self._limit} requests are running or waiting already.")
-        self._inside += 1
-        self._empty.clear()
-        try:
-            yield
-        finally:
-            self._inside -= 1
-            if not self._inside:
-                self._empty.set()
-
-    async def drain(self) -> None:
-        """Admits nobody any more and waits until all inside have left."""
-        self._draining = True
-        await self._empty.wait()
-
-
 class Inference:
     """Answers requests. Lives on one event loop.
 
@@ -124,58 +66,84 @@ class Inference:
         self._replicas = replicas
         self._admission = admission
 
-    async def stream(self, request: GenerationRequest) -> AsyncGenerator[Started | Delta, None]:
-        """Started first, then deltas; the last one has `finish`.
+    async def stream(
+        self, request: GenerationRequest, tenant: Tenant = ANONYMOUS, *, whole: bool = False
+    ) -> AsyncGenerator[Started | Delta, None]:
+        """Started first, then deltas; the last of each answer has `finish`.
+
+        A request whose replica is lost is tried once more if none of its deltas has left; with
+        `whole` they all leave together at the end.
 
         Raises:
             GatewayError: at any point; nothing follows.
         """
-        with self._admission.enter():
+        began = time.monotonic()
+        tenant.require_adapter(request.adapter)
+        name = request.adapter.partition("@")[0]
+        sampling = request.sampling
+        with self._admission.enter(tenant, name, sampling.max_tokens * sampling.n) as ticket:
             async with self._routes.use(request.adapter) as version:
-                request_id = uuid.uuid4().hex
-                yield Started(request_id, version)
-                deltas = self._replicas.generate(
-                    request_id, request.prompt, request.sampling, version
-                )
+                started = Started(request.request_id or uuid.uuid4().hex, version)
+                yield started
+                queued_s = time.monotonic() - began
+                answer = self._answer(request, started, ticket, whole=whole)
+                async with aclosing(answer) as deltas:
+                    async for delta in deltas:
+                        yield with_queue_time(delta, queued_s)
+
+    async def _answer(
+        self, request: GenerationRequest, started: Started, ticket: Ticket, *, whole: bool
+    ) -> AsyncGenerator[Delta, None]:
+        for attempt in (1, 2):
+            held: list[Delta] = []
+            left = False
+            deltas = self._replicas.generate(
+                # Two requests may bear the same name; in the engine each attempt has its own.
+                f"{started.request_id}-{uuid.uuid4().hex[:8]}",
+                request.prompt,
+                request.sampling,
+                started.version,
+                ticket.share,
+            )
+            try:
                 async with aclosing(deltas):
                     async for delta in deltas:
-                        yield delta
+                        ticket.used += len(delta.token_ids)
+                        if delta.finish is not None and not delta.choice:
+                            ticket.used += delta.finish.prompt_tokens
+                        if whole:
+                            held.append(delta)
+                        else:
+                            left = True
+                            yield delta
+            except ReplicaLostError:
+                if left or attempt == 2:
+                    raise
+                continue
+            for delta in held:
+                yield delta
+            return
 
-    async def generate(self, request: GenerationRequest) -> Generation:
+    async def generate(self, request: GenerationRequest, tenant: Tenant = ANONYMOUS) -> Generation:
         """The whole answer at once.
 
         Raises:
             GatewayError: there is none.
         """
-        started: Started | None = None
-        deltas: list[Delta] = []
-        async with aclosing(self.stream(request)) as events:
-            async for event in events:
-                if isinstance(event, Started):
-                    started = event
-                else:
-                    deltas.append(event)
-        if started is None or not deltas or deltas[-1].finish is None:
-            raise ReplicaLostError("The engine ended the answer before it was whole.")
-        return Generation(
-            started=started,
-            text="".join(delta.text for delta in deltas),
-            token_ids=tuple(token for delta in deltas for token in delta.token_ids),
-            logprobs=tuple(entry for delta in deltas for entry in delta.logprobs),
-            finish=deltas[-1].finish,
-        )
+        async with aclosing(self.stream(request, tenant, whole=True)) as events:
+            return await collect(events, request.sampling.n)
 
-    async def count_tokens(self, prompt: Prompt) -> int:
+    async def count_tokens(self, prompt: Prompt, tenant: Tenant = ANONYMOUS) -> int:
         """Tokens of `prompt` as the engine reads it.
 
         Raises:
             GatewayError: the prompt is refused, or nobody is admitted.
         """
-        with self._admission.enter():
+        with self._admission.enter(tenant):
             return await self._replicas.count_tokens(prompt)
 
-    async def adapters(self) -> list[AdapterState]:
-        """Every adapter of the registry with what this gateway serves of it.
+    async def adapters(self, tenant: Tenant = ANONYMOUS) -> list[AdapterState]:
+        """The adapters that `tenant` may use, with what this gateway serves of each.
 
         Raises:
             GatewayError: the registry cannot be read.
@@ -191,7 +159,17 @@ class Inference:
                 tuple([await self._alias(adapter, alias) for alias in sorted(adapter.aliases)]),
             )
             for adapter in adapters
+            if tenant.may_use(adapter.name)
         ]
+
+    async def resolve(self, reference: str, tenant: Tenant = ANONYMOUS) -> Version:
+        """The version a request of `tenant` for `reference` would get now.
+
+        Raises:
+            GatewayError: there is none, or it may not be used.
+        """
+        tenant.require_adapter(reference)
+        return await self._routes.resolve(reference)
 
     async def load(self, reference: str) -> Version:
         """Loads what `reference` means on every replica.

@@ -5,13 +5,15 @@
 
 from collections.abc import Iterable, Sequence
 
+from google.protobuf import duration_pb2
 from google.rpc import status_pb2
 
 from manylora.admin.v1 import admin_pb2
 from manylora.inference.v1 import inference_pb2 as pb
 from manylora.registry.v1 import adapter_pb2
-from manylora_gateway.engine import Candidate, Delta, Finish, TokenLogprobs
-from manylora_gateway.inference import AdapterState, Generation, Started
+from manylora_gateway.engine import Candidate, Delta, Timing, TokenLogprobs
+from manylora_gateway.generation import Answer, Generation, Started, Tally, Usage, usage_of
+from manylora_gateway.inference import AdapterState
 from manylora_gateway.replicas import ReplicaState
 from manylora_registry import Version
 
@@ -32,35 +34,64 @@ def adapter_version(version: Version | None) -> adapter_pb2.AdapterVersion | Non
 
 def generate_response(generation: Generation) -> pb.GenerateResponse:
     """The answer of a unary call."""
+    first, *more = generation.answers
     return pb.GenerateResponse(
         request_id=generation.started.request_id,
         adapter=adapter_version(generation.started.version),
-        text=generation.text,
-        token_ids=generation.token_ids,
-        finish_reason=FINISH_REASONS[generation.finish.reason],
-        usage=_usage(generation.finish),
-        logprobs=_logprobs(generation.logprobs),
+        text=first.text,
+        token_ids=first.token_ids,
+        finish_reason=FINISH_REASONS[first.finish.reason],
+        usage=_usage(generation.usage),
+        logprobs=_logprobs(first.logprobs),
+        choices=map(_choice, generation.answers) if more else (),
+        timing=_timing(generation.timing),
     )
 
 
-def stream_responses(event: Started | Delta) -> Iterable[pb.GenerateStreamResponse]:
-    """The stream messages for one event of the core: one, and for the last delta two."""
-    if isinstance(event, Started):
-        started = pb.GenerateStarted(
-            request_id=event.request_id, adapter=adapter_version(event.version)
-        )
-        yield pb.GenerateStreamResponse(started=started)
-        return
-    if event.text or event.token_ids:
+class StreamMessages:
+    """Makes the messages of one stream from the events of the core.
+
+    Args:
+        answers: how many the request asked for.
+    """
+
+    def __init__(self, answers: int) -> None:
+        self._answers = answers
+        self._tally = Tally()
+
+    def of(self, event: Started | Delta) -> pb.GenerateStreamResponse | None:
+        """The message for one event; none where it is only the end of an answer."""
+        if isinstance(event, Started):
+            started = pb.GenerateStarted(
+                request_id=event.request_id, adapter=adapter_version(event.version)
+            )
+            return pb.GenerateStreamResponse(started=started)
+        self._tally.add(event)
+        if not event.text and not event.token_ids:
+            return None
         delta = pb.GenerateDelta(
-            text=event.text, token_ids=event.token_ids, logprobs=_logprobs(event.logprobs)
+            text=event.text,
+            token_ids=event.token_ids,
+            logprobs=_logprobs(event.logprobs),
+            choice=event.choice,
         )
-        yield pb.GenerateStreamResponse(delta=delta)
-    if event.finish is not None:
+        return pb.GenerateStreamResponse(delta=delta)
+
+    def last(self) -> pb.GenerateStreamResponse:
+        """The last message, once all events have come.
+
+        Raises:
+            ReplicaLostError: an answer did not end.
+        """
+        finishes = self._tally.finishes(self._answers)
+        reasons = [FINISH_REASONS[finish.reason] for finish in finishes]
         finished = pb.GenerateFinished(
-            finish_reason=FINISH_REASONS[event.finish.reason], usage=_usage(event.finish)
+            finish_reason=reasons[0],
+            usage=_usage(usage_of(finishes)),
+            timing=_timing(self._tally.timing),
+            finish_reasons=reasons,
         )
-        yield pb.GenerateStreamResponse(finished=finished)
+        return pb.GenerateStreamResponse(finished=finished)
 
 
 def batch_error(index: int, status: status_pb2.Status) -> pb.BatchGenerateResponse:
@@ -113,8 +144,32 @@ def replicas_response(states: Sequence[ReplicaState]) -> admin_pb2.ListReplicasR
     )
 
 
-def _usage(finish: Finish) -> pb.Usage:
-    return pb.Usage(prompt_tokens=finish.prompt_tokens, completion_tokens=finish.completion_tokens)
+def _choice(answer: Answer) -> pb.Choice:
+    return pb.Choice(
+        text=answer.text,
+        token_ids=answer.token_ids,
+        finish_reason=FINISH_REASONS[answer.finish.reason],
+        logprobs=_logprobs(answer.logprobs),
+    )
+
+
+def _usage(usage: Usage) -> pb.Usage:
+    return pb.Usage(prompt_tokens=usage.prompt_tokens, completion_tokens=usage.completion_tokens)
+
+
+def _timing(timing: Timing) -> pb.Timing:
+    return pb.Timing(
+        queue=_duration(timing.queue_s),
+        load=_duration(timing.load_s),
+        prefill=_duration(timing.prefill_s),
+        decode=_duration(timing.decode_s),
+    )
+
+
+def _duration(seconds: float) -> duration_pb2.Duration:
+    duration = duration_pb2.Duration()
+    duration.FromNanoseconds(round(seconds * 1e9))
+    return duration
 
 
 def _logprobs(entries: Iterable[TokenLogprobs]) -> list[pb.TokenLogprobs]:
@@ -125,4 +180,4 @@ def _logprobs(entries: Iterable[TokenLogprobs]) -> list[pb.TokenLogprobs]:
 
 
 def _candidate(candidate: Candidate) -> pb.Candidate:
-    return pb.Candidate(token_id=candidate.token_id, logprob=candidate.logprob)
+    return pb.Candidate(token_id=candidate.token_id, logprob=candidate.logprob, text=candidate.text)

@@ -1,17 +1,32 @@
 """The engine replica as Ray Serve runs it: a thin shell around a Worker."""
 
+import asyncio
 import os
-from collections.abc import AsyncGenerator
+from collections.abc import Callable
+from contextlib import aclosing
 from pathlib import Path
 
 from ray import serve
 
-from manylora_gateway.config import GatewayConfig
-from manylora_gateway.engine import Delta, Prompt, Sampling
+from manylora_gateway.config import EngineConfig, GatewayConfig
+from manylora_gateway.deltas import DeltaSender, FrontAddress
+from manylora_gateway.engine import Engine, Prompt, Sampling
 from manylora_gateway.environment import engine_environment
+from manylora_gateway.fair import Share
 from manylora_gateway.replicas import ReplicaState
 from manylora_gateway.worker import Servable, Worker
 from manylora_registry import Registry, Version
+
+MakeEngine = Callable[[Path, EngineConfig, int], Engine]
+"""Makes an engine from the base's directory and a number of GPUs."""
+
+
+def vllm_engine(base: Path, config: EngineConfig, gpus: int) -> Engine:
+    """The engine of production."""
+    # It reads the environment of the replica when it is imported.
+    from manylora_gateway.vllm_engine import VllmEngine
+
+    return VllmEngine(base, config, gpus)
 
 
 class EngineReplica:
@@ -22,26 +37,49 @@ class EngineReplica:
     Args:
         cache: directory for verified copies of versions.
         gpus: GPUs of this replica; 0 runs on the CPU.
+        make_engine: makes the engine in the replica's process.
     """
 
     async def __init__(
-        self, config: GatewayConfig, servable: Servable, cache: Path, gpus: int
+        self,
+        config: GatewayConfig,
+        servable: Servable,
+        cache: Path,
+        gpus: int,
+        make_engine: MakeEngine,
     ) -> None:
         os.environ.update(engine_environment(config.engine))
-        # vLLM reads the environment when it is imported.
-        from manylora_gateway.vllm_engine import VllmEngine
-
         self._registry = Registry.open(config.registry)
-        engine = VllmEngine(config.base, config.engine, gpus)
+        engine = make_engine(config.base, config.engine, gpus)
         replica_id = serve.get_replica_context().replica_id.unique_id
         self._worker = Worker(replica_id, engine, self._registry, cache, servable, config.engine)
+        self._senders: dict[FrontAddress, DeltaSender] = {}
+        self._connecting = asyncio.Lock()
 
     async def generate(
-        self, request_id: str, prompt: Prompt, sampling: Sampling, version: Version | None
-    ) -> AsyncGenerator[Delta, None]:
-        """See Worker."""
-        async for delta in self._worker.generate(request_id, prompt, sampling, version):
-            yield delta
+        self,
+        to: FrontAddress,
+        request_id: str,
+        prompt: Prompt,
+        sampling: Sampling,
+        *,
+        version: Version | None,
+        share: Share,
+    ) -> None:
+        """See Worker; the deltas go to the front that asks."""
+        sender = await self._sender(to)
+        deltas = self._worker.generate(request_id, prompt, sampling, version, share)
+        async with aclosing(deltas):
+            async for delta in deltas:
+                await sender.send(request_id, delta)
+        await sender.send(request_id, None)
+
+    async def _sender(self, to: FrontAddress) -> DeltaSender:
+        async with self._connecting:
+            sender = self._senders.get(to)
+            if sender is None or not sender.open:
+                sender = self._senders[to] = await DeltaSender.connect(to)
+            return sender
 
     async def count_tokens(self, prompt: Prompt) -> int:
         """See Worker."""
@@ -50,6 +88,14 @@ class EngineReplica:
     async def prepare(self, version: Version) -> None:
         """See Worker."""
         await self._worker.prepare(version)
+
+    async def pin(self, version: Version) -> None:
+        """See Worker."""
+        await self._worker.pin(version)
+
+    async def unpin(self, version: Version) -> bool:
+        """See Worker."""
+        return self._worker.unpin(version)
 
     async def retire(self, version: Version) -> bool:
         """See Worker."""
@@ -66,4 +112,6 @@ class EngineReplica:
     async def __del__(self) -> None:
         """Awaited by Serve when it takes the replica down."""
         await self._worker.close()
+        for sender in self._senders.values():
+            sender.close()
         self._registry.close()

@@ -1,11 +1,12 @@
 """What the front needs of the engines, however many there are and wherever they run."""
 
 from collections.abc import AsyncGenerator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from manylora_gateway.engine import Delta, Prompt, Sampling
-from manylora_gateway.pool import Residency
+from manylora_gateway.fair import EVERYBODY, Share
+from manylora_gateway.pool import PoolCounts, Residency
 from manylora_registry import Version
 
 
@@ -19,13 +20,21 @@ class ReplicaState:
     requests: int
     """Running or waiting in this replica."""
     residents: tuple[Residency, ...]
+    waiting: int = 0
+    """Of `requests`, those that have no seat yet."""
+    counts: PoolCounts = field(default_factory=PoolCounts)
 
 
 class Replicas(Protocol):
     """All engine replicas as one."""
 
     def generate(
-        self, request_id: str, prompt: Prompt, sampling: Sampling, version: Version | None
+        self,
+        request_id: str,
+        prompt: Prompt,
+        sampling: Sampling,
+        version: Version | None,
+        share: Share = EVERYBODY,
     ) -> AsyncGenerator[Delta, None]:
         """Generates on the replica that suits best; closing the generator frees its seat."""
         ...
@@ -40,6 +49,18 @@ class Replicas(Protocol):
         Raises:
             GatewayError: it failed on one of them; some may hold it.
         """
+        ...
+
+    async def pin(self, version: Version) -> None:
+        """Loads `version` on every replica and keeps it loaded.
+
+        Raises:
+            GatewayError: it failed on one of them; some may hold it.
+        """
+        ...
+
+    async def unpin(self, version: Version) -> int:
+        """Ends a pin; says on how many replicas there was one."""
         ...
 
     async def retire(self, version: Version) -> int:

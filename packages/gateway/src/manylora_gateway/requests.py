@@ -3,51 +3,50 @@
 # Generated modules of gRPC and protobuf.
 # pyright: reportMissingTypeStubs=false
 
-import math
-from collections.abc import Callable
-
 from google.protobuf.message import Message as ProtoMessage
 
 from manylora.inference.v1 import inference_pb2 as pb
-from manylora_gateway.config import LimitsConfig
-from manylora_gateway.engine import ChatPrompt, Message, Prompt, Sampling, TextPrompt, TokenPrompt
+from manylora_gateway.engine import (
+    ChatPrompt,
+    Constraint,
+    Grammar,
+    JsonObject,
+    JsonSchema,
+    Message,
+    OneOf,
+    Prompt,
+    Regex,
+    Sampling,
+    TextPrompt,
+    TokenPrompt,
+)
 from manylora_gateway.errors import InvalidRequestError, Violation
-from manylora_gateway.inference import GenerationRequest
+from manylora_gateway.generation import GenerationRequest
+from manylora_gateway.limits import Limits
 
-ROLES = ("system", "user", "assistant")
-MAX_TEMPERATURE = 100.0
-MAX_STOP_STRINGS = 16
-MAX_STOP_LENGTH = 256
-
-_Say = Callable[[str, str], None]
+PROMPT_FIELDS = {"messages": "chat.messages", "text": "text", "ids": "tokens.ids"}
+"""Field of a prompt's dataclass -> its path in the message."""
 
 
 class Requests:
-    """Reads requests under the limits of one gateway.
+    """Reads request messages under the limits of one gateway."""
 
-    Args:
-        max_context: tokens of prompt and answer together.
-    """
-
-    def __init__(self, limits: LimitsConfig, max_context: int) -> None:
+    def __init__(self, limits: Limits) -> None:
         self._limits = limits
-        self._max_context = max_context
+        self._config = limits.config
 
-    def generation(self, message: pb.GenerateRequest) -> GenerationRequest:
+    def generation(self, message: pb.GenerateRequest, request_id: str = "") -> GenerationRequest:
         """What `message` asks for.
 
         Raises:
             InvalidRequestError: with every field that is wrong.
         """
         violations: list[Violation] = []
-        say = _collector(violations)
-        if message.ByteSize() > self._limits.max_request_bytes:
-            self._too_big(message, say)
-        prompt = None if violations else self._prompt(message, say)
-        sampling = self._sampling(message.sampling, say)
+        prompt = self._prompt(message, violations)
+        sampling = self._sampling(message.sampling, violations)
         if violations or prompt is None:
             raise InvalidRequestError(violations)
-        return GenerationRequest(message.adapter, prompt, sampling)
+        return GenerationRequest(message.adapter, prompt, sampling, request_id)
 
     def prompt(self, message: pb.CountTokensRequest) -> Prompt:
         """The prompt whose tokens are to be counted.
@@ -56,10 +55,7 @@ class Requests:
             InvalidRequestError: with every field that is wrong.
         """
         violations: list[Violation] = []
-        say = _collector(violations)
-        if message.ByteSize() > self._limits.max_request_bytes:
-            self._too_big(message, say)
-        prompt = None if violations else self._prompt(message, say)
+        prompt = self._prompt(message, violations)
         if violations or prompt is None:
             raise InvalidRequestError(violations)
         return prompt
@@ -70,93 +66,102 @@ class Requests:
         Raises:
             InvalidRequestError: there are none or too many.
         """
-        count = len(message.requests)
+        count, most = len(message.requests), self._config.max_batch
         if not count:
             raise InvalidRequestError([Violation("requests", "must not be empty")])
-        if count > self._limits.max_batch:
-            text = f"has {count} requests; the most is {self._limits.max_batch}"
+        if count > most:
+            text = f"has {count} requests; the most is {most}"
             raise InvalidRequestError([Violation("requests", text)])
         return list(message.requests)
 
-    def _too_big(self, message: ProtoMessage, say: _Say) -> None:
-        fields = {field.name: value for field, value in message.ListFields()}
-        sizes = {
-            name: len(value) if isinstance(value, str) else value.ByteSize()
-            for name, value in fields.items()
-        }
-        biggest = max(sizes, key=lambda name: sizes[name])
-        limit = self._limits.max_request_bytes
-        say(biggest, f"the request has {message.ByteSize()} bytes; the most is {limit}")
-
     def _prompt(
-        self, message: pb.GenerateRequest | pb.CountTokensRequest, say: _Say
+        self, message: pb.GenerateRequest | pb.CountTokensRequest, violations: list[Violation]
     ) -> Prompt | None:
+        size, limit = message.ByteSize(), self._config.max_request_bytes
+        if size > limit:
+            text = f"the request has {size} bytes; the most is {limit}"
+            violations.append(Violation(_biggest_field(message), text))
+            return None
+        prompt: Prompt
         match message.WhichOneof("input"):
             case "chat":
-                return _chat(message.chat, say)
+                turns = message.chat.messages
+                prompt = ChatPrompt(tuple(Message(turn.role, turn.content) for turn in turns))
             case "text":
-                if not message.text:
-                    say("text", "must not be empty")
-                return TextPrompt(message.text)
+                prompt = TextPrompt(message.text)
             case "tokens":
                 assert isinstance(message, pb.GenerateRequest)
-                ids = tuple(message.tokens.ids)
-                if not ids:
-                    say("tokens.ids", "must not be empty")
-                elif len(ids) >= self._max_context:
-                    say(
-                        "tokens.ids",
-                        f"has {len(ids)} tokens; with the answer the most is {self._max_context}",
-                    )
-                return TokenPrompt(ids)
+                prompt = TokenPrompt(tuple(message.tokens.ids))
             case _:
-                say("input", "give one of chat, text and tokens")
+                violations.append(Violation("input", "give one of chat, text and tokens"))
                 return None
 
-    def _sampling(self, message: pb.Sampling, say: _Say) -> Sampling:
-        limits = self._limits
-        max_tokens = limits.default_max_tokens
-        if message.HasField("max_tokens"):
-            max_tokens = message.max_tokens
-            if not 1 <= max_tokens <= self._max_context:
-                say("sampling.max_tokens", f"must be from 1 to {self._max_context}")
-        temperature = message.temperature if message.HasField("temperature") else 0.0
-        if not (math.isfinite(temperature) and 0 <= temperature <= MAX_TEMPERATURE):
-            say("sampling.temperature", f"must be from 0 to {MAX_TEMPERATURE:g}")
-        top_p = message.top_p if message.HasField("top_p") else 1.0
-        if not (math.isfinite(top_p) and 0 < top_p <= 1):
-            say("sampling.top_p", "must be above 0 and at most 1")
-        if len(message.stop) > MAX_STOP_STRINGS:
-            say("sampling.stop", f"has {len(message.stop)} strings; the most is {MAX_STOP_STRINGS}")
-        for index, stop in enumerate(message.stop):
-            if not 1 <= len(stop) <= MAX_STOP_LENGTH:
-                say(f"sampling.stop[{index}]", f"must have 1 to {MAX_STOP_LENGTH} characters")
-        logprobs = message.logprobs if message.HasField("logprobs") else None
-        if logprobs is not None and logprobs > limits.max_logprobs:
-            say("sampling.logprobs", f"must be at most {limits.max_logprobs}")
-        return Sampling(
-            max_tokens=max_tokens,
-            temperature=temperature,
-            top_p=top_p,
+        def say(field: str, text: str) -> None:
+            name = field.partition("[")[0]
+            violations.append(Violation(field.replace(name, PROMPT_FIELDS[name], 1), text))
+
+        self._limits.check_prompt(prompt, say)
+        return prompt
+
+    def _sampling(self, message: pb.Sampling, violations: list[Violation]) -> Sampling:
+        structured = message.structured_output
+        constraint = _constraint(structured)
+        if constraint is None and message.HasField("structured_output"):
+            text = "give one of json_schema, regex, choice, grammar and json_object"
+            violations.append(Violation("sampling.structured_output", text))
+
+        def say(field: str, text: str) -> None:
+            if field == "constraint":
+                field = f"structured_output.{structured.WhichOneof('constraint')}"
+            violations.append(Violation(f"sampling.{field}", text))
+
+        default = self._config.default_max_tokens
+        sampling = Sampling(
+            max_tokens=(
+                message.max_tokens
+                if message.HasField("max_tokens")
+                else min(default, self._limits.max_tokens)
+            ),
+            temperature=message.temperature,
+            top_p=message.top_p if message.HasField("top_p") else 1.0,
             top_k=message.top_k,
+            min_p=message.min_p,
+            presence_penalty=message.presence_penalty,
+            frequency_penalty=message.frequency_penalty,
+            repetition_penalty=(
+                message.repetition_penalty if message.HasField("repetition_penalty") else 1.0
+            ),
+            n=message.n if message.HasField("n") else 1,
             seed=message.seed if message.HasField("seed") else None,
             stop=tuple(message.stop),
             ignore_eos=message.ignore_eos,
-            logprobs=logprobs,
+            logprobs=message.logprobs if message.HasField("logprobs") else None,
+            constraint=constraint,
         )
+        self._limits.check_sampling(sampling, say)
+        return sampling
 
 
-def _chat(message: pb.Chat, say: _Say) -> ChatPrompt:
-    if not message.messages:
-        say("chat.messages", "must not be empty")
-    for index, turn in enumerate(message.messages):
-        if turn.role not in ROLES:
-            say(f"chat.messages[{index}].role", f"must be one of {', '.join(ROLES)}")
-    return ChatPrompt(tuple(Message(turn.role, turn.content) for turn in message.messages))
+def _constraint(message: pb.StructuredOutput) -> Constraint | None:
+    match message.WhichOneof("constraint"):
+        case "json_schema":
+            return JsonSchema(message.json_schema)
+        case "regex":
+            return Regex(message.regex)
+        case "choice":
+            return OneOf(tuple(message.choice.values))
+        case "grammar":
+            return Grammar(message.grammar)
+        case "json_object":
+            return JsonObject()
+        case _:
+            return None
 
 
-def _collector(violations: list[Violation]) -> _Say:
-    def say(field: str, message: str) -> None:
-        violations.append(Violation(field, message))
-
-    return say
+def _biggest_field(message: ProtoMessage) -> str:
+    sizes = {
+        field.name: len(value) if isinstance(value, str) else value.ByteSize()
+        for field, value in message.ListFields()
+    }
+    # Bytes of fields this gateway does not know belong to none.
+    return max(sizes, key=lambda name: sizes[name], default="")

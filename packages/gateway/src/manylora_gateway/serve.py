@@ -9,6 +9,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from manylora_gateway.config import GatewayConfig
 from manylora_gateway.environment import cluster_environment
@@ -17,13 +18,19 @@ from manylora_gateway.worker import Servable
 from manylora_registry import Registry, identify_base
 from manylora_registry.config import load_config
 
+if TYPE_CHECKING:
+    from manylora_gateway.replica import MakeEngine
+
 KILL_GRACE_S = 2.0
 
 
-def serve(config_path: Path, overrides: Sequence[str] = ()) -> None:
+def serve(
+    config_path: Path, overrides: Sequence[str] = (), make_engine: "MakeEngine | None" = None
+) -> None:
     """Serves until SIGINT or SIGTERM, then drains; a second signal ends it at once.
 
-    Prints one `ready grpc=HOST:PORT admin=HOST:PORT` line on stdout once it answers.
+    Prints one `ready grpc=HOST:PORT admin=HOST:PORT http=HOST:PORT` line on stdout once it answers.
+    Without `make_engine` the engine is vLLM.
 
     Raises:
         ConfigError: the file has mistakes.
@@ -43,8 +50,10 @@ def serve(config_path: Path, overrides: Sequence[str] = ()) -> None:
         try:
             # gRPC and Ray read the environment when they are imported.
             from manylora_gateway.gateway import run
+            from manylora_gateway.replica import vllm_engine
 
-            served = asyncio.run(run(config, registry, servable, scratch))
+            make_engine = make_engine or vllm_engine
+            served = asyncio.run(run(config, registry, servable, scratch, make_engine))
         finally:
             end_marked(KILL_GRACE_S)
             shutil.rmtree(scratch, ignore_errors=True)

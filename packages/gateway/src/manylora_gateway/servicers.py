@@ -6,6 +6,7 @@
 # pyright: reportIncompatibleMethodOverride=false, reportMissingTypeStubs=false
 
 import asyncio
+import uuid
 from collections.abc import AsyncGenerator
 from contextlib import aclosing, asynccontextmanager
 from typing import Any
@@ -18,8 +19,12 @@ from manylora.inference.v1 import inference_pb2_grpc
 from manylora_gateway import messages
 from manylora_gateway.errors import DeadlineError, InvalidRequestError, Violation
 from manylora_gateway.inference import Inference
+from manylora_gateway.limits import check_request_id
 from manylora_gateway.requests import Requests
 from manylora_gateway.status import CODES, DETAILS_KEY, to_status
+from manylora_gateway.tenants import caller
+
+REQUEST_ID_KEY = "x-request-id"
 
 InferenceContext = grpc.aio.ServicerContext[pb.GenerateRequest, pb.GenerateResponse]
 StreamContext = grpc.aio.ServicerContext[pb.GenerateRequest, pb.GenerateStreamResponse]
@@ -36,20 +41,37 @@ UnloadContext = grpc.aio.ServicerContext[admin_pb2.UnloadRequest, admin_pb2.Unlo
 @asynccontextmanager
 async def _answering(
     context: "grpc.aio.ServicerContext[Any, Any]",
-) -> AsyncGenerator[None, None]:
+) -> AsyncGenerator[str, None]:
     """Bounds a call by its deadline and ends it with the status of whatever goes wrong.
 
-    A client that vanishes cancels the call's task; there is nobody left to tell.
+    Yields the request's id: the client's, or one that is made here. It goes with every answer,
+    failures included. A client that vanishes cancels the call's task; there is nobody left to tell.
     """
+    request_id = uuid.uuid4().hex
     deadline = asyncio.timeout(context.time_remaining())
     try:
         async with deadline:
-            yield
+            request_id = _client_request_id(context) or request_id
+            context.set_trailing_metadata(((REQUEST_ID_KEY, request_id),))
+            yield request_id
     except Exception as error:
         late = DeadlineError("The deadline passed before the answer was whole.")
         status = to_status(late if deadline.expired() else error)
         details = (DETAILS_KEY, status.SerializeToString())
-        await context.abort(CODES[status.code], status.message, (details,))
+        trailing = (details, (REQUEST_ID_KEY, request_id))
+        await context.abort(CODES[status.code], status.message, trailing)
+
+
+def _client_request_id(context: "grpc.aio.ServicerContext[Any, Any]") -> str:
+    """What the client calls the request, empty if it does not.
+
+    Raises:
+        InvalidRequestError: it cannot be echoed as it is.
+    """
+    for key, value in context.invocation_metadata() or ():
+        if key == REQUEST_ID_KEY:
+            return check_request_id(value if isinstance(value, str) else value.decode("latin-1"))
+    return ""
 
 
 class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
@@ -63,24 +85,26 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         self, request: pb.GenerateRequest, context: InferenceContext
     ) -> pb.GenerateResponse:
         """Answers once, when the whole text is there."""
-        async with _answering(context):
-            generation = await self._inference.generate(self._requests.generation(request))
-            return messages.generate_response(generation)
+        async with _answering(context) as request_id:
+            asked = self._requests.generation(request, request_id)
+            return messages.generate_response(await self._inference.generate(asked, caller()))
 
     async def GenerateStream(self, request: pb.GenerateRequest, context: StreamContext) -> None:
         """Answers while the text is made."""
-        async with _answering(context):
-            stream = self._inference.stream(self._requests.generation(request))
-            async with aclosing(stream) as events:
+        async with _answering(context) as request_id:
+            asked = self._requests.generation(request, request_id)
+            replies = messages.StreamMessages(asked.sampling.n)
+            async with aclosing(self._inference.stream(asked, caller())) as events:
                 async for event in events:
-                    for response in messages.stream_responses(event):
-                        await context.write(response)
+                    if (reply := replies.of(event)) is not None:
+                        await context.write(reply)
+            await context.write(replies.last())
 
     async def BatchGenerate(self, request: pb.BatchGenerateRequest, context: BatchContext) -> None:
         """Answers many requests, each as soon as it is there."""
-        async with _answering(context):
+        async with _answering(context) as request_id:
             tasks = [
-                asyncio.create_task(self._one_of_batch(index, message))
+                asyncio.create_task(self._one_of_batch(index, message, f"{request_id}/{index}"))
                 for index, message in enumerate(self._requests.batch(request))
             ]
             try:
@@ -96,7 +120,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     ) -> pb.CountTokensResponse:
         """Counts prompt tokens."""
         async with _answering(context):
-            tokens = await self._inference.count_tokens(self._requests.prompt(request))
+            tokens = await self._inference.count_tokens(self._requests.prompt(request), caller())
             return pb.CountTokensResponse(tokens=tokens)
 
     async def ListAdapters(
@@ -105,13 +129,14 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         """Lists the registry's adapters and what is served of them."""
         del request
         async with _answering(context):
-            return messages.adapters_response(await self._inference.adapters())
+            return messages.adapters_response(await self._inference.adapters(caller()))
 
     async def _one_of_batch(
-        self, index: int, message: pb.GenerateRequest
+        self, index: int, message: pb.GenerateRequest, request_id: str
     ) -> pb.BatchGenerateResponse:
         try:
-            generation = await self._inference.generate(self._requests.generation(message))
+            asked = self._requests.generation(message, request_id)
+            generation = await self._inference.generate(asked, caller())
         except Exception as error:
             return messages.batch_error(index, to_status(error))
         response = messages.generate_response(generation)

@@ -5,6 +5,7 @@
 
 import logging
 import uuid
+from typing import Any, NoReturn
 
 import grpc
 from google.protobuf import any_pb2, duration_pb2
@@ -28,7 +29,7 @@ def to_status(error: Exception) -> status_pb2.Status:
     text may hold paths or a neighbour's data.
     """
     if not isinstance(error, GatewayError):
-        error = _opaque(error)
+        error = opaque(error)
     details: list[Message] = [error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN)]
     if isinstance(error, InvalidRequestError):
         details.append(
@@ -51,7 +52,16 @@ def to_status(error: Exception) -> status_pb2.Status:
     )
 
 
-def _opaque(error: Exception) -> GatewayError:
+async def abort(context: "grpc.aio.ServicerContext[Any, Any]", error: Exception) -> NoReturn:
+    """Ends a call with the status of `error`."""
+    status = to_status(error)
+    details = (DETAILS_KEY, status.SerializeToString())
+    await context.abort(CODES[status.code], status.message, (details,))
+    raise AssertionError("abort raises")
+
+
+def opaque(error: Exception) -> GatewayError:
+    """What a client is told of an error nobody foresaw: an id, under which the log has it all."""
     incident = uuid.uuid4().hex[:12]
     logger.error("incident %s", incident, exc_info=error)
     return GatewayError(f"Internal error {incident}; the gateway's log has the cause.")

@@ -7,6 +7,7 @@
 import asyncio
 import itertools
 import logging
+import re
 import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
@@ -15,12 +16,14 @@ from typing import Any, cast
 
 from jinja2 import TemplateError
 from vllm import SamplingParams
+from vllm.config import StructuredOutputsConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.exceptions import VLLMValidationError
 from vllm.inputs import tokens_input
 from vllm.logprobs import Logprob
 from vllm.lora.request import LoRARequest
 from vllm.outputs import CompletionOutput
-from vllm.sampling_params import RequestOutputKind
+from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 
@@ -29,9 +32,15 @@ from manylora_gateway.cpu_lora import plugin
 from manylora_gateway.engine import (
     Candidate,
     ChatPrompt,
+    Constraint,
     Delta,
     Finish,
+    Grammar,
+    JsonObject,
+    JsonSchema,
+    OneOf,
     Prompt,
+    Regex,
     Sampling,
     TextPrompt,
     TokenLogprobs,
@@ -45,6 +54,9 @@ from manylora_gateway.errors import (
 from manylora_gateway.executor import LocalExecutor
 
 GIB = 1 << 30
+MAX_LOGPROBS = 1000
+CODE_PLACE = re.compile(r"\[[0-9:]+\] \S+:\d+: ")
+"""Where in its own source xgrammar found what it complains of."""
 SEED_MASK = (1 << 63) - 1
 """torch seeds are signed."""
 
@@ -64,6 +76,9 @@ class VllmEngine:
 
     def __init__(self, base: Path, config: EngineConfig, gpus: int) -> None:
         self._max_context = config.max_context
+        self._max_prompt = min(
+            config.max_prompt_tokens or config.max_context, config.max_context - 1
+        )
         self._interval_s = config.stream_interval_ms / 1000
         self._requests: dict[str, LoRARequest] = {}
         # Never reused: vLLM knows weights by this number in its caches.
@@ -106,8 +121,8 @@ class VllmEngine:
             if max(ids, default=0) >= self._vocabulary:
                 text = f"token {max(ids)} is not in the vocabulary of {self._vocabulary}"
                 raise InvalidRequestError([Violation(field, text)])
-        if not 0 < len(ids) < self._max_context:
-            text = f"has {len(ids)} tokens; with the answer the most is {self._max_context}"
+        if not 0 < len(ids) <= self._max_prompt:
+            text = f"has {len(ids)} tokens; must have 1 to {self._max_prompt}"
             raise InvalidRequestError([Violation(field, text)])
         return ids
 
@@ -121,24 +136,29 @@ class VllmEngine:
             request_id,
             lora_request=None if adapter is None else self._requests[adapter],
         )
-        completion_tokens = 0
+        completion_tokens = [0] * sampling.n
         try:
             async with aclosing(outputs) as stream:
                 async for output in stream:
                     began = time.monotonic()
-                    part = output.outputs[0]
-                    completion_tokens += len(part.token_ids)
-                    yield Delta(
-                        text=part.text,
-                        token_ids=tuple(part.token_ids),
-                        logprobs=_logprobs(part, sampling.logprobs),
-                        finish=_finish(part, len(token_ids), completion_tokens),
-                    )
+                    for part in output.outputs:
+                        completion_tokens[part.index] += len(part.token_ids)
+                        yield Delta(
+                            text=part.text,
+                            token_ids=tuple(part.token_ids),
+                            logprobs=_logprobs(part, sampling.logprobs),
+                            finish=_finish(
+                                part, sampling, len(token_ids), completion_tokens[part.index]
+                            ),
+                            choice=part.index,
+                        )
                     # What vLLM makes meanwhile it merges into one output.
                     if not output.finished:
                         await asyncio.sleep(self._interval_s - (time.monotonic() - began))
         except EngineDeadError as error:
             raise ReplicaLostError("The engine died.") from error
+        except VLLMValidationError as error:
+            raise InvalidRequestError([_violation(error, sampling)]) from error
 
     def check_health(self) -> None:
         """Raises once the engine process is dead."""
@@ -170,10 +190,18 @@ class VllmEngine:
             temperature=sampling.temperature,
             top_p=sampling.top_p,
             top_k=min(sampling.top_k, self._vocabulary),
+            min_p=sampling.min_p,
+            presence_penalty=sampling.presence_penalty,
+            frequency_penalty=sampling.frequency_penalty,
+            repetition_penalty=sampling.repetition_penalty,
+            n=sampling.n,
             seed=None if sampling.seed is None else sampling.seed & SEED_MASK,
             stop=list(sampling.stop),
             ignore_eos=sampling.ignore_eos,
             logprobs=sampling.logprobs,
+            structured_outputs=(
+                None if sampling.constraint is None else _structured(sampling.constraint)
+            ),
             output_kind=RequestOutputKind.DELTA,
         )
 
@@ -186,7 +214,7 @@ def _arguments(base: Path, config: EngineConfig, gpus: int) -> AsyncEngineArgs:
         # bf16 without bf16 instructions is three times slower than float32.
         dtype="float32" if cpu and config.dtype == "auto" else config.dtype,
         max_model_len=config.max_context,
-        max_num_seqs=config.max_concurrent,
+        max_num_seqs=config.max_concurrent + config.express_seats,
         enable_prefix_caching=True,
         enforce_eager=cpu,
         kv_cache_memory_bytes=None if kv_cache_gib is None else round(kv_cache_gib * GIB),
@@ -197,14 +225,43 @@ def _arguments(base: Path, config: EngineConfig, gpus: int) -> AsyncEngineArgs:
         max_lora_rank=config.max_rank,
         max_loras=config.slots + 1,
         max_cpu_loras=max(config.host_adapters, config.slots + 1),
+        # What `limits.max_logprobs` may be at most; the front refuses what is above it.
+        max_logprobs=MAX_LOGPROBS,
+        # One backend for all requests: left to choose, vLLM takes that of the first request.
+        structured_outputs_config=StructuredOutputsConfig(backend="xgrammar"),
         disable_log_stats=True,
         enable_log_requests=False,
     )
 
 
-def _finish(part: CompletionOutput, prompt_tokens: int, completion_tokens: int) -> Finish | None:
+def _structured(constraint: Constraint) -> StructuredOutputsParams:
+    match constraint:
+        case JsonSchema(schema):
+            return StructuredOutputsParams(json=schema)
+        case JsonObject():
+            return StructuredOutputsParams(json_object=True)
+        case Regex(pattern):
+            return StructuredOutputsParams(regex=pattern)
+        case OneOf(values):
+            return StructuredOutputsParams(choice=list(values))
+        case Grammar(text):
+            return StructuredOutputsParams(grammar=text)
+
+
+def _violation(error: VLLMValidationError, sampling: Sampling) -> Violation:
+    """What vLLM refused; all that our own checks leave to it is the constraint."""
+    field = "sampling" if sampling.constraint is None else "sampling.structured_output"
+    return Violation(field, CODE_PLACE.sub("", str(error)).strip())
+
+
+def _finish(
+    part: CompletionOutput, sampling: Sampling, prompt_tokens: int, completion_tokens: int
+) -> Finish | None:
     if part.finish_reason is None:
         return None
+    if part.finish_reason == "error" and sampling.constraint is not None:
+        text = "the engine cannot hold an answer to it"
+        raise InvalidRequestError([Violation("sampling.structured_output", text)])
     if part.finish_reason not in ("stop", "length"):
         raise ReplicaLostError(f"The engine ended the request: {part.finish_reason}.")
     return Finish(part.finish_reason, prompt_tokens, completion_tokens)
@@ -222,8 +279,12 @@ def _logprobs(part: CompletionOutput, wanted: int | None) -> tuple[TokenLogprobs
 
 def _token_logprobs(token: int, entry: Mapping[int, Logprob], wanted: int) -> TokenLogprobs:
     # vLLM adds the taken token to the likeliest ones, of whatever rank.
-    ranked = sorted((info.rank or 0, other, info.logprob) for other, info in entry.items())
+    ranked = sorted((info.rank or 0, other) for other, info in entry.items())
     return TokenLogprobs(
-        chosen=Candidate(token, entry[token].logprob),
-        top=tuple(Candidate(other, logprob) for _, other, logprob in ranked[:wanted]),
+        chosen=_candidate(token, entry[token]),
+        top=tuple(_candidate(other, entry[other]) for _, other in ranked[:wanted]),
     )
+
+
+def _candidate(token: int, info: Logprob) -> Candidate:
+    return Candidate(token, info.logprob, info.decoded_token or "")

@@ -17,8 +17,10 @@ from manylora_gateway.errors import (
     YankedAdapterError,
     from_registry,
 )
+from manylora_gateway.fair import EVERYBODY, Share
 from manylora_gateway.pool import AdapterPool
 from manylora_gateway.replicas import ReplicaState
+from manylora_gateway.timing import Stopwatch
 from manylora_registry import Registry, Version
 from manylora_registry.errors import RegistryError
 
@@ -73,17 +75,25 @@ class Worker:
         self._directory = directory
         self._servable = servable
         self._slots = config.slots
+        # When the load of each adapter that is in the engine began and ended.
+        self._loads: dict[str, tuple[float, float]] = {}
         self._pool = AdapterPool(
             self._load,
             self._unload,
             slots=config.slots,
             capacity=max(config.host_adapters, config.slots + 1),
             seats=config.max_concurrent,
+            express=config.express_seats,
             turn_s=config.turn_s,
         )
 
     async def generate(
-        self, request_id: str, prompt: Prompt, sampling: Sampling, version: Version | None
+        self,
+        request_id: str,
+        prompt: Prompt,
+        sampling: Sampling,
+        version: Version | None,
+        share: Share = EVERYBODY,
     ) -> AsyncGenerator[Delta, None]:
         """Waits for a seat and the adapter, then generates.
 
@@ -92,12 +102,17 @@ class Worker:
         """
         token_ids = self._engine.tokenize(prompt)
         name = None if version is None else version.engine_name
+        stopwatch = Stopwatch(sampling.n)
+        most = len(token_ids) + sampling.max_tokens * sampling.n
         async with (
-            self._pool.hold(version),
+            self._pool.hold(version, share, most) as seat,
             aclosing(self._engine.generate(request_id, token_ids, sampling, name)) as deltas,
         ):
+            stopwatch.seated(None if version is None else self._loads.get(version.digest))
+            seat.used = len(token_ids)
             async for delta in deltas:
-                yield delta
+                seat.used += len(delta.token_ids)
+                yield stopwatch.timed(delta)
 
     def count_tokens(self, prompt: Prompt) -> int:
         """Tokens of `prompt` as the engine reads it."""
@@ -107,6 +122,14 @@ class Worker:
         """Loads `version`, if it is not loaded, and tries it."""
         await self._pool.prepare(version)
 
+    async def pin(self, version: Version) -> None:
+        """Loads `version` and keeps it loaded."""
+        await self._pool.pin(version)
+
+    def unpin(self, version: Version) -> bool:
+        """Ends a pin; says whether there was one."""
+        return self._pool.unpin(version)
+
     def retire(self, version: Version) -> bool:
         """Unloads `version` once drained; says whether it was loaded."""
         return self._pool.retire(version)
@@ -114,7 +137,12 @@ class Worker:
     def state(self) -> ReplicaState:
         """What this replica holds and does now."""
         return ReplicaState(
-            self._replica_id, self._slots, self._pool.requests, tuple(self._pool.residents())
+            self._replica_id,
+            self._slots,
+            self._pool.requests,
+            tuple(self._pool.residents()),
+            self._pool.waiting,
+            self._pool.counts,
         )
 
     def check_health(self) -> None:
@@ -145,6 +173,7 @@ class Worker:
             raise AdapterLoadError(
                 f"{version.name}@{version.number} failed its trial prompt."
             ) from error
+        self._loads[version.digest] = (began, time.monotonic())
         logger.info("loaded %s in %.2f s", version.engine_name, time.monotonic() - began)
 
     async def _try(self, version: Version) -> None:
@@ -160,5 +189,6 @@ class Worker:
                 pass
 
     async def _unload(self, version: Version) -> None:
+        self._loads.pop(version.digest, None)
         await self._engine.unload(version.engine_name)
         logger.info("unloaded %s", version.engine_name)

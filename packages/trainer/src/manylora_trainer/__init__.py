@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from manylora_trainer.recipe import Recipe, load_recipe
 
 if TYPE_CHECKING:
+    from manylora_trainer.loop import Judge
     from manylora_trainer.progress import Progress
     from manylora_trainer.result import RunResult
 
@@ -22,6 +23,7 @@ def train(
     progress: "Progress | None" = None,
     how_to_resume: str = "resume=True",
     allow_changes: Sequence[str] = (),
+    judge: "Judge | None" = None,
 ) -> "RunResult":
     """Trains every task of a recipe in one run, and writes one adapter for each.
 
@@ -38,6 +40,9 @@ def train(
         allow_changes: Dotted paths such as `tasks.0.steps` in which the recipe may differ from
             the one that the run was started with.
         how_to_resume: What the message of an interruption tells the user to do.
+        judge: Called with a step and the validation losses measured after it; names the adapters
+            that leave the run there, each with the reason. It must decide by these alone, so
+            that a resumed run decides the same.
 
     Raises:
         ConfigError: the recipe has mistakes.
@@ -49,7 +54,7 @@ def train(
     """
     # Bases are local directories: without this the libraries look for a hub first.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    from manylora_trainer.loop import train_run
+    from manylora_trainer.loop import nobody, train_run
     from manylora_trainer.progress import Progress
 
     if not isinstance(recipe, Recipe):
@@ -63,4 +68,5 @@ def train(
             watch=watch,
             how_to_resume=how_to_resume,
             allow_changes=allow_changes,
+            judge=judge or nobody,
         )

@@ -20,6 +20,7 @@ from manylora_trainer.targets import Shapes, last_names
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
+CARD_FILE = "README.md"
 
 
 def save_adapter(
@@ -28,9 +29,11 @@ def save_adapter(
     task: Task,
     targets: Shapes,
     base_fingerprint: str,
-    metrics: Mapping[str, float],
+    card: str,
 ) -> int:
     """Writes `directory`, whole or not at all; returns the bytes of the weights.
+
+    `card` is the text of the adapter's README.
 
     Nothing in it depends on time or place: equal training gives equal files.
     """
@@ -54,7 +57,7 @@ def save_adapter(
     def fill(temporary: Path) -> None:
         write_tensors(temporary / WEIGHTS_FILE, tensors)
         (temporary / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-        (temporary / "README.md").write_text(_card(task, base_fingerprint, metrics))
+        (temporary / CARD_FILE).write_text(card, encoding="utf-8")
 
     write_directory(directory, fill)
     return (directory / WEIGHTS_FILE).stat().st_size
@@ -113,25 +116,3 @@ def _config_targets(task: Task, targets: Shapes) -> list[str]:
     wanted = task.lora.target_modules
     # As PEFT saves all-linear: spelled out, because readers differ in what they take it for.
     return last_names(targets) if isinstance(wanted, str) else sorted(wanted)
-
-
-def _card(task: Task, base_fingerprint: str, metrics: Mapping[str, float]) -> str:
-    losses = "\n".join(
-        f"| {name.replace('_', ' ')} | {value:.4f} |" for name, value in metrics.items()
-    )
-    return f"""---
-library_name: peft
-tags: [lora, manylora]
----
-# {task.name}
-
-A LoRA adapter trained with manylora. It is right only on the base with the fingerprint
-`{base_fingerprint}`.
-
-| | |
-|---|---|
-| rank / alpha | {task.lora.saved_rank} / {task.lora.saved_alpha} |
-| steps of examples | {task.steps} of {task.batch_size} |
-| learning rate | {task.optimizer.learning_rate:g}, {task.optimizer.schedule} |
-{losses}
-"""

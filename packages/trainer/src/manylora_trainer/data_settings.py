@@ -1,7 +1,6 @@
-"""Settings of a task's rows: where they come from, what is made of them, how they are divided."""
+"""Settings of what is made of a task's rows, and how they are divided."""
 
 import re
-from pathlib import Path
 from string import Formatter
 from typing import Annotated, Literal
 
@@ -12,47 +11,20 @@ from manylora_registry.config import ConfigModel
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
-class PythonSource(ConfigModel):
-    """Rows from a Python generator function."""
-
-    kind: Literal["python"]
-    file: Path
-    """Python file, relative to the recipe."""
-    function: str = Field(min_length=1)
-    """Function in it that takes no arguments and yields one mapping a row."""
-
-    def relative_to(self, directory: Path) -> "PythonSource":
-        """The same with its file found from `directory`."""
-        return self.model_copy(update={"file": directory / self.file.expanduser()})
-
-
-class JsonlSource(ConfigModel):
-    """Rows from a file with one JSON object a line."""
-
-    kind: Literal["jsonl"]
-    path: Path
-    """The file, relative to the recipe."""
-
-    def relative_to(self, directory: Path) -> "JsonlSource":
-        """The same with its file found from `directory`."""
-        return self.model_copy(update={"path": directory / self.path.expanduser()})
-
-
-SourceSettings = Annotated[PythonSource | JsonlSource, Field(discriminator="kind")]
-
-
 class TemplateFormat(ConfigModel):
     """One turn written from columns: `{column}` is replaced by the row's value."""
 
     kind: Literal["template"]
     system: str | None = None
     """System message; may name columns. None: the base's own default."""
-    prompt: str = Field(min_length=1)
+    prompt: str | None = Field(default=None, min_length=1)
     """User message, with `{column}` placeholders."""
+    prompt_json: tuple[str, ...] | None = Field(default=None, min_length=1)
+    """Instead of `prompt`: these columns as one canonical JSON object."""
     completion: str | None = Field(default=None, min_length=1)
     """What the adapter learns to answer, with `{column}` placeholders."""
     completion_json: tuple[str, ...] | None = Field(default=None, min_length=1)
-    """Instead of `completion`: these columns as one canonical JSON object."""
+    """Instead of `completion`: these columns as one canonical JSON object, keys sorted."""
 
     @field_validator("system", "prompt", "completion")
     @classmethod
@@ -62,7 +34,9 @@ class TemplateFormat(ConfigModel):
         return value
 
     @model_validator(mode="after")
-    def _one_completion(self) -> "TemplateFormat":
+    def _one_prompt_and_one_completion(self) -> "TemplateFormat":
+        if (self.prompt is None) == (self.prompt_json is None):
+            raise ValueError("give either prompt or prompt_json")
         if (self.completion is None) == (self.completion_json is None):
             raise ValueError("give either completion or completion_json")
         return self
@@ -81,13 +55,17 @@ class PromptCompletionFormat(ConfigModel):
 
 
 class ChatFormat(ConfigModel):
-    """Rows that hold a conversation whose last message is the answer to learn."""
+    """Rows that hold a conversation."""
 
     kind: Literal["chat"]
     system: str | None = None
     """System message put before conversations that have none."""
     messages_column: str = "messages"
-    """Column with a list of `{role, content}`; the last role must be `assistant`."""
+    """Column with a list of `{role, content}`."""
+    train: Literal["last", "all", "flagged"] = "last"
+    """Which messages are learned: the last one, which must be the assistant's; all of the
+    assistant's; or those with `train: true` beside role and content. What stands behind the last
+    one learned is left out."""
 
 
 class PreferenceFormat(ConfigModel):
@@ -121,6 +99,9 @@ class Split(ConfigModel):
     """At most this many validation rows are used."""
     held_out_rows: int = Field(default=200, ge=0)
     """At most this many held-out rows are written."""
+    scan_rows: int = Field(default=100_000, ge=1)
+    """Rows looked through for both before training starts; with `epochs` it is all of them. Inputs
+    of either part never train, wherever they stand."""
 
     @field_validator("held_out")
     @classmethod

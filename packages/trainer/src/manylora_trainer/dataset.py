@@ -7,59 +7,65 @@ training into an evaluation, and adding rows never moves the others.
 import hashlib
 import heapq
 import json
+import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import partial
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any, Generic, Literal, cast
 
 from manylora_trainer.data_settings import Split
-from manylora_trainer.errors import NoExamplesError
-from manylora_trainer.formats import Rendered, render
-from manylora_trainer.preference import Pair, encode_pairs
+from manylora_trainer.errors import DataError, NoExamplesError, RowError
+from manylora_trainer.formats import Rendered
+from manylora_trainer.items import I, Preparation, R, Rendering
+from manylora_trainer.preference import PairPreparation
 from manylora_trainer.recipe import Task
-from manylora_trainer.sources import Source, open_source
-from manylora_trainer.tokenization import ChatTokenizer, Example
+from manylora_trainer.sources import Row, Source, open_source
+from manylora_trainer.tokenization import ChatPreparation, ChatTokenizer
 
 Part = Literal["train", "validation", "held_out"]
+COUNTED_AT_ONCE = 256
+"""Rows tokenised in one call while they are counted."""
 
 
 @dataclass(frozen=True)
 class HeldOutRow:
     """A row kept out of training, for the evaluator."""
 
-    rendered: Rendered
+    rendered: Rendering
     columns: Mapping[str, Any]
 
     def as_json(self) -> str:
         """One line of `held_out/TASK.jsonl`."""
         return json.dumps(
-            {
-                "messages": [
-                    {"role": message.role, "content": message.content}
-                    for message in self.rendered.messages
-                ],
-                "expected": self.rendered.completion,
-                "row": dict(self.columns),
-            },
+            {**self.rendered.held_out(), "row": dict(self.columns)},
             ensure_ascii=False,
             default=str,
         )
 
 
 @dataclass(frozen=True)
-class TaskData:
-    """Everything one task trains and is measured on."""
+class TaskData(Generic[R, I]):
+    """What one task trains and is measured on. Its training rows stay in their source."""
 
-    train: Sequence[Any]
-    """Examples, or pairs of them for a task of preferences."""
-    validation: Sequence[Any]
+    source: Source
+    preparation: Preparation[R, I]
+    validation: list[I]
     held_out: list[HeldOutRow]
+    steps: int
+    """Optimiser steps: the recipe's, or what its epochs amount to."""
+    examples: int | None
+    """Examples those epochs hold, after which a stream ends; None without epochs."""
     rows_read: int
+    """Looked through at the start: all, or `split.scan_rows` where the run is counted in steps."""
+    rows_skipped: int
+    """Of these, malformed ones that were passed over."""
+    train_rows: int
+    """Of these, rows to train on."""
     overlong_dropped: int
+    """Of the examples tokenised at the start: validation, and with epochs all that train."""
     overlong_truncated: int
     data_fingerprint: str
-    """`sha256:…` of the training and validation tokens, in order."""
+    """`sha256:…` of the training and validation rows read, in order."""
 
 
 def random_for(seed: int, task: str, purpose: str) -> random.Random:
@@ -67,7 +73,7 @@ def random_for(seed: int, task: str, purpose: str) -> random.Random:
     return random.Random(f"{seed}/{task}/{purpose}")  # noqa: S311 (repeatable, not secret)
 
 
-def part_of(rendered: Rendered, split: Split) -> tuple[Part, bytes]:
+def part_of(rendered: Rendering, split: Split) -> tuple[Part, bytes]:
     """Where an input belongs, and the hash that says so."""
     digest = hashlib.sha256(rendered.input_key).digest()
     place = int.from_bytes(digest[:8]) / 2**64
@@ -78,71 +84,163 @@ def part_of(rendered: Rendered, split: Split) -> tuple[Part, bytes]:
     return "train", digest
 
 
+def preparation_of(task: Task, tokenizer: ChatTokenizer) -> Preparation[Rendered, Any]:
+    """What makes a task's items: examples, or pairs of them for a task of preferences."""
+    if task.kind == "dpo":
+        return PairPreparation(task.format, tokenizer)
+    return ChatPreparation(task.format, tokenizer)
+
+
 def load_task(
     task: Task, tokenizer: ChatTokenizer, seed: int, *, source: Source | None = None
-) -> TaskData:
-    """Reads, divides and tokenises the rows of one task.
+) -> TaskData[Rendered, Any]:
+    """Looks through the rows of one task; see `survey`."""
+    source = source or open_source(task.source, f"{seed}/{task.seed_name}")
+    return survey(task, source, preparation_of(task, tokenizer))
 
-    Memory is bounded by what the run can use: a uniform sample of `steps * batch_size` training
-    rows, and of each evaluation part the rows with the smallest hashes, once each.
+
+def survey(task: Task, source: Source, preparation: Preparation[R, I]) -> TaskData[R, I]:
+    """Reads a task's rows once: counts them, and keeps those it is measured on.
+
+    Of each evaluation part the rows with the smallest hashes are kept, once each, so memory does
+    not grow with the source. A run counted in epochs reads and tokenises all rows, because its
+    learning rate depends on how many steps they are; one counted in steps reads
+    `split.scan_rows` at most.
 
     Raises:
         RowError: a row is malformed.
         SourceError: the source cannot be opened or fails midway.
         NoExamplesError: no row is left to train on.
+        DataError: the epochs end before the warm-up does.
     """
-    source = source or open_source(task.source)
-    sample = _Sample(task.steps * task.batch_size, random_for(seed, task.name, "sample"))
     validation = _Smallest(task.split.validation_rows)
     held_out = _Smallest(task.split.held_out_rows)
-    rows_read = 0
+    counting = _Counting[R, I](task, preparation)
+    fingerprint = hashlib.sha256()
+    rows_read = rows_skipped = train_rows = 0
     for row in source.rows():
+        if task.epochs is None and rows_read == task.split.scan_rows:
+            break
         rows_read += 1
-        rendered = render(task.format, source.name, row)
+        rendered = rendered_or_skipped(task, preparation, row, rows_skipped)
+        if rendered is None:
+            rows_skipped += 1
+            continue
         part, digest = part_of(rendered, task.split)
-        if part == "train":
-            sample.offer(rendered)
-        elif part == "validation":
+        if part == "held_out":
+            held_out.offer(digest, HeldOutRow(rendered, row.columns))
+            continue
+        fingerprint.update(hashlib.sha256(rendered.content_key).digest())
+        if part == "validation":
             validation.offer(digest, HeldOutRow(rendered, row.columns))
         else:
-            held_out.offer(digest, HeldOutRow(rendered, row.columns))
+            train_rows += 1
+            if task.epochs is not None:
+                counting.add(rendered)
     if rows_read == 0:
         raise NoExamplesError(f"task {task.name}: {source.name} has no rows")
-    train, train_cut = _tokenise(sample.rows, tokenizer, task)
-    validating, validation_cut = _tokenise(
-        [row.rendered for row in validation.rows()], tokenizer, task
-    )
-    if not train:
+    counting.flush()
+    if train_rows == 0 or (task.epochs is not None and counting.examples == 0):
         raise NoExamplesError(
             f"task {task.name}: of {rows_read} rows in {source.name} none is left to train on "
-            f"({train_cut.dropped} longer than max_length {task.max_length})"
+            f"({counting.dropped} are longer than max_length {task.max_length}, {rows_skipped} "
+            "malformed, the rest held out)"
         )
+    steps, examples = _steps(task, counting)
+    validating = counting.fit([cast("R", row.rendered) for row in validation.rows()])
     return TaskData(
-        train,
+        source,
+        preparation,
         validating,
         list(held_out.rows()),
+        steps,
+        examples,
         rows_read,
-        train_cut.dropped + validation_cut.dropped,
-        train_cut.truncated + validation_cut.truncated,
-        _fingerprint([*train, *validating]),
+        rows_skipped,
+        train_rows,
+        counting.dropped,
+        counting.truncated,
+        f"sha256:{fingerprint.hexdigest()}",
     )
 
 
-@dataclass
-class _Sample:
-    """A uniform sample of a stream (Vitter 1985, algorithm R); all of it when it is short."""
+def rendered_or_skipped(
+    task: Task, preparation: Preparation[R, I], row: Row, skipped: int
+) -> R | None:
+    """One row rendered, or None if it is malformed and the task passes over such rows.
 
-    size: int
-    generator: random.Random
-    rows: list[Rendered] = field(default_factory=list[Rendered])
-    seen: int = 0
+    Raises:
+        RowError: it is malformed, and `skipped` rows before it leave no room for another.
+    """
+    try:
+        return preparation.render(row)
+    except RowError as error:
+        if task.on_bad_row == "fail":
+            raise
+        if skipped >= task.max_bad_rows:
+            problem = f"{error.problem} (and {skipped} malformed rows before it: max_bad_rows)"
+            raise RowError(error.source, error.row, error.field, problem) from error
+        return None
 
-    def offer(self, row: Rendered) -> None:
-        self.seen += 1
-        if len(self.rows) < self.size:
-            self.rows.append(row)
-        elif (place := self.generator.randrange(self.seen)) < self.size:
-            self.rows[place] = row
+
+def fitted(item: I, task: Task) -> I | None:
+    """An overlong item as the task's policy wants it: cut, or None to drop it."""
+    return item.truncated(task.max_length) if task.overlong == "truncate" else None
+
+
+class _Counting(Generic[R, I]):
+    """Tokenises rows in batches, for their number and their tokens alone."""
+
+    def __init__(self, task: Task, preparation: Preparation[R, I]) -> None:
+        self._task = task
+        self._preparation = preparation
+        self._waiting: list[R] = []
+        self.examples = 0
+        self.tokens = 0
+        self.dropped = 0
+        self.truncated = 0
+
+    def add(self, rendered: R) -> None:
+        self._waiting.append(rendered)
+        if len(self._waiting) == COUNTED_AT_ONCE:
+            self.flush()
+
+    def flush(self) -> None:
+        items = self.fit(self._waiting)
+        self._waiting = []
+        self.examples += len(items)
+        self.tokens += sum(len(item) for item in items)
+
+    def fit(self, rendered: Sequence[R]) -> list[I]:
+        """The items of some rows, as the policy for overlong ones leaves them."""
+        kept: list[I] = []
+        for item in self._preparation.encode(rendered):
+            if item.longest <= self._task.max_length:
+                kept.append(item)
+            elif (fits := fitted(item, self._task)) is not None:
+                kept.append(fits)
+                self.truncated += 1
+            else:
+                self.dropped += 1
+        return kept
+
+
+def _steps(task: Task, counted: _Counting[R, I]) -> tuple[int, int | None]:
+    """Steps of a task, and the examples it ends with if it is counted in epochs."""
+    if task.epochs is None:
+        assert task.steps is not None
+        return task.steps, None
+    examples = math.ceil(task.epochs * counted.examples)
+    if task.batch_tokens is None:
+        steps = math.ceil(examples / task.examples_per_step)
+    else:
+        steps = math.ceil(task.epochs * counted.tokens / task.batch_tokens)
+    if steps <= (warmup := task.optimizer.warmup(steps)):
+        raise DataError(
+            f"task {task.name}: {task.epochs} epochs of {counted.examples} examples are {steps} "
+            f"steps, which must be greater than optimizer.warmup_steps ({warmup})"
+        )
+    return steps, examples
 
 
 class _Smallest:
@@ -167,43 +265,3 @@ class _Smallest:
 
     def rows(self) -> Iterator[HeldOutRow]:
         return (self._rows[digest] for digest in sorted(self._rows))
-
-
-@dataclass
-class _Cut:
-    dropped: int = 0
-    truncated: int = 0
-
-
-def encode(
-    rendered: Sequence[Rendered], tokenizer: ChatTokenizer, task: Task
-) -> Sequence[Example | Pair]:
-    """Tokenises rows as the kind of the task wants them."""
-    return (tokenizer.encode if task.kind == "sft" else partial(encode_pairs, tokenizer))(rendered)
-
-
-def _tokenise(
-    rendered: Sequence[Rendered], tokenizer: ChatTokenizer, task: Task
-) -> tuple[list[Example | Pair], _Cut]:
-    """Tokenises and applies the policy for overlong examples, counting what it touched."""
-    cut = _Cut()
-    kept: list[Example | Pair] = []
-    for example in encode(rendered, tokenizer, task):
-        if example.longest <= task.max_length:
-            kept.append(example)
-        elif task.overlong == "truncate" and (short := example.truncated(task.max_length)):
-            kept.append(short)
-            cut.truncated += 1
-        else:
-            # A prompt that fills the length leaves nothing to learn, whatever the policy.
-            cut.dropped += 1
-    return kept, cut
-
-
-def _fingerprint(items: Sequence[Example | Pair]) -> str:
-    digest = hashlib.sha256()
-    for example in (example for item in items for example in item.sequences):
-        digest.update(len(example).to_bytes(8))
-        digest.update(example.tokens.astype("<i4").tobytes())
-        digest.update(example.trained.tobytes())
-    return f"sha256:{digest.hexdigest()}"

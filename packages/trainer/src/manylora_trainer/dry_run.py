@@ -1,6 +1,7 @@
 """What a recipe would train, from a look at its first rows; nothing is written."""
 
 import itertools
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -8,15 +9,30 @@ import numpy as np
 
 from manylora_registry.base import identify_base
 from manylora_trainer.adapter_files import read_initial
-from manylora_trainer.dataset import encode, part_of
+from manylora_trainer.dataset import fitted, part_of, preparation_of, rendered_or_skipped
 from manylora_trainer.errors import NoExamplesError
-from manylora_trainer.formats import render
+from manylora_trainer.estimates import (
+    MemoryEstimate,
+    TimeEstimate,
+    Work,
+    estimate_memory,
+    estimate_time,
+    trained_parameters,
+)
 from manylora_trainer.recipe import Recipe, Task
 from manylora_trainer.sources import open_source
-from manylora_trainer.targets import Shapes, linears_of, targets_of, trainable_parameters
-from manylora_trainer.tokenization import ChatTokenizer
+from manylora_trainer.targets import linears_of, targets_of
+from manylora_trainer.tokenization import ChatTokenizer, Example
 
-SAMPLED_ROWS = 256
+SAMPLED_ROWS = 1000
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A part of a rendered example."""
+
+    text: str
+    trained: bool
 
 
 @dataclass(frozen=True)
@@ -24,30 +40,52 @@ class TaskPlan:
     """One task as it would be trained."""
 
     task: str
-    sampled: int
+    rows_sampled: int
     """Rows looked at: the first of the source."""
+    rows_malformed: int
+    """Of these, rows that `on_bad_row: skip` passes over."""
     train: int
-    """Of these, rows that would train."""
-    tokens_median: int
-    tokens_90: int
-    """90 of 100 examples are no longer than this."""
-    tokens_longest: int
-    overlong: int
-    """Sampled examples longer than max_length."""
+    """Of these, rows that would train; so with the two below."""
+    validation: int
+    held_out: int
+    tokens_p50: int
+    """Half of the examples sampled are no longer than this; so with the two below."""
+    tokens_p90: int
+    tokens_p99: int
+    tokens_max: int
+    overlong_dropped: int
+    """Examples sampled that are longer than max_length and left out."""
+    overlong_truncated: int
+    """Examples sampled that are longer than max_length and cut."""
+    dropped_share: float
     trained_share: float
-    """Of all tokens, those the adapter learns."""
+    """Of the tokens of the examples kept, those the adapter learns."""
     trainable_parameters: int
-    steps: int
-    examples: int
-    """Examples the run would draw: steps times batch size."""
-    prompt: str
-    """One rendered example as the model sees it …"""
-    completion: str
-    """… and the part of it that trains."""
+    steps: int | None
+    """None: the epochs of a source longer than the sample, whose rows a dry run does not count."""
+    epochs: float | None
+    examples_per_step: float
+    tokens_per_step: float
+    example: tuple[Segment, ...]
+    """The first example as the model sees it."""
 
 
-def plan(recipe: Recipe) -> list[TaskPlan]:
-    """Checks the recipe against its base and reads some rows of every task.
+@dataclass(frozen=True)
+class Plan:
+    """What a recipe would do."""
+
+    tasks: tuple[TaskPlan, ...]
+    memory: MemoryEstimate
+    time: TimeEstimate | None
+    """None where the steps of a task are not known."""
+
+    def as_json(self) -> dict[str, Any]:
+        """The same for machines."""
+        return {**asdict(self), "memory": {**asdict(self.memory), "total": self.memory.total}}
+
+
+def plan(recipe: Recipe) -> Plan:
+    """Checks the recipe against its base, reads some rows of every task and reckons what it needs.
 
     Raises:
         BaseError, UnsupportedBaseError: the base cannot be read or trained on.
@@ -58,39 +96,99 @@ def plan(recipe: Recipe) -> list[TaskPlan]:
     linears = linears_of(identity)
     for task in recipe.tasks:
         read_initial(task, targets_of(task, linears), identity.fingerprint)
+    parameters = trained_parameters(recipe, identity)
     tokenizer = ChatTokenizer(recipe.base)
-    return [_plan_task(task, linears, tokenizer) for task in recipe.tasks]
+    tasks: list[TaskPlan] = []
+    work: dict[str, Work] = {}
+    for task in recipe.tasks:
+        kept, entry = _plan_task(task, parameters[task.name], tokenizer, recipe.seed)
+        tasks.append(entry)
+        if entry.steps is not None:
+            lengths = np.array([len(example) for example in kept])
+            work[task.name] = Work(
+                entry.steps * entry.tokens_per_step,
+                entry.trained_share,
+                float((lengths**2).sum() / lengths.sum()),
+            )
+    memory = estimate_memory(recipe, identity)
+    known = len(work) == len(recipe.tasks)
+    return Plan(tuple(tasks), memory, estimate_time(recipe, identity, work) if known else None)
 
 
-def as_json(plans: list[TaskPlan]) -> list[dict[str, Any]]:
-    """The same for machines."""
-    return [asdict(entry) for entry in plans]
-
-
-def _plan_task(task: Task, linears: Shapes, tokenizer: ChatTokenizer) -> TaskPlan:
-    targets = targets_of(task, linears)
-    source = open_source(task.source)
-    rows = itertools.islice(source.rows(), SAMPLED_ROWS)
-    rendered = [render(task.format, source.name, row) for row in rows]
-    if not rendered:
+def _plan_task(
+    task: Task, parameters: int, tokenizer: ChatTokenizer, seed: int
+) -> tuple[list[Example], TaskPlan]:
+    """The examples sampled, and what they tell."""
+    source = open_source(task.source, f"{seed}/{task.name}")
+    preparation = preparation_of(task, tokenizer)
+    rows = list(itertools.islice(source.rows(), SAMPLED_ROWS + 1))
+    is_whole = len(rows) <= SAMPLED_ROWS
+    rows = rows[:SAMPLED_ROWS]
+    if not rows:
         raise NoExamplesError(f"task {task.name}: {source.name} has no rows")
-    items = encode(rendered, tokenizer, task)
-    examples = [example for item in items for example in item.sequences]
-    lengths = np.array([len(example) for example in examples])
-    trained = sum(int(example.trained.sum()) for example in examples)
-    shown = examples[0]
-    return TaskPlan(
+    counts = {"train": 0, "validation": 0, "held_out": 0}
+    malformed = truncated = 0
+    kept: list[Example] = []
+    items = 0
+    lengths: list[int] = []
+    for row in rows:
+        rendered = rendered_or_skipped(task, preparation, row, malformed)
+        if rendered is None:
+            malformed += 1
+            continue
+        part, _ = part_of(rendered, task.split)
+        counts[part] += 1
+        if part != "train":
+            continue
+        (item,) = preparation.encode([rendered])
+        lengths.append(item.longest)
+        if item.longest > task.max_length:
+            if (item := fitted(item, task)) is None:
+                continue
+            truncated += 1
+        items += 1
+        kept += item.sequences
+    if not kept:
+        raise NoExamplesError(
+            f"task {task.name}: of the first {len(rows)} rows in {source.name} none is left to "
+            f"train on ({len(lengths)} are longer than max_length {task.max_length}, {malformed} "
+            "malformed, the rest held out)"
+        )
+    tokens = sum(len(example) for example in kept)
+    mean = tokens / items
+    per_step = task.batch_tokens / mean if task.batch_tokens else task.examples_per_step
+    steps = task.steps
+    if task.epochs is not None and is_whole:
+        steps = math.ceil(math.ceil(task.epochs * items) / per_step)
+    p50, p90, p99 = (int(np.percentile(lengths, share)) for share in (50, 90, 99))
+    dropped = len(lengths) - items
+    return kept, TaskPlan(
         task=task.name,
-        sampled=len(rendered),
-        train=sum(part_of(entry, task.split)[0] == "train" for entry in rendered),
-        tokens_median=int(np.percentile(lengths, 50)),
-        tokens_90=int(np.percentile(lengths, 90)),
-        tokens_longest=int(lengths.max()),
-        overlong=int((lengths > task.max_length).sum()),
-        trained_share=round(trained / int(lengths.sum()), 4),
-        trainable_parameters=trainable_parameters(targets, task.lora.rank),
-        steps=task.steps,
-        examples=task.steps * task.batch_size,
-        prompt=tokenizer.decode(shown.tokens[: shown.prompt_length]),
-        completion=tokenizer.decode(shown.tokens[shown.prompt_length :]),
+        rows_sampled=len(rows),
+        rows_malformed=malformed,
+        **counts,
+        tokens_p50=p50,
+        tokens_p90=p90,
+        tokens_p99=p99,
+        tokens_max=max(lengths),
+        overlong_dropped=dropped,
+        overlong_truncated=truncated,
+        dropped_share=round(dropped / len(lengths), 4),
+        trained_share=round(sum(int(e.trained.sum()) for e in kept) / tokens, 4),
+        trainable_parameters=parameters,
+        steps=steps,
+        epochs=task.epochs,
+        examples_per_step=round(per_step, 1),
+        tokens_per_step=round(per_step * mean, 1),
+        example=_segments(kept[0], tokenizer),
+    )
+
+
+def _segments(example: Example, tokenizer: ChatTokenizer) -> tuple[Segment, ...]:
+    """Runs of tokens that train and of tokens that do not, as text."""
+    bounds = np.flatnonzero(np.diff(example.trained)) + 1
+    edges = [0, *bounds.tolist(), len(example)]
+    return tuple(
+        Segment(tokenizer.decode(example.tokens[start:end]), bool(example.trained[start]))
+        for start, end in itertools.pairwise(edges)
     )

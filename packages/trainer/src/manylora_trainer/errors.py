@@ -11,9 +11,12 @@ TrainerError
 │   ├── RunExistsError        it already holds a run and resuming was not asked for
 │   ├── RecipeChangedError    the run was started with another recipe, base or data
 │   ├── CheckpointError       a checkpoint is there but none of them is whole
-│   └── StorageError          the disk is full, or the directory cannot be written any more
+│   ├── StorageError          the disk is full, or the directory cannot be written any more
+│   └── UnreadableRunError    a directory holds no run, or a damaged one
+├── SweepError                a sweep cannot go on as asked, or found nothing
 ├── RunInterruptedError       stopped by a signal; a checkpoint was written
 ├── AdaptersStoppedError      one or more adapters stopped early, for the reasons given
+├── ExportError               an experiment tracker is not installed or refuses
 ├── NotPublishableError       a run or a task of it has nothing to publish
 └── BaseFetchError            a packaged base could not be put where it was asked for
 """
@@ -100,6 +103,18 @@ class StorageError(RunDirectoryError):
     reason = "RUN_STORAGE"
 
 
+class UnreadableRunError(RunDirectoryError):
+    """A directory holds no run, or one whose files are damaged."""
+
+    reason = "RUN_UNREADABLE"
+
+
+class SweepError(TrainerError):
+    """A sweep's directory cannot be used as asked, or no trial of it came to its end."""
+
+    reason = "SWEEP"
+
+
 class RunInterruptedError(TrainerError):
     """The run was stopped by a signal, after a checkpoint."""
 
@@ -110,6 +125,12 @@ class AdaptersStoppedError(TrainerError):
     """One or more adapters stopped early."""
 
     reason = "ADAPTERS_STOPPED"
+
+
+class ExportError(TrainerError):
+    """An experiment tracker is not installed, or does not take a run."""
+
+    reason = "EXPORT_FAILED"
 
 
 class NotPublishableError(TrainerError):

@@ -1,9 +1,12 @@
 """From a row's columns to a conversation and the answer to learn. No tokenizer here."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import date
+from decimal import Decimal
 from typing import Any, cast
+from uuid import UUID
 
 from manylora_trainer.data_settings import (
     ChatFormat,
@@ -31,22 +34,39 @@ class Rendered:
 
     messages: tuple[Message, ...]
     completion: str
+    also_trained: tuple[int, ...] = ()
+    """Those of `messages` that are learned as well, by their number; all are the assistant's."""
     rejected: str | None = None
     """The answer it should rather not give, of a preference."""
 
     @property
     def input_key(self) -> bytes:
-        """Equal for equal inputs, whatever the completion."""
-        return json.dumps([[m.role, m.content] for m in self.messages]).encode()
+        """Equal for equal inputs, whatever is learned."""
+        given = self.messages[: self.also_trained[0]] if self.also_trained else self.messages
+        return json.dumps([[m.role, m.content] for m in given]).encode()
+
+    @property
+    def content_key(self) -> bytes:
+        """Equal for equal examples."""
+        turns = [[m.role, m.content] for m in self.messages]
+        answers = [self.completion] if self.rejected is None else [self.completion, self.rejected]
+        return json.dumps([turns, *answers, self.also_trained]).encode()
+
+    def held_out(self) -> dict[str, Any]:
+        """The input, and the answer to compare with."""
+        messages = [{"role": m.role, "content": m.content} for m in self.messages]
+        return {"messages": messages, "expected": self.completion}
 
 
-def render(settings: FormatSettings, source: str, row: Row) -> Rendered:
-    """Renders one row; `source` names it in errors.
+def render(settings: FormatSettings, row: Row) -> Rendered:
+    """Renders one row.
 
     Raises:
-        RowError: a column is missing, of the wrong type or empty.
+        RowError: the row is malformed, or a column is missing, of the wrong type or empty.
     """
-    reader = _RowReader(source, row)
+    if row.error is not None:
+        raise row.error
+    reader = _RowReader(row)
     match settings:
         case TemplateFormat():
             return _render_template(settings, reader)
@@ -64,11 +84,10 @@ def render(settings: FormatSettings, source: str, row: Row) -> Rendered:
 class _RowReader:
     """Reads columns and says which row and field is at fault."""
 
-    source: str
     row: Row
 
     def error(self, column: str | None, problem: str) -> RowError:
-        return RowError(self.source, self.row.number, column, problem)
+        return RowError(self.row.source, self.row.number, column, problem)
 
     def value(self, column: str) -> Any:
         if column not in self.row.columns:
@@ -81,12 +100,22 @@ class _RowReader:
             raise self.error(column, f"must be text, is {type(value).__name__}")
         if not value.strip():
             raise self.error(column, "empty")
+        return self.checked(column, value)
+
+    def checked(self, column: str, value: str) -> str:
+        """Text that can be written as UTF-8; JSON can escape what cannot."""
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise self.error(column, "holds half a surrogate pair, which is not text") from error
         return value
 
     def scalar(self, column: str) -> str:
         value = self.value(column)
         if isinstance(value, str):
-            return value
+            return self.checked(column, value)
+        if isinstance(value, Decimal | date | UUID):
+            return str(value)
         if isinstance(value, int | float) and not isinstance(value, bool):
             return str(value)
         raise self.error(column, f"must be text or a number, is {type(value).__name__}")
@@ -98,11 +127,12 @@ class _RowReader:
     def canonical_json(self, columns: tuple[str, ...]) -> str:
         values = {column: self.value(column) for column in columns}
         try:
-            return json.dumps(
+            text = json.dumps(
                 values, sort_keys=True, ensure_ascii=False, allow_nan=False, separators=(",", ":")
             )
         except (TypeError, ValueError) as error:
             raise self.error(", ".join(columns), f"is not JSON: {error}") from error
+        return self.checked(", ".join(columns), text)
 
 
 def _render_template(settings: TemplateFormat, reader: _RowReader) -> Rendered:
@@ -113,8 +143,11 @@ def _render_template(settings: TemplateFormat, reader: _RowReader) -> Rendered:
     if not completion.strip():
         raise reader.error("completion", "renders to nothing")
     system = None if settings.system is None else reader.fill(settings.system)
-    prompt = Message("user", reader.fill(settings.prompt))
-    return Rendered(_with_system(system, prompt), completion)
+    if settings.prompt_json is not None:
+        prompt = reader.canonical_json(settings.prompt_json)
+    else:
+        prompt = reader.fill(settings.prompt or "")
+    return Rendered(_with_system(system, Message("user", prompt)), completion)
 
 
 def _render_chat(settings: ChatFormat, reader: _RowReader) -> Rendered:
@@ -122,16 +155,43 @@ def _render_chat(settings: ChatFormat, reader: _RowReader) -> Rendered:
     value = reader.value(column)
     if not isinstance(value, list) or len(cast("list[Any]", value)) < 2:
         raise reader.error(column, "must be a list of two or more messages")
-    messages = tuple(
-        _message(reader, f"{column}.{index}", entry)
-        for index, entry in enumerate(cast("list[Any]", value))
-    )
-    *conversation, answer = messages
-    if answer.role != "assistant":
-        raise reader.error(column, f"must end with role assistant, ends with {answer.role!r}")
-    if settings.system is not None and conversation[0].role != "system":
-        conversation.insert(0, Message("system", settings.system))
-    return Rendered(tuple(conversation), answer.content)
+    entries = cast("list[Any]", value)
+    messages = [_message(reader, f"{column}.{index}", e) for index, e in enumerate(entries)]
+    if settings.train != "flagged" and messages[-1].role != "assistant":
+        raise reader.error(column, f"must end with role assistant, ends with {messages[-1].role!r}")
+    match settings.train:
+        case "last":
+            trained = [len(messages) - 1]
+        case "all":
+            trained = [i for i, message in enumerate(messages) if message.role == "assistant"]
+        case "flagged":
+            trained = _flagged(reader, column, entries, messages)
+    if trained[0] == 0:
+        raise reader.error(column, "must not begin with a message to learn")
+    if settings.system is not None and messages[0].role != "system":
+        messages.insert(0, Message("system", settings.system))
+        trained = [number + 1 for number in trained]
+    *earlier, last = trained
+    return Rendered(tuple(messages[:last]), messages[last].content, tuple(earlier))
+
+
+def _flagged(
+    reader: _RowReader, column: str, entries: Sequence[Any], messages: Sequence[Message]
+) -> list[int]:
+    """The messages with `train: true`, by their number."""
+    trained: list[int] = []
+    for index, (entry, message) in enumerate(zip(entries, messages, strict=True)):
+        field = f"{column}.{index}.train"
+        flag = entry.get("train", False)
+        if not isinstance(flag, bool):
+            raise reader.error(field, f"must be true or false, is {flag!r}")
+        if flag and message.role != "assistant":
+            raise reader.error(field, f"only assistant messages train, this is {message.role!r}")
+        if flag:
+            trained.append(index)
+    if not trained:
+        raise reader.error(column, "no message has train: true")
+    return trained
 
 
 def _render_preference(settings: PreferenceFormat, reader: _RowReader) -> Rendered:
@@ -140,7 +200,7 @@ def _render_preference(settings: PreferenceFormat, reader: _RowReader) -> Render
     rejected = reader.text(settings.rejected_column)
     if chosen == rejected:
         raise reader.error(settings.rejected_column, "is the same answer as the chosen one")
-    return Rendered(_with_system(settings.system, prompt), chosen, rejected)
+    return Rendered(_with_system(settings.system, prompt), chosen, rejected=rejected)
 
 
 def _message(reader: _RowReader, field: str, entry: Any) -> Message:
@@ -152,7 +212,7 @@ def _message(reader: _RowReader, field: str, entry: Any) -> Message:
         raise reader.error(f"{field}.role", f"must be system, user or assistant, is {role!r}")
     if not isinstance(content, str) or not content.strip():
         raise reader.error(f"{field}.content", "must be text that is not empty")
-    return Message(role, content)
+    return Message(role, reader.checked(f"{field}.content", content))
 
 
 def _with_system(system: str | None, message: Message) -> tuple[Message, ...]:

@@ -5,7 +5,7 @@
 
 import os
 import signal
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from types import FrameType
@@ -17,15 +17,19 @@ import transformers
 from manylora_registry.base import identify_base
 from manylora_trainer.adapter_files import InitialAdapter, read_initial, save_adapter
 from manylora_trainer.base_model import BaseModel
+from manylora_trainer.cards import adapter_card
 from manylora_trainer.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from manylora_trainer.dataset import TaskData, load_task
 from manylora_trainer.durable import stating_storage_faults
+from manylora_trainer.environment import peak_memory_bytes
 from manylora_trainer.errors import (
+    DataError,
     InitialAdapterError,
     NoExamplesError,
     RecipeChangedError,
     RunInterruptedError,
 )
+from manylora_trainer.formats import Rendered
 from manylora_trainer.full import BaseWeights
 from manylora_trainer.memory import ACTIVATION_SHARE, activation_bytes, device_memory
 from manylora_trainer.plots import plot_curves
@@ -41,9 +45,19 @@ from manylora_trainer.run_directory import (
     open_run,
     update_run,
 )
+from manylora_trainer.sampling import prepared_ahead
 from manylora_trainer.targets import Shapes, linears_of, targets_of
 from manylora_trainer.tokenization import ChatTokenizer
 from manylora_trainer.trainees import StepReport, Trainee, Trainees
+
+Judge = Callable[[int, Mapping[str, float]], Mapping[str, str]]
+"""From a step and the validation losses just measured to the adapters that end there unfinished,
+each with the reason."""
+
+
+def nobody(_step: int, _losses: Mapping[str, float]) -> Mapping[str, str]:
+    """The judge that lets everybody go on."""
+    return {}
 
 
 def train_run(
@@ -53,6 +67,7 @@ def train_run(
     resume: bool,
     watch: Progress,
     how_to_resume: str,
+    judge: Judge,
     allow_changes: Sequence[str] = (),
 ) -> RunResult:
     """Trains every task of the recipe in one loop; see `manylora_trainer.train`."""
@@ -71,7 +86,7 @@ def train_run(
     torch.set_num_threads(training.threads or os.cpu_count() or 1)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = ChatTokenizer(recipe.base)
-    data: dict[str, TaskData] = {}
+    data: dict[str, TaskData[Rendered, Any]] = {}
     for task in recipe.tasks:
         data[task.name] = load_task(task, tokenizer, recipe.seed)
         watch.say(_describe(task, data[task.name]))
@@ -84,7 +99,7 @@ def train_run(
         run = begin_run(directory, recipe, identity, data, torch.get_num_threads())
     checkpoint = load_checkpoint(directory.checkpoints, watch.say)
     first = 0 if checkpoint is None else checkpoint.step
-    last = max(task.steps for task in recipe.tasks)
+    last = max(task.steps for task in data.values())
 
     watch.say(f"base {recipe.base.name} on {device}, steps {first + 1} to {last}")
     transformers.utils.logging.disable_progress_bar()
@@ -147,7 +162,12 @@ def train_run(
             trainee.task,
             trainee.targets,
             identity.fingerprint,
-            trainee.progress.metrics,
+            adapter_card(
+                trainee.task,
+                identity.fingerprint,
+                run["tasks"][trainee.name]["data_fingerprint"],
+                trainee.progress.metrics,
+            ),
         )
 
     metrics_bytes = 0 if checkpoint is None else checkpoint.metrics_bytes
@@ -155,14 +175,24 @@ def train_run(
         stating_storage_faults(path, how_to_resume),
         closing(MetricsFile(directory.metrics, metrics_bytes)) as metrics,
         _signals() as stop,
+        prepared_ahead([trainee.stream for trainee in trainees]),
     ):
         update_run(directory, run, progress)
         if checkpoint is None and initial:
             # From here on a resume needs none of the adapters that the tasks go on from.
             save(0, metrics)
-        watch.start({task.name: task.steps for task in recipe.tasks}, first)
+        watch.start({name: task.steps for name, task in data.items()}, first)
         for step in range(first, last):
-            reports = trainees.train_step(step)
+            try:
+                reports = trainees.train_step(step)
+            except DataError:
+                # Nothing was drawn or changed: the steps before it are whole.
+                save(step, metrics)
+                watch.say(
+                    f"the rows failed; a checkpoint was written after step {step} of {last}. Once "
+                    f"they can be read, go on with: {how_to_resume}"
+                )
+                raise
             if not reports:
                 break
             done = step + 1
@@ -174,11 +204,22 @@ def train_run(
             taking_part = [trainee for trainee in trainees if trainee.name in reports]
             running = [t for t in taking_part if t.progress.stopped is None]
             due = done % training.validate_every == 0
-            measured = [t.name for t in running if due or t.task.steps == done]
-            for name, loss in trainees.validate(done, measured).items():
+            measured = [t.name for t in running if due or t.data.steps == done]
+            validated = trainees.validate(done, measured)
+            for name, loss in validated.items():
                 if progress[name].stopped is None:
                     metrics.write({"step": done, "task": name, "validation_loss": loss})
                     watch.validated(name, loss)
+            for name, why in judge(done, validated).items():
+                progress[name].stopped = progress[name].stopped or why
+            for name in measured:
+                cursor = progress[name].cursor
+                if cursor.overlong_dropped or cursor.overlong_truncated:
+                    counts = {
+                        "overlong_dropped": cursor.overlong_dropped,
+                        "overlong_truncated": cursor.overlong_truncated,
+                    }
+                    metrics.write({"step": done, "task": name, **counts})
             for trainee in taking_part:
                 name, went = trainee.name, trainee.progress
                 if went.stopped is not None:
@@ -186,7 +227,7 @@ def train_run(
                     save_weights(directory.path / "stopped", trainee)
                     metrics.write({"step": done, "task": name, "stopped": went.stopped})
                     watch.say(f"{name} stops at {went.stopped}; the others go on")
-                elif went.ended_early or trainee.task.steps == done:
+                elif went.ended_early or trainee.data.steps == done:
                     if went.ended_early:
                         metrics.write({"step": done, "task": name, "ended": went.ended_early})
                         watch.say(f"{name} ends well at {went.ended_early}")
@@ -228,7 +269,7 @@ def _initial_adapters(
 
 def _check_steps(path: Path, trainee: Trainee, done: int) -> None:
     """A changed number of steps must lie ahead of a task that has not ended."""
-    progress, steps = trainee.progress, trainee.task.steps
+    progress, steps = trainee.progress, trainee.data.steps
     ended = progress.size_bytes is not None or progress.stopped is not None
     if ended and steps > done and progress.ended_early is None and progress.stopped is None:
         raise RecipeChangedError(
@@ -261,11 +302,15 @@ def _recomputes(recipe: Recipe, base: BaseModel) -> bool:
     return kept > ACTIVATION_SHARE * device_memory(base.device)
 
 
-def _describe(task: Task, data: TaskData) -> str:
+def _describe(task: Task, data: TaskData[Rendered, Any]) -> str:
     text = (
-        f"{task.name}: {data.rows_read} rows, {len(data.train)} to train on, "
+        f"{task.name}: {data.rows_read} rows, {data.train_rows} to train on, "
         f"{len(data.validation)} to validate, {len(data.held_out)} held out"
     )
+    if task.epochs is not None:
+        text += f"; {task.epochs:g} epochs are {data.steps} steps"
+    if data.rows_skipped:
+        text += f"; skipped {data.rows_skipped} malformed"
     if data.overlong_dropped:
         text += f"; dropped {data.overlong_dropped} longer than {task.max_length} tokens"
     if data.overlong_truncated:
@@ -285,6 +330,7 @@ def _metrics_line(step: int, name: str, report: StepReport) -> dict[str, Any]:
         "grad_norm": report.grad_norm,
         "lr": report.lr,
         **report.preference,
+        "peak_memory_bytes": peak_memory_bytes(),
     }
 
 

@@ -1,39 +1,104 @@
-"""The curves of a run as a picture."""
+"""Pictures as PNG files: curves over steps, and trials in parallel coordinates."""
 
 # matplotlib is only partly typed.
-# pyright: reportUnknownMemberType=false
+# pyright: reportUnknownMemberType=false, reportUnknownArgumentType=false
 
 import json
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from manylora_trainer.charts import Coordinates, Series, parallel_chart
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+COLUMNS = 4
+DOTS_PER_INCH = 130
 
 
 def plot_curves(metrics: Path, picture: Path) -> None:
     """Draws training and validation loss of every task in `metrics` (JSONL) as a PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     entries: list[dict[str, Any]] = [
         json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()
     ]
-    names = list(dict.fromkeys(entry["task"] for entry in entries))
-    # Not pyplot: it keeps global state and looks for a display.
-    figure = Figure(figsize=(4.2 * len(names), 3.4), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(1, max(1, len(names)), squeeze=False)[0]
-    for axis, name in zip(axes, names, strict=False):
-        for key, label, style in (
-            ("loss", "training", {"linewidth": 1.2}),
-            ("validation_loss", "validation", {"marker": "o", "markersize": 4}),
-        ):
-            points = [(e["step"], e[key]) for e in entries if e["task"] == name and key in e]
-            if points:
-                axis.plot(*zip(*points, strict=True), label=label, **style)
-        axis.set_title(name)
+    names = dict.fromkeys(entry["task"] for entry in entries)
+
+    def curve(task: str, key: str) -> list[tuple[float, float]]:
+        return [(e["step"], e[key]) for e in entries if e["task"] == task and key in e]
+
+    series = {
+        name: [
+            Series("training", curve(name, "loss"), 0),
+            Series("validation", curve(name, "validation_loss"), 1, "dots"),
+        ]
+        for name in names
+    }
+    plot_lines(series, picture)
+
+
+def plot_lines(charts: Mapping[str, Sequence[Series]], picture: Path) -> None:
+    """Draws charts beside each other, by their titles."""
+    columns = max(1, min(COLUMNS, len(charts)))
+    rows = max(1, math.ceil(len(charts) / columns))
+    figure = _figure(4.2 * columns, 3.4 * rows)
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axis, (title, series) in zip(axes, charts.items(), strict=False):
+        for one in series:
+            style = {"marker": "o", "markersize": 4} if one.style == "dots" else {"linewidth": 1.2}
+            if one.points:
+                axis.plot(
+                    *zip(*one.points, strict=True), label=one.label, color=f"C{one.shade}", **style
+                )
+        axis.set_title(title)
         axis.set_xlabel("step")
         axis.set_ylabel("loss (nats a token)")
         axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3)
-        axis.legend(frameon=False)
+        if axis.lines:
+            axis.legend(frameon=False, fontsize="small")
+    for axis in axes[len(charts) :]:
+        axis.set_visible(False)
+    _save(figure, picture)
+
+
+def plot_parallel(
+    trials: Sequence[str], coordinates: Sequence[Coordinates], best: str | None, picture: Path
+) -> None:
+    """Draws trials in parallel coordinates, as the page of a sweep does."""
+    chart = parallel_chart(trials, coordinates, best)
+    if chart is None:
+        return
+    figure = _figure(chart.width / 80, chart.height / 80)
+    axis = figure.subplots()
+    axis.set(xlim=(0, chart.width), ylim=(chart.height, 0))
+    axis.set_axis_off()
+    for line in chart.lines:
+        style: dict[str, Any] = (
+            {"color": "#2b9a66", "linewidth": 2.6}
+            if line.best
+            else {"color": "#3d63dd", "linewidth": 1.0, "alpha": 0.15 + 0.7 * line.warmth}
+        )
+        axis.plot(*zip(*line.points, strict=True), **style)
+    for upright in chart.axes:
+        axis.plot([upright.x] * 2, [chart.top, chart.bottom], color="#9aa1ab", linewidth=1)
+        axis.text(upright.x, 18, upright.label, ha="center", fontsize=8)
+        for tick in upright.ticks:
+            axis.text(upright.x - 6, tick.at, tick.label, ha="right", va="center", fontsize=7)
+    _save(figure, picture)
+
+
+def _figure(width: float, height: float) -> "Figure":
+    # Not pyplot: it keeps global state and looks for a display.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _save(figure: "Figure", picture: Path) -> None:
     picture.parent.mkdir(exist_ok=True)
-    figure.savefig(picture, dpi=130)
+    figure.savefig(picture, dpi=DOTS_PER_INCH)

@@ -3,7 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from manylora_trainer.formats import Rendered
+from manylora_trainer.data_settings import FormatSettings
+from manylora_trainer.formats import Rendered, render
+from manylora_trainer.sources import Row
 from manylora_trainer.tokenization import ChatTokenizer, Example
 
 
@@ -34,10 +36,21 @@ class Pair:
         return None if chosen is None or rejected is None else Pair(chosen, rejected)
 
 
-def encode_pairs(tokenizer: ChatTokenizer, rendered: Sequence[Rendered]) -> list[Pair]:
-    """Tokenises preferences, in their order."""
-    chosen = tokenizer.encode(rendered)
-    rejected = tokenizer.encode(
-        [replace(entry, completion=entry.rejected or "") for entry in rendered]
-    )
-    return [Pair(*halves) for halves in zip(chosen, rejected, strict=True)]
+@dataclass(frozen=True)
+class PairPreparation:
+    """Makes pairs of a task's rows."""
+
+    format: FormatSettings
+    tokenizer: ChatTokenizer
+
+    def render(self, row: Row) -> Rendered:
+        """The row as its format says."""
+        return render(self.format, row)
+
+    def encode(self, rendered: Sequence[Rendered]) -> list[Pair]:
+        """Both answers of each preference as tokens."""
+        chosen = self.tokenizer.encode(rendered)
+        rejected = self.tokenizer.encode(
+            [replace(entry, completion=entry.rejected or "") for entry in rendered]
+        )
+        return [Pair(*halves) for halves in zip(chosen, rejected, strict=True)]

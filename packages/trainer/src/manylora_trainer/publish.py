@@ -1,12 +1,13 @@
 """From a finished run to versions in the registry. Needs neither torch nor the base."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from manylora_registry import BaseModelIdentity, Registry, Version
 from manylora_trainer.errors import NotPublishableError
+from manylora_trainer.sweep import STATE_FILE, read_sweep
 
 
 def publish_run(
@@ -50,22 +51,71 @@ def publish_run(
             run_dir / "adapters" / name,
             base=base,
             metrics=trained[name]["metrics"],
-            lineage={
-                "run": run["id"],
-                "recipe": run["recipe_digest"],
-                "data": trained[name]["data_fingerprint"],
-                "seed": str(run["seed"]),
-                "trainer": run["versions"]["manylora-trainer"],
-            },
+            lineage=_lineage(run_dir, run, name),
         )
         for name in chosen
     ]
+    _point(registry, versions, alias, f"published from run {run['id'][:12]}")
+    return versions
+
+
+def is_sweep(directory: Path) -> bool:
+    """Whether a directory is that of a sweep, and not of a run."""
+    return (directory / STATE_FILE).is_file()
+
+
+def publish_best_trial(directory: Path, registry: Registry, alias: str | None = None) -> Version:
+    """Publishes the best trial of a sweep as the next version of the task that was searched.
+
+    Args:
+        directory: the directory of a sweep.
+        registry: where to.
+        alias: also point this alias of the adapter at the new version.
+
+    Raises:
+        SweepError: no sweep is there.
+        NotPublishableError: no trial of it came to its end.
+        RegistryError: the registry refuses the adapter.
+    """
+    sweep = read_sweep(directory)
+    best = sweep.best
+    if best is None:
+        raise NotPublishableError(f"{directory}: no trial has come to its end")
+    run_dir = sweep.run_directory(best)
+    run = _read_json(run_dir / "run.json")
+    if problem := _problem(run_dir, run["tasks"], best.name):
+        raise NotPublishableError(f"{run_dir}: {problem}")
+    version = registry.publish(
+        sweep.task,
+        run_dir / "adapters" / best.name,
+        base=_base(run_dir),
+        metrics=run["tasks"][best.name]["metrics"],
+        lineage={**_lineage(run_dir, run, best.name), "trial": best.name},
+    )
+    _point(registry, [version], alias, f"best of {len(sweep.trials)} trials")
+    return version
+
+
+def _lineage(run_dir: Path, run: Mapping[str, Any], task: str) -> dict[str, str]:
+    """Where an adapter comes from: enough to find, or to repeat, its training."""
+    lineage = {
+        "run": run["id"],
+        "recipe": run["recipe_digest"],
+        "base": run["base"]["fingerprint"],
+        "data": run["tasks"][task]["data_fingerprint"],
+        "seed": str(run["seed"]),
+        "trainer": run["versions"]["manylora-trainer"],
+    }
+    starts = _read_json(run_dir / "environment.json")["starts"]
+    if git := starts[-1]["git"]:
+        lineage["git"] = git["commit"] + (" with uncommitted changes" if git["dirty"] else "")
+    return lineage
+
+
+def _point(registry: Registry, versions: Sequence[Version], alias: str | None, why: str) -> None:
     if alias is not None:
         for version in versions:
-            registry.set_alias(
-                version.name, alias, version.number, why=f"published from run {run['id'][:12]}"
-            )
-    return versions
+            registry.set_alias(version.name, alias, version.number, why=why)
 
 
 def _problem(run_dir: Path, trained: dict[str, Any], name: str) -> str | None:

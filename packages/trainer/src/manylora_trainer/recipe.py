@@ -12,7 +12,8 @@ from manylora_registry.config import ConfigModel, load_config
 from manylora_registry.errors import InvalidNameError
 from manylora_registry.reference import check_adapter_name
 from manylora_trainer.adapter_settings import EarlyStopping, Lora, Optimizer
-from manylora_trainer.data_settings import FormatSettings, PreferenceFormat, SourceSettings, Split
+from manylora_trainer.data_settings import FormatSettings, PreferenceFormat, Split
+from manylora_trainer.source_settings import SourceSettings
 
 
 class Task(ConfigModel):
@@ -32,14 +33,33 @@ class Task(ConfigModel):
     optimizer: Optimizer = Optimizer()
     early_stopping: EarlyStopping | None = None
     """When to end before the last step; null: never."""
-    steps: int = Field(ge=1)
-    """Optimiser steps."""
-    batch_size: int = Field(default=16, ge=1)
-    """Examples of this task in one step."""
+    steps: int | None = Field(default=None, ge=1)
+    """Optimiser steps; the rows are repeated or cut off as needed."""
+    epochs: float | None = Field(default=None, gt=0.0, allow_inf_nan=False, validate_default=True)
+    """Instead of `steps`: how often each training row is taken."""
+    batch_size: int | None = Field(default=None, ge=1)
+    """Examples of this task in one step; 16 unless `batch_tokens` is given."""
     max_length: int = Field(default=512, ge=8)
     """Longest example, in tokens with prompt and stop token."""
+    batch_tokens: int | None = Field(default=None, ge=1)
+    """Instead of `batch_size`: tokens of this task in one step, on average over the steps."""
     overlong: Literal["drop", "truncate"] = "drop"
     """What happens to longer ones; either way they are counted and reported."""
+    shuffle_buffer: int = Field(default=16_384, ge=1)
+    """Training rows held in memory and shuffled together. A source with no more is shuffled as a
+    whole; one with more is read in order, so many rows at a time."""
+    on_bad_row: Literal["fail", "skip"] = "fail"
+    """What happens to a malformed row; skipped ones are counted and reported."""
+    max_bad_rows: int = Field(default=100, ge=0)
+    """With `skip`: more of them in one reading of the source are an error."""
+    seed_as: str | None = None
+    """Draw examples, their order and first weights as the task of this name would; null: as its own
+    name. Trials of a sweep share one, so that only their settings tell them apart."""
+
+    @property
+    def seed_name(self) -> str:
+        """What everything random of this task is drawn by, with the recipe's seed."""
+        return self.seed_as or self.name
 
     @field_validator("name")
     @classmethod
@@ -57,6 +77,11 @@ class Task(ConfigModel):
                 raise ValueError(f"two tasks are named {value!r}")
             seen.add(value)
         return value
+
+    @property
+    def examples_per_step(self) -> int:
+        """What `batch_size` means where `batch_tokens` is not given."""
+        return self.batch_size or 16
 
     @field_validator("kind")
     @classmethod
@@ -76,11 +101,34 @@ class Task(ConfigModel):
             raise ValueError("needs validation rows: raise split.validation")
         return value
 
+    @field_validator("epochs")
+    @classmethod
+    def _one_length(cls, value: float | None, info: ValidationInfo) -> float | None:
+        if "steps" in info.data and (info.data["steps"] is None) == (value is None):
+            raise ValueError("give either steps or epochs")
+        return value
+
+    @field_validator("batch_tokens")
+    @classmethod
+    def _one_batch(cls, value: int | None, info: ValidationInfo) -> int | None:
+        if value is None:
+            return value
+        if info.data.get("batch_size") is not None:
+            raise ValueError("give either batch_size or batch_tokens")
+        longest = info.data.get("max_length", 0)
+        if value < longest:
+            raise ValueError(
+                f"must not be less than max_length ({longest}): an example is never divided"
+            )
+        return value
+
     @field_validator("steps")
     @classmethod
-    def _warmup_ends(cls, value: int, info: ValidationInfo) -> int:
+    def _warmup_ends(cls, value: int | None, info: ValidationInfo) -> int | None:
         optimizer = info.data.get("optimizer")
-        if isinstance(optimizer, Optimizer) and (warmup := optimizer.warmup(value)) >= value:
+        if value is None or not isinstance(optimizer, Optimizer):
+            return value
+        if (warmup := optimizer.warmup(value)) >= value:
             raise ValueError(f"must be greater than optimizer.warmup_steps ({warmup})")
         return value
 
@@ -173,11 +221,10 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """
     recipe = load_config(path, Recipe, overrides)
     here = path.resolve().parent
-    # Joined, not resolved further: a link in a path is the user's choice of name.
     return recipe.model_copy(
         update={
-            "base": here / recipe.base.expanduser(),
-            "run_directory": here / recipe.run_directory.expanduser(),
+            "base": anchored(recipe.base, here),
+            "run_directory": anchored(recipe.run_directory, here),
             "tasks": tuple(
                 task.model_copy(
                     update={
@@ -189,3 +236,14 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
             ),
         }
     )
+
+
+def anchored(path: Path, directory: Path) -> Path:
+    """`path` as seen from the resolved `directory`, without the `..` it begins with.
+
+    Not resolved further: a link in a path is the user's choice of name.
+    """
+    path = path.expanduser()
+    while path.parts[:1] == ("..",):
+        directory, path = directory.parent, Path(*path.parts[1:])
+    return directory / path

@@ -79,6 +79,12 @@ class TaskResult:
     tokens: int
     seconds: float
     stopped: str | None
+    overlong_dropped: int
+    """Examples left out because they are longer than `max_length`, in every epoch anew."""
+    overlong_truncated: int
+    """Examples cut to `max_length`, in every epoch anew."""
+    rows_skipped: int
+    """Malformed rows passed over, of those looked through at the start."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +110,9 @@ class RunResult:
                     "tokens": task.tokens,
                     "seconds": round(task.seconds, 3),
                     "stopped": task.stopped,
+                    "overlong_dropped": task.overlong_dropped,
+                    "overlong_truncated": task.overlong_truncated,
+                    "rows_skipped": task.rows_skipped,
                 }
                 for name, task in self.tasks.items()
             },

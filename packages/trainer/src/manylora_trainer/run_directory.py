@@ -4,9 +4,11 @@ import fcntl
 import json
 import os
 import platform
+import time
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,12 +18,19 @@ import yaml
 from manylora_registry.base import BaseModelIdentity
 from manylora_trainer.dataset import TaskData
 from manylora_trainer.durable import write_file
+from manylora_trainer.environment import describe_environment, git_state
 from manylora_trainer.errors import RecipeChangedError, RunDirectoryError, RunExistsError
 from manylora_trainer.recipe import Recipe
 from manylora_trainer.recipe_changes import accept_changes
 from manylora_trainer.result import RunResult, TaskProgress, TaskResult
+from manylora_trainer.run_report import write_run_report
+from manylora_trainer.saved_runs import read_run
+from manylora_trainer.source_files import source_files
+from manylora_trainer.targets import linears_of, targets_of, trainable_parameters
 
 LIBRARIES = ("manylora-trainer", "torch", "transformers", "safetensors", "numpy")
+LOCK_ATTEMPTS = 5
+LOCK_SECONDS = 0.02
 
 
 @dataclass(frozen=True)
@@ -46,9 +55,19 @@ class RunDirectory:
         return self.path / "metrics.jsonl"
 
     @property
+    def environment(self) -> Path:
+        """What it ran on, one entry for each time it was started or resumed."""
+        return self.path / "environment.json"
+
+    @property
     def curves(self) -> Path:
         """The losses as a picture."""
         return self.path / "plots" / "curves.png"
+
+    @property
+    def report(self) -> Path:
+        """Everything about the run on one page."""
+        return self.path / "report.html"
 
     def read_run(self) -> dict[str, Any] | None:
         """run.json, or None before it was first written."""
@@ -121,8 +140,6 @@ def _change_recipe(
     _write_recipe(path, recipe)
     run["changes"] = [*run.get("changes", []), {"from": run["recipe_digest"], "fields": fields}]
     run["recipe_digest"] = recipe.digest
-    for task in recipe.tasks:
-        run["tasks"][task.name]["steps"] = task.steps
     directory.write_run(run)
 
 
@@ -130,7 +147,7 @@ def begin_run(
     directory: RunDirectory,
     recipe: Recipe,
     base: BaseModelIdentity,
-    data: Mapping[str, TaskData],
+    data: Mapping[str, TaskData[Any, Any]],
     threads: int,
 ) -> dict[str, Any]:
     """Writes run.json and the held-out rows, or checks them against what is there.
@@ -150,14 +167,19 @@ def begin_run(
                 f"{directory.path}: the rows of {', '.join(changed)} have changed since the run "
                 "was started; resuming would mix the two"
             )
+        for name, task in data.items():
+            run["tasks"][name]["steps"] = task.steps
+        _record_start(directory, threads)
         return run
     held_out = directory.path / "held_out"
     held_out.mkdir(exist_ok=True)
     for name, task in data.items():
         write_file(held_out / f"{name}.jsonl", _lines(row.as_json() for row in task.held_out))
+    linears = linears_of(base)
     run = {
         "id": uuid.uuid4().hex,
         "status": "running",
+        "started_at": _now(),
         "recipe_digest": recipe.digest,
         "base": {"path": str(recipe.base), "fingerprint": base.fingerprint},
         "seed": recipe.seed,
@@ -168,19 +190,23 @@ def begin_run(
         },
         "tasks": {
             task.name: {
-                "steps": task.steps,
+                "steps": data[task.name].steps,
                 "rank": task.lora.rank,
+                "trainable_parameters": trainable_parameters(
+                    targets_of(task, linears), task.lora.rank
+                ),
                 "rows_read": data[task.name].rows_read,
-                "train_rows": len(data[task.name].train),
+                "rows_skipped": data[task.name].rows_skipped,
+                "train_rows": data[task.name].train_rows,
                 "validation_rows": len(data[task.name].validation),
                 "held_out_rows": len(data[task.name].held_out),
-                "overlong_dropped": data[task.name].overlong_dropped,
-                "overlong_truncated": data[task.name].overlong_truncated,
                 "data_fingerprint": data[task.name].data_fingerprint,
+                "files": source_files(task.source),
             }
             for task in recipe.tasks
         },
     }
+    _record_start(directory, threads)
     directory.write_run(run)
     return run
 
@@ -189,23 +215,35 @@ def update_run(
     directory: RunDirectory, run: dict[str, Any], progress: Mapping[str, TaskProgress]
 ) -> None:
     """Writes how far the tasks have come."""
+    _note_progress(run, progress)
+    directory.write_run(run)
+
+
+def _note_progress(run: dict[str, Any], progress: Mapping[str, TaskProgress]) -> None:
     for name, task in progress.items():
         run["tasks"][name].update(
             metrics=task.metrics,
             size_bytes=task.size_bytes,
             seconds=round(task.seconds, 3),
             tokens=task.tokens,
+            examples=task.cursor.examples,
+            overlong_dropped=task.cursor.overlong_dropped,
+            overlong_truncated=task.cursor.overlong_truncated,
             stopped=task.stopped,
         )
-    directory.write_run(run)
 
 
 def end_run(
     directory: RunDirectory, run: dict[str, Any], progress: Mapping[str, TaskProgress]
 ) -> RunResult:
-    """Writes that the run has ended, and gives its result."""
+    """Writes the run's page and that it has ended, and gives its result."""
     kept = any(task.stopped is None for task in progress.values())
     run["status"] = "finished" if kept else "failed"
+    run["ended_at"] = _now()
+    # The page comes before the word that the run has ended, so that a resume makes up for it.
+    _note_progress(run, progress)
+    saved = replace(read_run(directory.path), state=run["status"], record=run)
+    write_run_report(saved, directory.report)
     update_run(directory, run, progress)
     return _result(directory, run)
 
@@ -224,6 +262,9 @@ def _result(directory: RunDirectory, run: Mapping[str, Any]) -> RunResult:
             task["tokens"],
             task["seconds"],
             task["stopped"],
+            task["overlong_dropped"],
+            task["overlong_truncated"],
+            task["rows_skipped"],
         )
         for name, task in run["tasks"].items()
     }
@@ -242,17 +283,27 @@ class MetricsFile:
             RunDirectoryError: another process is training into the same run.
         """
         self._file = path.open("ab")
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+        if not self._lock():
             self._file.close()
-            raise RunDirectoryError(f"{path.parent} is being trained by another process") from error
+            raise RunDirectoryError(f"{path.parent} is being trained by another process")
         self._file.truncate(length)
 
     def write(self, entry: Mapping[str, Any]) -> None:
-        """Adds one line, readable at once by who follows the file."""
-        self._file.write(json.dumps(entry).encode() + b"\n")
+        """Adds one line with the time, readable at once by who follows the file."""
+        stamped = {**entry, "time": round(time.time(), 3)}
+        self._file.write(json.dumps(stamped).encode() + b"\n")
         self._file.flush()
+
+    def _lock(self) -> bool:
+        # Whoever looks whether the run is under way holds the lock for an instant.
+        for _ in range(LOCK_ATTEMPTS):
+            try:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                time.sleep(LOCK_SECONDS)
+            else:
+                return True
+        return False
 
     def sync(self) -> int:
         """Puts all lines on disk; returns the length in bytes."""
@@ -262,6 +313,20 @@ class MetricsFile:
     def close(self) -> None:
         """Closes the file."""
         self._file.close()
+
+
+def _record_start(directory: RunDirectory, threads: int) -> None:
+    """Adds what the run goes on from here with to environment.json."""
+    file = directory.environment
+    starts: list[Any] = json.loads(file.read_bytes())["starts"] if file.is_file() else []
+    starts.append(
+        {"at": _now(), "git": git_state(Path.cwd()), "environment": describe_environment(threads)}
+    )
+    write_file(file, json.dumps({"starts": starts}, indent=1).encode() + b"\n")
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def _lines(lines: Iterable[str]) -> bytes:

@@ -1,26 +1,51 @@
-"""Where rows come from: small sources behind one protocol, each read as a stream."""
+"""Where rows come from: small sources behind one protocol, each a stream to be taken up again.
+
+A source gives its rows in an order that is the same at every reading, and with each row the place
+right behind it. A place is a small JSON object: kept in a checkpoint, it starts another reading at
+exactly the next row. No source holds more than a page, a row group or a line in memory.
+"""
 
 import importlib.util
+import io
 import json
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, cast
 
-from manylora_trainer.data_settings import PythonSource, SourceSettings
 from manylora_trainer.errors import RowError, SourceError
+from manylora_trainer.files import find_files, open_file, why
+from manylora_trainer.source_settings import (
+    DatasetsSource,
+    JsonlSource,
+    MixSource,
+    ParquetSource,
+    PythonSource,
+    RaySource,
+    SourceSettings,
+    SqlSource,
+)
 
-MAX_LINE_BYTES = 16 * 1024 * 1024
+MAX_LINE_BYTES = 4 * 1024 * 1024
 """A longer line is a mistake (a file without line ends), not an example."""
+
+Place = Mapping[str, Any]
+"""Where to go on in a source: JSON, and opaque to all but the source that made it."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One row of a source."""
+    """One row of a source, or what is wrong with it."""
 
     number: int
-    """1 is the first."""
+    """1 is the first of its file or query."""
     columns: Mapping[str, Any]
+    source: str = "rows"
+    """What messages call the file or query it stands in."""
+    after: Place = field(default_factory=dict[str, Any])
+    """The place of the next row."""
+    error: RowError | None = None
+    """Why it has no columns. A source goes on behind such a row; the reader decides."""
 
 
 class Source(Protocol):
@@ -31,63 +56,80 @@ class Source(Protocol):
         """What messages call it, e.g. its file name."""
         ...
 
-    def rows(self) -> Iterator[Row]:
-        """Streams all rows.
+    def rows(self, after: Place | None = None) -> Iterator[Row]:
+        """Streams the rows from a place on, or all of them.
 
         Raises:
-            RowError: a row is malformed.
             SourceError: the source cannot be opened or fails midway.
         """
         ...
 
 
-def open_source(settings: SourceSettings) -> Source:
-    """The source that a recipe describes; nothing is read yet."""
-    if isinstance(settings, PythonSource):
-        return PythonFunction(settings.file, settings.function)
-    return JsonLines(settings.path)
+def open_source(settings: SourceSettings, seed: str = "") -> Source:
+    """The source that a recipe describes; nothing is read yet.
+
+    `seed` decides the order in which a mix draws from its sources, and nothing else.
+    """
+    match settings:
+        case JsonlSource():
+            return JsonLines(settings.locations)
+        case PythonSource():
+            return PythonFunction(settings.file, settings.function)
+        case ParquetSource():
+            from manylora_trainer.parquet import ParquetFiles
+
+            return ParquetFiles(settings.locations)
+        case SqlSource():
+            from manylora_trainer.sql import SqlRows
+
+            return SqlRows(settings)
+        case DatasetsSource():
+            from manylora_trainer.hf_datasets import SavedDataset
+
+            return SavedDataset(settings)
+        case RaySource():
+            from manylora_trainer.ray_data import RayDataset
+
+            return RayDataset(load_function(settings.file, settings.function), settings)
+        case MixSource():
+            from manylora_trainer.mix import Mix, Part
+
+            parts = [
+                Part(open_source(part.source, f"{seed}/{index}"), part.weight)
+                for index, part in enumerate(settings.sources)
+            ]
+            return Mix(parts, seed)
 
 
 @dataclass(frozen=True)
 class JsonLines:
-    """A file with one JSON object a line."""
+    """Files with one JSON object a line; blank lines are skipped.
 
-    path: Path
+    A place is the file, the offset of the next line in (decompressed) bytes and its number.
+    """
+
+    locations: Sequence[str]
 
     @property
     def name(self) -> str:
-        """The path."""
-        return str(self.path)
+        """The paths."""
+        return ", ".join(self.locations)
 
-    def rows(self) -> Iterator[Row]:
-        """Streams the lines; blank ones are skipped."""
-        try:
-            with self.path.open("rb") as file:
-                number = 0
-                while line := file.readline(MAX_LINE_BYTES + 1):
-                    number += 1
-                    if len(line) > MAX_LINE_BYTES:
-                        raise RowError(
-                            self.name, number, None, f"longer than {MAX_LINE_BYTES >> 20} MiB"
-                        )
-                    if line.strip():
-                        yield Row(number, self._columns(number, line))
-        except OSError as error:
-            raise SourceError(f"{self.name} cannot be read: {error.strerror}") from error
-
-    def _columns(self, number: int, line: bytes) -> Mapping[str, Any]:
-        try:
-            value: Any = json.loads(line.decode("utf-8"))
-        except UnicodeDecodeError as error:
-            raise RowError(self.name, number, None, f"not UTF-8: {error.reason}") from error
-        except ValueError as error:
-            raise RowError(self.name, number, None, f"not JSON: {error}") from error
-        return _mapping(self.name, number, value)
+    def rows(self, after: Place | None = None) -> Iterator[Row]:
+        """Streams the lines of all files."""
+        files = find_files(self.locations)
+        first, offset, number = _file_place(after, "offset")
+        for index in range(first, len(files)):
+            yield from _lines(files[index], index, offset, number)
+            offset = number = 0
 
 
 @dataclass(frozen=True)
 class PythonFunction:
-    """A generator function in a Python file of the user's."""
+    """A generator function in a Python file of the user's.
+
+    A place is the number of rows before it: they are generated once more and passed over.
+    """
 
     file: Path
     function: str
@@ -97,44 +139,91 @@ class PythonFunction:
         """The file and the function."""
         return f"{self.file}:{self.function}"
 
-    def rows(self) -> Iterator[Row]:
+    def rows(self, after: Place | None = None) -> Iterator[Row]:
         """Streams what the function yields."""
-        generate = self._load()
+        generate = cast("Callable[[], Iterator[Any]]", load_function(self.file, self.function))
+        passed = 0 if after is None else int(after["row"])
         number = 0
         try:
             for number, value in enumerate(generate(), start=1):
-                yield Row(number, _mapping(self.name, number, value))
-        except (RowError, GeneratorExit):
+                if number > passed:
+                    yield row_of(self.name, number, value, {"row": number})
+        except GeneratorExit:
             raise
         except Exception as error:
             raise SourceError(
                 f"{self.name} failed after {number} rows: {type(error).__name__}: {error}"
             ) from error
 
-    def _load(self) -> Callable[[], Iterator[Any]]:
-        if not self.file.is_file():
-            raise SourceError(f"{self.file} does not exist")
-        specification = importlib.util.spec_from_file_location(
-            f"manylora_source_{self.file.stem}", self.file
-        )
-        if specification is None or specification.loader is None:
-            raise SourceError(f"{self.file} is not a Python file")
-        module = importlib.util.module_from_spec(specification)
-        try:
-            specification.loader.exec_module(module)
-        except Exception as error:
-            raise SourceError(
-                f"{self.file} cannot be imported: {type(error).__name__}: {error}"
-            ) from error
-        function = getattr(module, self.function, None)
-        if not callable(function):
-            raise SourceError(f"{self.file} has no function {self.function!r}")
-        return cast("Callable[[], Iterator[Any]]", function)
+
+def row_of(source: str, number: int, value: Any, after: Place) -> Row:
+    """A row of what stands for one: a mapping, or it is malformed."""
+    if isinstance(value, Mapping):
+        return Row(number, cast("Mapping[str, Any]", value), source, after)
+    problem = f"must be an object with columns, is {type(value).__name__}"
+    return bad_row(source, number, problem, after)
 
 
-def _mapping(source: str, number: int, value: Any) -> Mapping[str, Any]:
-    if not isinstance(value, Mapping):
-        raise RowError(
-            source, number, None, f"must be an object with columns, is {type(value).__name__}"
-        )
-    return cast("Mapping[str, Any]", value)
+def bad_row(source: str, number: int, problem: str, after: Place, column: str | None = None) -> Row:
+    """A row that cannot be read."""
+    return Row(number, {}, source, after, RowError(source, number, column, problem))
+
+
+def load_function(file: Path, function: str) -> Callable[[], Any]:
+    """A function in a Python file.
+
+    Raises:
+        SourceError: there is no such file or function, or importing it fails.
+    """
+    if not file.is_file():
+        raise SourceError(f"{file} does not exist")
+    specification = importlib.util.spec_from_file_location(f"manylora_source_{file.stem}", file)
+    if specification is None or specification.loader is None:
+        raise SourceError(f"{file} is not a Python file")
+    module = importlib.util.module_from_spec(specification)
+    try:
+        specification.loader.exec_module(module)
+    except Exception as error:
+        raise SourceError(f"{file} cannot be imported: {type(error).__name__}: {error}") from error
+    found = getattr(module, function, None)
+    if not callable(found):
+        raise SourceError(f"{file} has no function {function!r}")
+    return found
+
+
+def _file_place(after: Place | None, within: str) -> tuple[int, int, int]:
+    if after is None:
+        return 0, 0, 0
+    return int(after["file"]), int(after[within]), int(after["row"])
+
+
+def _lines(file: str, index: int, offset: int, number: int) -> Iterator[Row]:
+    """Streams one file from `offset` on, which is the place after line `number`."""
+    try:
+        with open_file(file, offset=offset) as raw, io.BufferedReader(raw, 1 << 20) as lines:
+            while line := lines.readline(MAX_LINE_BYTES + 1):
+                number += 1
+                offset += len(line)
+                too_long = len(line) > MAX_LINE_BYTES
+                while too_long and line and not line.endswith(b"\n"):
+                    line = lines.readline(MAX_LINE_BYTES)
+                    offset += len(line)
+                after = {"file": index, "offset": offset, "row": number}
+                if too_long:
+                    yield bad_row(file, number, f"longer than {MAX_LINE_BYTES >> 20} MiB", after)
+                elif line.strip():
+                    yield _parse(file, number, line, after)
+    except OSError as error:
+        where = "" if number == 0 else f" behind row {number}"
+        raise SourceError(f"{file} cannot be read{where}: {why(error)}") from error
+
+
+def _parse(file: str, number: int, line: bytes, after: Place) -> Row:
+    try:
+        # A byte order mark stands before the first line of files from some editors.
+        value: Any = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+    except UnicodeDecodeError as error:
+        return bad_row(file, number, f"not UTF-8: {error.reason} at byte {error.start}", after)
+    except (ValueError, RecursionError) as error:
+        return bad_row(file, number, f"not JSON: {error}", after)
+    return row_of(file, number, value, after)

@@ -5,6 +5,7 @@
 # pyright: reportUnknownArgumentType=false, reportMissingTypeStubs=false
 
 import json
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +14,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from manylora_trainer.data_settings import FormatSettings
 from manylora_trainer.errors import UnsupportedBaseError
-from manylora_trainer.formats import Message, Rendered
+from manylora_trainer.formats import Message, Rendered, render
+from manylora_trainer.sources import Row
 
 
 @dataclass(frozen=True)
@@ -72,36 +75,75 @@ class ChatTokenizer:
             raise UnsupportedBaseError(f"{base}: its tokenizer cannot be read: {error}") from error
         if not self._tokenizer.chat_template:
             raise UnsupportedBaseError(f"{base}: its tokenizer has no chat template")
+        self._lock = threading.Lock()
+        self._base = base
         self.stop_token: int = self._find_stop_token(base)
+        self._stop_text: str = self._tokenizer.decode([self.stop_token])
 
     def render_prompt(self, messages: Sequence[Message]) -> str:
         """The text a server would put to the model for these messages."""
-        turns = [{"role": message.role, "content": message.content} for message in messages]
-        return self._tokenizer.apply_chat_template(
-            turns, add_generation_prompt=True, tokenize=False
-        )
+        return self._render(messages, add_generation_prompt=True)
 
     def encode(self, rendered: Sequence[Rendered]) -> list[Example]:
-        """Tokenises examples, in their order."""
+        """Tokenises examples, in their order.
+
+        Raises:
+            UnsupportedBaseError: earlier answers are to be learned, and the chat template does not
+                leave them as they were given.
+        """
         if not rendered:
             return []
-        prompts = self._ids([self.render_prompt(entry.messages) for entry in rendered])
-        completions = self._ids([entry.completion for entry in rendered])
-        return [
-            Example(
-                np.array([*prompt, *completion, self.stop_token], dtype=np.int32),
-                np.arange(len(prompt) + len(completion) + 1) >= len(prompt),
-            )
-            for prompt, completion in zip(prompts, completions, strict=True)
-        ]
+        pieces = [self._pieces(entry) for entry in rendered]
+        encoded = iter(self._ids([text for piece in pieces for text in piece]))
+        return [self._join([next(encoded) for _ in piece]) for piece in pieces]
 
     def decode(self, tokens: NDArray[np.int32]) -> str:
         """Text of the tokens, special ones included."""
         return self._tokenizer.decode(tokens.tolist(), skip_special_tokens=False)
 
+    def _pieces(self, entry: Rendered) -> list[str]:
+        """An example as text: by turns what is given and what is learned.
+
+        They are tokenised one by one, so that the first is what a server tokenises, and an answer
+        what the model writes. The stop token behind each answer is left out.
+        """
+        if not entry.also_trained:
+            return [self.render_prompt(entry.messages), entry.completion]
+        messages = [*entry.messages, Message("assistant", entry.completion)]
+        whole = self._render(messages, add_generation_prompt=False)
+        pieces: list[str] = []
+        at = 0
+        for number in (*entry.also_trained, len(entry.messages)):
+            start = len(prompt := self.render_prompt(messages[:number]))
+            answer = messages[number].content
+            if whole[:start] != prompt or not whole.startswith(answer + self._stop_text, start):
+                raise UnsupportedBaseError(
+                    f"{self._base}: its chat template changes earlier answers ({answer[:40]!r} …), "
+                    "so only the last one of a conversation can be learned: format.train: last"
+                )
+            pieces += [whole[at:start], answer]
+            at = start + len(answer) + len(self._stop_text)
+        return pieces
+
+    def _join(self, pieces: Sequence[list[int]]) -> Example:
+        tokens: list[int] = []
+        trained: list[bool] = []
+        for given, learned in zip(pieces[::2], pieces[1::2], strict=True):
+            tokens += [*given, *learned, self.stop_token]
+            trained += [False] * len(given) + [True] * (len(learned) + 1)
+        return Example(np.array(tokens, dtype=np.int32), np.array(trained))
+
+    def _render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
+        turns = [{"role": message.role, "content": message.content} for message in messages]
+        return self._tokenizer.apply_chat_template(
+            turns, add_generation_prompt=add_generation_prompt, tokenize=False
+        )
+
     def _ids(self, texts: list[str]) -> list[list[int]]:
-        # The template has already written the special tokens.
-        return self._tokenizer(texts, add_special_tokens=False)["input_ids"]
+        # The template has already written the special tokens. One call at a time: a call sets its
+        # options in the tokenizer, which refuses that while another thread is in it.
+        with self._lock:
+            return self._tokenizer(texts, add_special_tokens=False)["input_ids"]
 
     def _find_stop_token(self, base: Path) -> int:
         """The first end-of-sequence token the template writes after an answer."""
@@ -117,6 +159,22 @@ class ChatTokenizer:
         if self._tokenizer.eos_token_id is None:
             raise UnsupportedBaseError(f"{base}: its tokenizer has no end-of-sequence token")
         return int(self._tokenizer.eos_token_id)
+
+
+@dataclass(frozen=True)
+class ChatPreparation:
+    """Makes examples of supervised training of a task's rows."""
+
+    format: FormatSettings
+    tokenizer: ChatTokenizer
+
+    def render(self, row: Row) -> Rendered:
+        """The row as its format says."""
+        return render(self.format, row)
+
+    def encode(self, rendered: Sequence[Rendered]) -> list[Example]:
+        """The conversations as tokens."""
+        return self.tokenizer.encode(rendered)
 
 
 def _generation_stops(base: Path) -> list[int]:

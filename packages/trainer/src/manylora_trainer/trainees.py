@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ import torch
 from manylora_trainer.base_model import BaseModel
 from manylora_trainer.dataset import TaskData
 from manylora_trainer.dropout import step_key, token_keys
+from manylora_trainer.formats import Rendered
 from manylora_trainer.full import BaseWeights
 from manylora_trainer.initialisation import start_from_data, start_from_weights
 from manylora_trainer.lora import Adapter, Routing, attach
@@ -31,7 +32,7 @@ from manylora_trainer.optimizer import make_optimizer
 from manylora_trainer.packing import Batch, Pack, Range, pack_batches
 from manylora_trainer.recipe import Task
 from manylora_trainer.result import TaskProgress
-from manylora_trainer.sampling import Sampler
+from manylora_trainer.sampling import ExampleStream
 from manylora_trainer.targets import Shapes
 
 INITIAL_BATCHES = 4
@@ -66,7 +67,7 @@ class Trainee:
     def __init__(
         self,
         task: Task,
-        data: TaskData,
+        data: TaskData[Rendered, Any],
         targets: Shapes,
         *,
         seed: int,
@@ -77,7 +78,7 @@ class Trainee:
 
         With `whole`, these weights of the base are trained and no adapter.
         """
-        digest = hashlib.sha256(f"{seed}/{task.name}/weights".encode()).digest()
+        digest = hashlib.sha256(f"{seed}/{task.seed_name}/weights".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8]) >> 1)
         self._seed = seed
         self.task = task
@@ -99,7 +100,7 @@ class Trainee:
             self.reference = Adapter(targets, task.lora, generator, device)
         self._best = self._weights.clone() if task.early_stopping else None
         self._sound = self._weights.clone()
-        self.sampler = self._new_sampler()
+        self.stream = ExampleStream(task, data, seed=seed)
 
     @property
     def name(self) -> str:
@@ -109,7 +110,7 @@ class Trainee:
     def trains_at(self, step: int) -> bool:
         """Whether it takes part in step `step`, counted from 0."""
         progress = self.progress
-        return not (progress.stopped or progress.ended_early) and step < self.task.steps
+        return not (progress.stopped or progress.ended_early) and step < self.data.steps
 
     def state(self) -> dict[str, torch.Tensor]:
         """Weights and optimiser state; the live tensors, by name."""
@@ -143,18 +144,16 @@ class Trainee:
             case "pissa":
                 start_from_weights(self.adapter, base, self._seed)
             case "eva":
-                sampler = self._new_sampler()
-                batches = [
-                    Batch.of(0, [self.data.train[i] for i in sampler.next_batch()])
-                    for _ in range(INITIAL_BATCHES)
-                ]
+                stream = ExampleStream(self.task, self.data, seed=self._seed)
+                count = min(INITIAL_BATCHES, self.data.steps)
+                batches = [Batch.of(0, stream.next_batch()) for _ in range(count)]
                 start_from_data(self.adapter, base, batches, pack_tokens, self._seed)
         self._sound.copy_(self._weights)
 
     def restore(self, progress: TaskProgress, tensors: Mapping[str, torch.Tensor]) -> None:
         """Takes up where a checkpoint left it."""
         self.progress = progress
-        self.sampler.move_to(progress.cursor)
+        self.stream.move_to(progress.cursor)
         for name, tensor in self.state().items():
             tensor.copy_(tensors[name])
         self._sound.copy_(self._weights)
@@ -169,7 +168,7 @@ class Trainee:
         rate = None
         if math.isfinite(loss) and math.isfinite(norm):
             self._sound.copy_(self._weights)
-            rate = self.optimizer.step(gradients, norm, step, self.task.steps)
+            rate = self.optimizer.step(gradients, norm, step, self.data.steps)
         else:
             self.progress.stopped = f"step {step + 1}: loss {loss}, gradient norm {norm}"
         gradients.zero_()
@@ -194,19 +193,13 @@ class Trainee:
         """When it has stopped: goes back to the last weights that gave a finite loss."""
         self._weights.copy_(self._sound)
 
-    def _new_sampler(self) -> Sampler:
-        rows, size = len(self.data.train), self.task.batch_size
-        return Sampler(rows, size, seed=self._seed, task=self.name)
-
     def dropout_key(self, step: int) -> int:
         """What all of its dropout in a step follows from."""
-        return step_key(self._seed, self.name, step)
+        return step_key(self._seed, self.task.seed_name, step)
 
     def next_batch(self, index: int) -> Batch:
         """The examples of its next step, for the adapter number `index` of the run."""
-        batch = Batch.of(index, [self.data.train[i] for i in self.sampler.next_batch()])
-        self.progress.cursor = self.sampler.cursor
-        return batch
+        return Batch.of(index, self.stream.next_batch())
 
 
 class Trainees:
@@ -240,6 +233,10 @@ class Trainees:
             for index, trainee in enumerate(self._trainees)
             if trainee.trains_at(step)
         ]
+        # Once all are there: a source that fails must not leave others a batch ahead.
+        for batch in batches:
+            trainee = self._trainees[batch.adapter]
+            trainee.progress.cursor = trainee.stream.cursor
         packs = pack_batches(batches, self._pack_tokens)
         objectives = self._objectives(batches)
         means = self._backward(step, packs, objectives)

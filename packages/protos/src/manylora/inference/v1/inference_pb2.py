@@ -23,62 +23,73 @@ _sym_db = _symbol_database.Default()
 
 
 from google.protobuf import any_pb2 as google_dot_protobuf_dot_any__pb2
+from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 from manylora.registry.v1 import adapter_pb2 as manylora_dot_registry_dot_v1_dot_adapter__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n%manylora/inference/v1/inference.proto\x12\x15manylora.inference.v1\x1a\x19google/protobuf/any.proto\x1a\"manylora/registry/v1/adapter.proto\"\xcc\x01\n\x0fGenerateRequest\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\x12+\n\x04\x63hat\x18\x02 \x01(\x0b\x32\x1b.manylora.inference.v1.ChatH\x00\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12/\n\x06tokens\x18\x04 \x01(\x0b\x32\x1d.manylora.inference.v1.TokensH\x00\x12\x31\n\x08sampling\x18\x05 \x01(\x0b\x32\x1f.manylora.inference.v1.SamplingB\x07\n\x05input\"8\n\x04\x43hat\x12\x30\n\x08messages\x18\x01 \x03(\x0b\x32\x1e.manylora.inference.v1.Message\"(\n\x07Message\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"\x15\n\x06Tokens\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\xfa\x01\n\x08Sampling\x12\x17\n\nmax_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x18\n\x0btemperature\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x01H\x02\x88\x01\x01\x12\x12\n\x05top_k\x18\x04 \x01(\rH\x03\x88\x01\x01\x12\x11\n\x04seed\x18\x05 \x01(\x04H\x04\x88\x01\x01\x12\x0c\n\x04stop\x18\x06 \x03(\t\x12\x12\n\nignore_eos\x18\x07 \x01(\x08\x12\x15\n\x08logprobs\x18\x08 \x01(\rH\x05\x88\x01\x01\x42\r\n\x0b_max_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x07\n\x05_seedB\x0b\n\t_logprobs\"9\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\".\n\tCandidate\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x01\"p\n\rTokenLogprobs\x12\x30\n\x06\x63hosen\x18\x01 \x01(\x0b\x32 .manylora.inference.v1.Candidate\x12-\n\x03top\x18\x02 \x03(\x0b\x32 .manylora.inference.v1.Candidate\"\x9f\x02\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x35\n\x07\x61\x64\x61pter\x18\x02 \x01(\x0b\x32$.manylora.registry.v1.AdapterVersion\x12\x0c\n\x04text\x18\x03 \x01(\t\x12\x11\n\ttoken_ids\x18\x04 \x03(\r\x12:\n\rfinish_reason\x18\x05 \x01(\x0e\x32#.manylora.inference.v1.FinishReason\x12+\n\x05usage\x18\x06 \x01(\x0b\x32\x1c.manylora.inference.v1.Usage\x12\x36\n\x08logprobs\x18\x07 \x03(\x0b\x32$.manylora.inference.v1.TokenLogprobs\"\xd0\x01\n\x16GenerateStreamResponse\x12\x39\n\x07started\x18\x01 \x01(\x0b\x32&.manylora.inference.v1.GenerateStartedH\x00\x12\x35\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32$.manylora.inference.v1.GenerateDeltaH\x00\x12;\n\x08\x66inished\x18\x03 \x01(\x0b\x32\'.manylora.inference.v1.GenerateFinishedH\x00\x42\x07\n\x05\x65vent\"\\\n\x0fGenerateStarted\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x35\n\x07\x61\x64\x61pter\x18\x02 \x01(\x0b\x32$.manylora.registry.v1.AdapterVersion\"h\n\rGenerateDelta\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x36\n\x08logprobs\x18\x03 \x03(\x0b\x32$.manylora.inference.v1.TokenLogprobs\"{\n\x10GenerateFinished\x12:\n\rfinish_reason\x18\x01 \x01(\x0e\x32#.manylora.inference.v1.FinishReason\x12+\n\x05usage\x18\x02 \x01(\x0b\x32\x1c.manylora.inference.v1.Usage\"P\n\x14\x42\x61tchGenerateRequest\x12\x38\n\x08requests\x18\x01 \x03(\x0b\x32&.manylora.inference.v1.GenerateRequest\"\xa9\x01\n\x15\x42\x61tchGenerateResponse\x12\r\n\x05index\x18\x01 \x01(\r\x12;\n\x08response\x18\x02 \x01(\x0b\x32\'.manylora.inference.v1.GenerateResponseH\x00\x12:\n\x05\x65rror\x18\x03 \x01(\x0b\x32).manylora.inference.v1.BatchGenerateErrorH\x00\x42\x08\n\x06result\"Z\n\x12\x42\x61tchGenerateError\x12\x0c\n\x04\x63ode\x18\x01 \x01(\x05\x12\x0f\n\x07message\x18\x02 \x01(\t\x12%\n\x07\x64\x65tails\x18\x03 \x03(\x0b\x32\x14.google.protobuf.Any\"Z\n\x12\x43ountTokensRequest\x12+\n\x04\x63hat\x18\x01 \x01(\x0b\x32\x1b.manylora.inference.v1.ChatH\x00\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x42\x07\n\x05input\"%\n\x13\x43ountTokensResponse\x12\x0e\n\x06tokens\x18\x01 \x01(\r\"\x15\n\x13ListAdaptersRequest\"O\n\x14ListAdaptersResponse\x12\x37\n\x08\x61\x64\x61pters\x18\x01 \x03(\x0b\x32%.manylora.inference.v1.AdapterListing\"\x8a\x01\n\x0e\x41\x64\x61pterListing\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x34\n\x06latest\x18\x02 \x01(\x0b\x32$.manylora.registry.v1.AdapterVersion\x12\x34\n\x07\x61liases\x18\x03 \x03(\x0b\x32#.manylora.inference.v1.AliasListing\"\xa2\x01\n\x0c\x41liasListing\x12\r\n\x05\x61lias\x18\x01 \x01(\t\x12\x35\n\x07serving\x18\x02 \x01(\x0b\x32$.manylora.registry.v1.AdapterVersion\x12\x35\n\x07pending\x18\x03 \x01(\x0b\x32$.manylora.registry.v1.AdapterVersion\x12\x15\n\rpending_error\x18\x04 \x01(\t*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x32\x97\x04\n\x10InferenceService\x12[\n\x08Generate\x12&.manylora.inference.v1.GenerateRequest\x1a\'.manylora.inference.v1.GenerateResponse\x12i\n\x0eGenerateStream\x12&.manylora.inference.v1.GenerateRequest\x1a-.manylora.inference.v1.GenerateStreamResponse0\x01\x12l\n\rBatchGenerate\x12+.manylora.inference.v1.BatchGenerateRequest\x1a,.manylora.inference.v1.BatchGenerateResponse0\x01\x12\x64\n\x0b\x43ountTokens\x12).manylora.inference.v1.CountTokensRequest\x1a*.manylora.inference.v1.CountTokensResponse\x12g\n\x0cListAdapters\x12*.manylora.inference.v1.ListAdaptersRequest\x1a+.manylora.inference.v1.ListAdaptersResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n%manylora/inference/v1/inference.proto\x12\x15manylora.inference.v1\x1a\x19google/protobuf/any.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\"manylora/registry/v1/adapter.proto\"\xcc\x01\n\x0fGenerateRequest\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\x12+\n\x04\x63hat\x18\x02 \x01(\x0b\x32\x1b.manylora.inference.v1.ChatH\x00\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12/\n\x06tokens\x18\x04 \x01(\x0b\x32\x1d.manylora.inference.v1.TokensH\x00\x12\x31\n\x08sampling\x18\x05 \x01(\x0b\x32\x1f.manylora.inference.v1.SamplingB\x07\n\x05input\"8\n\x04\x43hat\x12\x30\n\x08messages\x18\x01 \x03(\x0b\x32\x1e.manylora.inference.v1.Message\"(\n\x07Message\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"\x15\n\x06Tokens\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\x94\x04\n\x08Sampling\x12\x17\n\nmax_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x18\n\x0btemperature\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x01H\x02\x88\x01\x01\x12\x12\n\x05top_k\x18\x04 \x01(\rH\x03\x88\x01\x01\x12\x11\n\x04seed\x18\x05 \x01(\x04H\x04\x88\x01\x01\x12\x0c\n\x04stop\x18\x06 \x03(\t\x12\x12\n\nignore_eos\x18\x07 \x01(\x08\x12\x15\n\x08logprobs\x18\x08 \x01(\rH\x05\x88\x01\x01\x12\x12\n\x05min_p\x18\t \x01(\x01H\x06\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\n \x01(\x01H\x07\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x0b \x01(\x01H\x08\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x0c \x01(\x01H\t\x88\x01\x01\x12\x0e\n\x01n\x18\r \x01(\rH\n\x88\x01\x01\x12\x42\n\x11structured_output\x18\x0e \x01(\x0b\x32\'.manylora.inference.v1.StructuredOutputB\r\n\x0b_max_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x07\n\x05_seedB\x0b\n\t_logprobsB\x08\n\x06_min_pB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x15\n\x13_repetition_penaltyB\x04\n\x02_n\"\xcc\x01\n\x10StructuredOutput\x12\x15\n\x0bjson_schema\x18\x01 \x01(\tH\x00\x12\x0f\n\x05regex\x18\x02 \x01(\tH\x00\x12\x35\n\x06\x63hoice\x18\x03 \x01(\x0b\x32#.manylora.inference.v1.AlternativesH\x00\x12\x11\n\x07grammar\x18\x04 \x01(\tH\x00\x12\x38\n\x0bjson_object\x18\x05 \x01(\x0b\x32!.manylora.inference.v1.JsonObjectH\x00\x42\x0c\n\nconstraint\"\x1e\n\x0c\x41lternatives\x12\x0e\n\x06values\x18\x01 \x03(\t\"\x0c\n\nJsonObject\"9\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\"\xb2\x01\n\x06Timing\x12(\n\x05queue\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\'\n\x04load\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12*\n\x07prefill\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12)\n\x06\x64\x65\x63ode\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\"<\n\tCandidate\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x01\x12\x0c\n\x04text\x18\x03 \x01(\t\"p\n\rTokenLogprobs\x12\x30\n\x06\x63hosen\x18\x01 \x01(\x0b\x32 .manylora.inference.v1.Candidate\x12-\n\x03top\x18\x02 \x03(\x0b\x32 .manylora.inference.v1.Candidate\"\xfe\x02\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x35\n\x07\x61\x64\x61pter\x18\x02 \x01(\x0b\x32$.manylora.registry.v1.AdapterVersion\x12\x0c\n\x04text\x18\x03 \x01(\t\x12\x11\n\ttoken_ids\x18\x04 \x03(\r\x12:\n\rfinish_reason\x18\x05 \x01(\x0e\x32#.manylora.inference.v1.FinishReason\x12+\n\x05usage\x18\x06 \x01(\x0b\x32\x1c.manylora.inference.v1.Usage\x12\x36\n\x08logprobs\x18\x07 \x03(\x0b\x32$.manylora.inference.v1.TokenLogprobs\x12.\n\x07\x63hoices\x18\x08 \x03(\x0b\x32\x1d.manylora.inference.v1.Choice\x12-\n\x06timing\x18\t \x01(\x0b\x32\x1d.manylora.inference.v1.Timing\"\x9d\x01\n\x06\x43hoice\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12:\n\rfinish_reason\x18\x03 \x01(\x0e\x32#.manylora.inference.v1.FinishReason\x12\x36\n\x08logprobs\x18\x04 \x03(\x0b\x32$.manylora.inference.v1.TokenLogprobs\"\xd0\x01\n\x16GenerateStreamResponse\x12\x39\n\x07started\x18\x01 \x01(\x0b\x32&.manylora.inference.v1.GenerateStartedH\x00\x12\x35\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32$.manylora.inference.v1.GenerateDeltaH\x00\x12;\n\x08\x66inished\x18\x03 \x01(\x0b\x32\'.manylora.inference.v1.GenerateFinishedH\x00\x42\x07\n\x05\x65vent\"\\\n\x0fGenerateStarted\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x35\n\x07\x61\x64\x61pter\x18\x02 \x01(\x0b\x32$.manylora.registry.v1.AdapterVersion\"x\n\rGenerateDelta\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x36\n\x08logprobs\x18\x03 \x03(\x0b\x32$.manylora.inference.v1.TokenLogprobs\x12\x0e\n\x06\x63hoice\x18\x04 \x01(\r\"\xe7\x01\n\x10GenerateFinished\x12:\n\rfinish_reason\x18\x01 \x01(\x0e\x32#.manylora.inference.v1.FinishReason\x12+\n\x05usage\x18\x02 \x01(\x0b\x32\x1c.manylora.inference.v1.Usage\x12-\n\x06timing\x18\x03 \x01(\x0b\x32\x1d.manylora.inference.v1.Timing\x12;\n\x0e\x66inish_reasons\x18\x04 \x03(\x0e\x32#.manylora.inference.v1.FinishReason\"P\n\x14\x42\x61tchGenerateRequest\x12\x38\n\x08requests\x18\x01 \x03(\x0b\x32&.manylora.inference.v1.GenerateRequest\"\xa9\x01\n\x15\x42\x61tchGenerateResponse\x12\r\n\x05index\x18\x01 \x01(\r\x12;\n\x08response\x18\x02 \x01(\x0b\x32\'.manylora.inference.v1.GenerateResponseH\x00\x12:\n\x05\x65rror\x18\x03 \x01(\x0b\x32).manylora.inference.v1.BatchGenerateErrorH\x00\x42\x08\n\x06result\"Z\n\x12\x42\x61tchGenerateError\x12\x0c\n\x04\x63ode\x18\x01 \x01(\x05\x12\x0f\n\x07message\x18\x02 \x01(\t\x12%\n\x07\x64\x65tails\x18\x03 \x03(\x0b\x32\x14.google.protobuf.Any\"Z\n\x12\x43ountTokensRequest\x12+\n\x04\x63hat\x18\x01 \x01(\x0b\x32\x1b.manylora.inference.v1.ChatH\x00\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x42\x07\n\x05input\"%\n\x13\x43ountTokensResponse\x12\x0e\n\x06tokens\x18\x01 \x01(\r\"\x15\n\x13ListAdaptersRequest\"O\n\x14ListAdaptersResponse\x12\x37\n\x08\x61\x64\x61pters\x18\x01 \x03(\x0b\x32%.manylora.inference.v1.AdapterListing\"\x8a\x01\n\x0e\x41\x64\x61pterListing\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x34\n\x06latest\x18\x02 \x01(\x0b\x32$.manylora.registry.v1.AdapterVersion\x12\x34\n\x07\x61liases\x18\x03 \x03(\x0b\x32#.manylora.inference.v1.AliasListing\"\xa2\x01\n\x0c\x41liasListing\x12\r\n\x05\x61lias\x18\x01 \x01(\t\x12\x35\n\x07serving\x18\x02 \x01(\x0b\x32$.manylora.registry.v1.AdapterVersion\x12\x35\n\x07pending\x18\x03 \x01(\x0b\x32$.manylora.registry.v1.AdapterVersion\x12\x15\n\rpending_error\x18\x04 \x01(\t*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x32\x97\x04\n\x10InferenceService\x12[\n\x08Generate\x12&.manylora.inference.v1.GenerateRequest\x1a\'.manylora.inference.v1.GenerateResponse\x12i\n\x0eGenerateStream\x12&.manylora.inference.v1.GenerateRequest\x1a-.manylora.inference.v1.GenerateStreamResponse0\x01\x12l\n\rBatchGenerate\x12+.manylora.inference.v1.BatchGenerateRequest\x1a,.manylora.inference.v1.BatchGenerateResponse0\x01\x12\x64\n\x0b\x43ountTokens\x12).manylora.inference.v1.CountTokensRequest\x1a*.manylora.inference.v1.CountTokensResponse\x12g\n\x0cListAdapters\x12*.manylora.inference.v1.ListAdaptersRequest\x1a+.manylora.inference.v1.ListAdaptersResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'manylora.inference.v1.inference_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_FINISHREASON']._serialized_start=2644
-  _globals['_FINISHREASON']._serialized_end=2739
-  _globals['_GENERATEREQUEST']._serialized_start=128
-  _globals['_GENERATEREQUEST']._serialized_end=332
-  _globals['_CHAT']._serialized_start=334
-  _globals['_CHAT']._serialized_end=390
-  _globals['_MESSAGE']._serialized_start=392
-  _globals['_MESSAGE']._serialized_end=432
-  _globals['_TOKENS']._serialized_start=434
-  _globals['_TOKENS']._serialized_end=455
-  _globals['_SAMPLING']._serialized_start=458
-  _globals['_SAMPLING']._serialized_end=708
-  _globals['_USAGE']._serialized_start=710
-  _globals['_USAGE']._serialized_end=767
-  _globals['_CANDIDATE']._serialized_start=769
-  _globals['_CANDIDATE']._serialized_end=815
-  _globals['_TOKENLOGPROBS']._serialized_start=817
-  _globals['_TOKENLOGPROBS']._serialized_end=929
-  _globals['_GENERATERESPONSE']._serialized_start=932
-  _globals['_GENERATERESPONSE']._serialized_end=1219
-  _globals['_GENERATESTREAMRESPONSE']._serialized_start=1222
-  _globals['_GENERATESTREAMRESPONSE']._serialized_end=1430
-  _globals['_GENERATESTARTED']._serialized_start=1432
-  _globals['_GENERATESTARTED']._serialized_end=1524
-  _globals['_GENERATEDELTA']._serialized_start=1526
-  _globals['_GENERATEDELTA']._serialized_end=1630
-  _globals['_GENERATEFINISHED']._serialized_start=1632
-  _globals['_GENERATEFINISHED']._serialized_end=1755
-  _globals['_BATCHGENERATEREQUEST']._serialized_start=1757
-  _globals['_BATCHGENERATEREQUEST']._serialized_end=1837
-  _globals['_BATCHGENERATERESPONSE']._serialized_start=1840
-  _globals['_BATCHGENERATERESPONSE']._serialized_end=2009
-  _globals['_BATCHGENERATEERROR']._serialized_start=2011
-  _globals['_BATCHGENERATEERROR']._serialized_end=2101
-  _globals['_COUNTTOKENSREQUEST']._serialized_start=2103
-  _globals['_COUNTTOKENSREQUEST']._serialized_end=2193
-  _globals['_COUNTTOKENSRESPONSE']._serialized_start=2195
-  _globals['_COUNTTOKENSRESPONSE']._serialized_end=2232
-  _globals['_LISTADAPTERSREQUEST']._serialized_start=2234
-  _globals['_LISTADAPTERSREQUEST']._serialized_end=2255
-  _globals['_LISTADAPTERSRESPONSE']._serialized_start=2257
-  _globals['_LISTADAPTERSRESPONSE']._serialized_end=2336
-  _globals['_ADAPTERLISTING']._serialized_start=2339
-  _globals['_ADAPTERLISTING']._serialized_end=2477
-  _globals['_ALIASLISTING']._serialized_start=2480
-  _globals['_ALIASLISTING']._serialized_end=2642
-  _globals['_INFERENCESERVICE']._serialized_start=2742
-  _globals['_INFERENCESERVICE']._serialized_end=3277
+  _globals['_FINISHREASON']._serialized_start=3786
+  _globals['_FINISHREASON']._serialized_end=3881
+  _globals['_GENERATEREQUEST']._serialized_start=160
+  _globals['_GENERATEREQUEST']._serialized_end=364
+  _globals['_CHAT']._serialized_start=366
+  _globals['_CHAT']._serialized_end=422
+  _globals['_MESSAGE']._serialized_start=424
+  _globals['_MESSAGE']._serialized_end=464
+  _globals['_TOKENS']._serialized_start=466
+  _globals['_TOKENS']._serialized_end=487
+  _globals['_SAMPLING']._serialized_start=490
+  _globals['_SAMPLING']._serialized_end=1022
+  _globals['_STRUCTUREDOUTPUT']._serialized_start=1025
+  _globals['_STRUCTUREDOUTPUT']._serialized_end=1229
+  _globals['_ALTERNATIVES']._serialized_start=1231
+  _globals['_ALTERNATIVES']._serialized_end=1261
+  _globals['_JSONOBJECT']._serialized_start=1263
+  _globals['_JSONOBJECT']._serialized_end=1275
+  _globals['_USAGE']._serialized_start=1277
+  _globals['_USAGE']._serialized_end=1334
+  _globals['_TIMING']._serialized_start=1337
+  _globals['_TIMING']._serialized_end=1515
+  _globals['_CANDIDATE']._serialized_start=1517
+  _globals['_CANDIDATE']._serialized_end=1577
+  _globals['_TOKENLOGPROBS']._serialized_start=1579
+  _globals['_TOKENLOGPROBS']._serialized_end=1691
+  _globals['_GENERATERESPONSE']._serialized_start=1694
+  _globals['_GENERATERESPONSE']._serialized_end=2076
+  _globals['_CHOICE']._serialized_start=2079
+  _globals['_CHOICE']._serialized_end=2236
+  _globals['_GENERATESTREAMRESPONSE']._serialized_start=2239
+  _globals['_GENERATESTREAMRESPONSE']._serialized_end=2447
+  _globals['_GENERATESTARTED']._serialized_start=2449
+  _globals['_GENERATESTARTED']._serialized_end=2541
+  _globals['_GENERATEDELTA']._serialized_start=2543
+  _globals['_GENERATEDELTA']._serialized_end=2663
+  _globals['_GENERATEFINISHED']._serialized_start=2666
+  _globals['_GENERATEFINISHED']._serialized_end=2897
+  _globals['_BATCHGENERATEREQUEST']._serialized_start=2899
+  _globals['_BATCHGENERATEREQUEST']._serialized_end=2979
+  _globals['_BATCHGENERATERESPONSE']._serialized_start=2982
+  _globals['_BATCHGENERATERESPONSE']._serialized_end=3151
+  _globals['_BATCHGENERATEERROR']._serialized_start=3153
+  _globals['_BATCHGENERATEERROR']._serialized_end=3243
+  _globals['_COUNTTOKENSREQUEST']._serialized_start=3245
+  _globals['_COUNTTOKENSREQUEST']._serialized_end=3335
+  _globals['_COUNTTOKENSRESPONSE']._serialized_start=3337
+  _globals['_COUNTTOKENSRESPONSE']._serialized_end=3374
+  _globals['_LISTADAPTERSREQUEST']._serialized_start=3376
+  _globals['_LISTADAPTERSREQUEST']._serialized_end=3397
+  _globals['_LISTADAPTERSRESPONSE']._serialized_start=3399
+  _globals['_LISTADAPTERSRESPONSE']._serialized_end=3478
+  _globals['_ADAPTERLISTING']._serialized_start=3481
+  _globals['_ADAPTERLISTING']._serialized_end=3619
+  _globals['_ALIASLISTING']._serialized_start=3622
+  _globals['_ALIASLISTING']._serialized_end=3784
+  _globals['_INFERENCESERVICE']._serialized_start=3884
+  _globals['_INFERENCESERVICE']._serialized_end=4419
 # @@protoc_insertion_point(module_scope)

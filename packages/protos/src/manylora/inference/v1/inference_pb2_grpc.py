@@ -30,6 +30,9 @@ class InferenceServiceStub:
 
     Errors carry one google.rpc.ErrorInfo with domain "manylora" and a reason in UPPER_SNAKE;
     INVALID_ARGUMENT adds a BadRequest naming the fields, and what may be retried adds a RetryInfo.
+
+    A call may name its request in the metadata x-request-id; else the gateway makes an id. The id is
+    in the answer and, of failed calls too, in the trailing metadata.
     """
 
     def __init__(self, channel):
@@ -70,6 +73,9 @@ class InferenceServiceServicer:
 
     Errors carry one google.rpc.ErrorInfo with domain "manylora" and a reason in UPPER_SNAKE;
     INVALID_ARGUMENT adds a BadRequest naming the fields, and what may be retried adds a RetryInfo.
+
+    A call may name its request in the metadata x-request-id; else the gateway makes an id. The id is
+    in the answer and, of failed calls too, in the trailing metadata.
     """
 
     def Generate(self, request, context):
@@ -154,6 +160,9 @@ class InferenceService:
 
     Errors carry one google.rpc.ErrorInfo with domain "manylora" and a reason in UPPER_SNAKE;
     INVALID_ARGUMENT adds a BadRequest naming the fields, and what may be retried adds a RetryInfo.
+
+    A call may name its request in the metadata x-request-id; else the gateway makes an id. The id is
+    in the answer and, of failed calls too, in the trailing metadata.
     """
 
     @staticmethod

@@ -31,6 +31,9 @@ class InferenceServiceStub:
 
     Errors carry one google.rpc.ErrorInfo with domain "manylora" and a reason in UPPER_SNAKE;
     INVALID_ARGUMENT adds a BadRequest naming the fields, and what may be retried adds a RetryInfo.
+
+    A call may name its request in the metadata x-request-id; else the gateway makes an id. The id is
+    in the answer and, of failed calls too, in the trailing metadata.
     """
 
     @_typing.overload
@@ -62,6 +65,9 @@ class InferenceServiceAsyncStub(InferenceServiceStub):
 
     Errors carry one google.rpc.ErrorInfo with domain "manylora" and a reason in UPPER_SNAKE;
     INVALID_ARGUMENT adds a BadRequest naming the fields, and what may be retried adds a RetryInfo.
+
+    A call may name its request in the metadata x-request-id; else the gateway makes an id. The id is
+    in the answer and, of failed calls too, in the trailing metadata.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -89,6 +95,9 @@ class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
 
     Errors carry one google.rpc.ErrorInfo with domain "manylora" and a reason in UPPER_SNAKE;
     INVALID_ARGUMENT adds a BadRequest naming the fields, and what may be retried adds a RetryInfo.
+
+    A call may name its request in the metadata x-request-id; else the gateway makes an id. The id is
+    in the answer and, of failed calls too, in the trailing metadata.
     """
 
     @_abc_1.abstractmethod

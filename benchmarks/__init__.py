@@ -1,0 +1,1 @@
+"""Questions about speed, one script each."""

@@ -1,0 +1,104 @@
+"""One registry into another, of whatever kind: a directory to Postgres and a bucket, and back.
+
+Blobs first, each verified as it is read and again by the store that takes it; then every row, ids
+and hash chain as they are, in one transaction: the copy is the same registry or still empty. One
+that was interrupted goes on where it was, as blobs that have arrived are not sent again.
+"""
+
+from collections.abc import Callable
+from itertools import zip_longest
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection
+
+from manylora_registry.blobs import BlobStore, copy_verified
+from manylora_registry.database import Database
+from manylora_registry.errors import DestinationError
+from manylora_registry.schema import metadata, version_blobs
+
+TRANSIENT = frozenset({"leases", "lease_blobs", "condemned"})
+"""Tables of what processes are doing just now: no part of what a registry holds."""
+ROWS_AT_ONCE = 1000
+Progress = Callable[[int, int], None]
+"""Is told how many blobs have arrived, and of how many."""
+
+
+def copy(
+    blobs: BlobStore,
+    database: Database,
+    to_blobs: BlobStore,
+    to_database: Database,
+    progress: Progress,
+) -> None:
+    """Makes the second registry, which must be new or a copy begun before, equal to the first.
+
+    Others may publish to the first one meanwhile: the copy is of one moment.
+
+    Raises:
+        CorruptBlobError: a blob of the first is damaged.
+        BlobStoreError: blobs cannot be read or written.
+        DestinationError: the second holds something else.
+    """
+    with database.read() as connection:
+        needed = _needed(connection)
+    with to_database.read() as connection:
+        empty = _is_empty(connection)
+    if empty:
+        # Most of the time goes here, with no transaction open.
+        _copy_blobs(blobs, to_blobs, needed, progress)
+    with database.read() as old, to_database.write() as new:
+        if not _is_empty(new):
+            _require_same(old, new)
+        _copy_blobs(blobs, to_blobs, _needed(old), progress)
+        if _is_empty(new):
+            _copy_rows(old, new)
+
+
+def _needed(connection: Connection) -> list[str]:
+    digests = sa.select(version_blobs.c.digest).distinct().order_by(version_blobs.c.digest)
+    return list(connection.scalars(digests))
+
+
+def _copy_blobs(
+    source: BlobStore, target: BlobStore, needed: list[str], progress: Progress
+) -> None:
+    there = set(target.digests())
+    missing = [digest for digest in needed if digest not in there]
+    arrived = len(needed) - len(missing)
+    progress(arrived, len(needed))
+    for count, digest in enumerate(missing, arrived + 1):
+        with target.staging() as staging:
+            copy_verified(source, digest, source.size(digest), staging / "blob")
+            target.put(staging / "blob", digest)
+        progress(count, len(needed))
+
+
+def _tables() -> list[sa.Table]:
+    return [table for table in metadata.sorted_tables if table.name not in TRANSIENT]
+
+
+def _is_empty(connection: Connection) -> bool:
+    return all(connection.execute(sa.select(table).limit(1)).first() is None for table in _tables())
+
+
+def _rows(connection: Connection, table: sa.Table) -> sa.CursorResult[tuple[object, ...]]:
+    return connection.execute(sa.select(table).order_by(*table.primary_key))
+
+
+def _require_same(old: Connection, new: Connection) -> None:
+    for table in _tables():
+        if any(one != two for one, two in zip_longest(_rows(old, table), _rows(new, table))):
+            raise DestinationError(
+                "the registry to copy to holds something else already; give a new one"
+            )
+
+
+def _copy_rows(old: Connection, new: Connection) -> None:
+    for table in _tables():
+        for rows in _rows(old, table).mappings().partitions(ROWS_AT_ONCE):
+            new.execute(sa.insert(table), [dict(row) for row in rows])
+        counter = table.autoincrement_column
+        if new.dialect.name == "postgresql" and counter is not None:
+            # Its sequences do not notice ids that were given.
+            sequence = sa.func.pg_get_serial_sequence(table.name, counter.name)
+            new.execute(sa.select(sa.func.setval(sequence, sa.func.max(counter))))

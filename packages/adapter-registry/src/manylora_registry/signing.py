@@ -1,0 +1,118 @@
+"""Signatures over versions, with keys of one's own: OpenSSF model signing, https://sigstore.dev.
+
+Signed is the directory that holds the version's manifest alone, as `manifest.json`. The manifest
+names every file by its sha256 and the base by its fingerprint, so the signature covers them all
+and is checked without reading the weights; `model_signing verify key` checks it without manylora.
+
+A signature refers to a version and is no part of it: the digest stays what it was.
+"""
+
+import contextlib
+import hashlib
+import os
+import tempfile
+from collections.abc import Generator, Iterable
+from pathlib import Path
+from typing import Any
+
+from manylora_registry.errors import SigningKeyError
+
+KEYS_VARIABLE = "MANYLORA_REQUIRE_SIGNATURE"
+PASSWORD_VARIABLE = "MANYLORA_SIGN_KEY_PASSWORD"  # noqa: S105 (the name of a variable)
+SIGNATURE_BYTES = 1 << 20
+MANIFEST_NAME = "manifest.json"
+
+
+def required_keys() -> tuple[Path, ...]:
+    """The public keys in `$MANYLORA_REQUIRE_SIGNATURE`, separated as in PATH."""
+    return tuple(Path(key) for key in os.environ.get(KEYS_VARIABLE, "").split(os.pathsep) if key)
+
+
+def sign_manifest(manifest: bytes, private_key: Path) -> bytes:
+    """A Sigstore bundle that signs a manifest with an elliptic-curve key in PEM.
+
+    A key that is encrypted is opened with `$MANYLORA_SIGN_KEY_PASSWORD`.
+
+    Raises:
+        SigningKeyError: the key cannot be used.
+    """
+    with _signed_directory(manifest) as (directory, signature):
+        try:
+            from model_signing.signing import Config
+
+            config: Any = Config()
+            # It asks for a text and passes it to what asks for bytes.
+            password = os.environ.get(PASSWORD_VARIABLE, "").encode() or None
+            config.use_elliptic_key_signer(private_key=private_key, password=password)
+            config.sign(directory, signature)
+        except ModuleNotFoundError as error:
+            raise _not_installed() from error
+        except (OSError, ValueError, TypeError) as error:
+            raise SigningKeyError(f"{private_key} cannot sign: {error}") from error
+        return signature.read_bytes()
+
+
+def find_signer(
+    manifest: bytes, signatures: Iterable[bytes], public_keys: Iterable[Path]
+) -> Path | None:
+    """The first of the keys by which one of the signatures is good; None where none is.
+
+    Raises:
+        SigningKeyError: a key cannot be read.
+    """
+    keys = [(path, _readable(path)) for path in public_keys]
+    for bundle in signatures:
+        with _signed_directory(manifest) as (directory, signature):
+            signature.write_bytes(bundle)
+            for path, _ in keys:
+                if _is_good(directory, signature, path):
+                    return path
+    return None
+
+
+def public_key_id(public_key: Path) -> str:
+    """sha256 of the key's file, to tell keys apart without their paths.
+
+    Raises:
+        SigningKeyError: it cannot be read.
+    """
+    return hashlib.sha256(_readable(public_key)).hexdigest()
+
+
+def _is_good(directory: Path, signature: Path, public_key: Path) -> bool:
+    try:
+        from model_signing.verifying import Config
+    except ModuleNotFoundError as error:
+        raise _not_installed() from error
+    try:
+        config: Any = Config()
+        config.use_elliptic_key_verifier(public_key=public_key)
+        config.verify(directory, signature)
+    except Exception:
+        # A hostile bundle makes the library raise anything; whatever it was, nothing was proved.
+        return False
+    return True
+
+
+def _readable(public_key: Path) -> bytes:
+    try:
+        content = public_key.read_bytes()
+    except OSError as error:
+        raise SigningKeyError(f"{public_key} cannot be read: {error.strerror}") from error
+    if b"PUBLIC KEY-----" not in content:
+        raise SigningKeyError(f"{public_key} is no public key in PEM")
+    return content
+
+
+@contextlib.contextmanager
+def _signed_directory(manifest: bytes) -> Generator[tuple[Path, Path]]:
+    """What is signed, and a place for its signature."""
+    with tempfile.TemporaryDirectory(prefix="manylora-") as place:
+        directory = Path(place) / "version"
+        directory.mkdir()
+        (directory / MANIFEST_NAME).write_bytes(manifest)
+        yield directory, Path(place) / "signature"
+
+
+def _not_installed() -> SigningKeyError:
+    return SigningKeyError("signatures need model-signing: install manylora-registry[signing]")

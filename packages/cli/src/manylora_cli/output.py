@@ -1,0 +1,43 @@
+"""How the verbs print: tables for people and for pipes, paths as the user would type them."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.text import Text
+
+
+def shown(path: Path) -> str:
+    """`path` from the working directory where it lies in it."""
+    path = path.absolute()
+    here = Path.cwd()
+    return str(path.relative_to(here) if path.is_relative_to(here) else path)
+
+
+def print_table(header: Sequence[str], rows: "Sequence[Sequence[str | Text]]") -> None:
+    """A table on a terminal, tab-separated lines with a header in a pipe."""
+    import sys
+
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    if not sys.stdout.isatty():
+        for row in (header, *rows):
+            print("\t".join(str(cell) for cell in row))
+        return
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for title in header:
+        table.add_column(title)
+    for row in rows:
+        # Text, as a name or a reason in brackets is no markup.
+        table.add_row(*(cell if isinstance(cell, Text) else Text(cell) for cell in row))
+    Console().print(table)
+
+
+def print_json(value: Any) -> None:
+    """One indented JSON document."""
+    import json
+
+    print(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))

@@ -1,0 +1,105 @@
+"""What the verbs of `manylora registry` have in common: their options, and how they print."""
+
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from manylora_registry import AliasMove, Registry, Version
+
+Reference = Annotated[
+    str,
+    typer.Argument(
+        metavar="REF",
+        help="NAME[@SELECTOR]: a version number, an alias or sha256:HEX; else @production.",
+    ),
+]
+Name = Annotated[str, typer.Argument(metavar="NAME", help="The adapter.")]
+Location = Annotated[
+    Path | None,
+    typer.Option(
+        "--registry", metavar="DIR", help="The registry's directory; else $MANYLORA_REGISTRY."
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
+
+
+def open_registry(location: Path | None) -> "Registry":
+    """The registry of an option or of the environment; one that is not there is not made."""
+    from manylora_registry import Registry
+
+    return Registry.open(location, create=False)
+
+
+def version_json(version: "Version") -> dict[str, Any]:
+    """A version for machines."""
+    return {
+        "name": version.name,
+        "number": version.number,
+        "digest": version.digest,
+        "base": version.base_fingerprint,
+        "rank": version.rank,
+        "size": version.size,
+        "published": version.created_at.isoformat(),
+        "metrics": dict(version.metrics),
+        "tags": dict(version.tags),
+        "lineage": dict(version.lineage),
+        "yanked": version.yanked,
+    }
+
+
+def move_json(move: "AliasMove") -> dict[str, Any]:
+    """An alias move for machines."""
+    return {
+        "name": move.name,
+        "alias": move.alias,
+        "generation": move.generation,
+        "version": move.version,
+        "previous": move.previous,
+        "actor": move.actor,
+        "why": move.why,
+        "at": move.at.isoformat(),
+    }
+
+
+def print_json(value: object) -> None:
+    """Indented, on stdout."""
+    import json
+
+    print(json.dumps(value, indent=2))
+
+
+def print_table(header: tuple[str, ...], rows: list[tuple[str, ...]], empty: str) -> None:
+    """A table on a terminal, tab-separated lines with a header in a pipe."""
+    import sys
+
+    if not sys.stdout.isatty():
+        for row in (header, *rows):
+            print("\t".join(row))
+        return
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    if not rows:
+        print(empty)
+        return
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for title in header:
+        table.add_column(title)
+    for row in rows:
+        # Text, as a name or a reason in brackets is no markup.
+        table.add_row(*(Text(cell) for cell in row))
+    Console().print(table)
+
+
+def size_text(count: int) -> str:
+    """Bytes, for people."""
+    return f"{count / 1e6:.1f} MB" if count >= 1e6 else f"{count / 1e3:.1f} kB"
+
+
+def time_text(at: datetime) -> str:
+    """A moment, for people."""
+    return f"{at:%Y-%m-%d %H:%M} UTC"

@@ -1,0 +1,52 @@
+"""Verdicts kept on disk by what was asked."""
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from manylora_evaluator.judge.model import Completion
+
+_COMPLETION = TypeAdapter(Completion)
+
+
+def content_key(parts: Mapping[str, Any]) -> str:
+    """The hexadecimal sha256 of `parts` as canonical JSON."""
+    text = json.dumps(parts, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+class Cache:
+    """Completions in `directory/ab/<key>.json`, each written whole or not at all."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+
+    def get(self, key: str) -> Completion | None:
+        """What is kept under `key`; a file that is damaged counts as none."""
+        try:
+            return _COMPLETION.validate_json(self._path(key).read_bytes())
+        except (OSError, ValidationError):
+            return None
+
+    def put(self, key: str, completion: Completion) -> None:
+        """Keeps `completion`, in place of what was there."""
+        path = self._path(key)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                json.dump(asdict(completion), file)
+            Path(temporary).replace(path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+
+    def _path(self, key: str) -> Path:
+        return self._directory / key[:2] / f"{key}.json"

@@ -1,0 +1,126 @@
+"""Asks a judge: cached, bounded, retried, and counted."""
+
+import asyncio
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from manylora_evaluator.judge.cache import Cache, content_key
+from manylora_evaluator.judge.model import AttemptError, Chat, Completion, Model
+from manylora_evaluator.judge.settings import JudgeModel
+from manylora_evaluator.judgements import JudgeUsage
+
+LONGEST_WAIT_S = 60.0
+
+
+class NoVerdictError(Exception):
+    """The judge gave no answer, however often it was asked."""
+
+
+@dataclass
+class Counts:
+    """What was spent."""
+
+    requests: int = 0
+    cached: int = 0
+    retries: int = 0
+    failures: int = 0
+    unreadable: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    seconds: list[float] = field(default_factory=list[float])
+
+
+class Caller:
+    """One judge for one evaluation. The same question is asked once, even while under way."""
+
+    def __init__(self, settings: JudgeModel, model: Model) -> None:
+        self._settings = settings
+        self._model = model
+        self._cache = None if settings.cache is None else Cache(settings.cache)
+        self._free = asyncio.Semaphore(settings.concurrency)
+        self._asked: dict[str, asyncio.Task[Completion]] = {}
+        self.concurrency = settings.concurrency
+        self.counts = Counts()
+
+    async def ask(self, chat: Chat, schema: Mapping[str, Any], sample: int) -> str:
+        """The judge's words.
+
+        Raises:
+            NoVerdictError: there are none.
+        """
+        key = content_key(
+            {
+                "model": self._model.identity,
+                "chat": list(chat),
+                "schema": schema,
+                "max_tokens": self._settings.max_tokens,
+                "temperature": self._settings.temperature,
+                "sample": sample,
+            }
+        )
+        if key in self._asked:
+            self.counts.cached += 1
+        else:
+            self._asked[key] = asyncio.create_task(self._complete(key, chat, schema, sample))
+        return (await self._asked[key]).text
+
+    async def _complete(
+        self, key: str, chat: Chat, schema: Mapping[str, Any], sample: int
+    ) -> Completion:
+        kept = None if self._cache is None else self._cache.get(key)
+        if kept is not None:
+            self.counts.cached += 1
+            return kept
+        async with self._free:
+            completion = await self._attempts(chat, schema, sample)
+        if self._cache is not None:
+            self._cache.put(key, completion)
+        return completion
+
+    async def _attempts(self, chat: Chat, schema: Mapping[str, Any], sample: int) -> Completion:
+        self.counts.requests += 1
+        wait = self._settings.backoff_s
+        for left in range(self._settings.retries, -1, -1):
+            begun = time.monotonic()
+            try:
+                completion = await self._model.complete(chat, schema, sample)
+            except AttemptError as error:
+                if not error.again or left == 0:
+                    self.counts.failures += 1
+                    raise NoVerdictError(str(error)) from error
+                self.counts.retries += 1
+                await asyncio.sleep(min(LONGEST_WAIT_S, max(wait, error.after or 0)))
+                wait *= 2
+            else:
+                self.counts.seconds.append(time.monotonic() - begun)
+                self.counts.prompt_tokens += completion.prompt_tokens
+                self.counts.completion_tokens += completion.completion_tokens
+                return completion
+        raise AssertionError("the last attempt returns or raises")
+
+    def usage(self, name: str) -> JudgeUsage:
+        """What was spent so far."""
+        counts = self.counts
+        p50, p95 = np.quantile(counts.seconds or [0.0], [0.5, 0.95])
+        spent = (
+            counts.prompt_tokens * self._settings.prompt_price
+            + counts.completion_tokens * self._settings.completion_price
+        )
+        return JudgeUsage(
+            judge=name,
+            model=self._model.identity,
+            requests=counts.requests,
+            cached=counts.cached,
+            retries=counts.retries,
+            failures=counts.failures,
+            unreadable=counts.unreadable,
+            prompt_tokens=counts.prompt_tokens,
+            completion_tokens=counts.completion_tokens,
+            cost=spent / 1_000_000,
+            latency_p50=float(p50),
+            latency_p95=float(p95),
+        )

@@ -1,0 +1,204 @@
+"""The models that judge, behind one protocol."""
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeAlias
+
+import httpx
+from pydantic import BaseModel, Field, ValidationError
+
+from manylora_client import (
+    AsyncClient,
+    ClientError,
+    DeadlineExceededError,
+    ResourceExhaustedError,
+    UnavailableError,
+)
+from manylora_evaluator.judge.settings import GatewayModel, JudgeModel, OpenAIModel
+
+Chat: TypeAlias = Sequence[Mapping[str, str]]
+
+LARGEST_ANSWER = 4 * 1024 * 1024
+"""Bytes of an HTTP answer that are read."""
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What a model answered."""
+
+    text: str
+    prompt_tokens: int
+    completion_tokens: int
+
+
+class AttemptError(Exception):
+    """One attempt failed."""
+
+    def __init__(self, message: str, *, again: bool, after: float | None = None) -> None:
+        super().__init__(" ".join(message.split()))
+        self.again = again
+        """Whether another attempt may help."""
+        self.after = after
+        """Seconds the server asks to wait before it."""
+
+
+class Model(Protocol):
+    """Completes a chat."""
+
+    @property
+    def identity(self) -> str:
+        """What answers: equal for equal models."""
+        ...
+
+    async def complete(self, chat: Chat, schema: Mapping[str, Any], sample: int) -> Completion:
+        """The answer to `chat`, in the form of `schema` where the model can be held to it.
+
+        Args:
+            chat: the messages.
+            schema: JSON Schema of the answer.
+            sample: which of several samples; seeds them.
+
+        Raises:
+            AttemptError: there is no answer.
+        """
+        ...
+
+
+@asynccontextmanager
+async def open_model(settings: JudgeModel, server: str) -> AsyncGenerator[Model]:
+    """Connects to the model that `settings` describe; `server` is the evaluated gateway.
+
+    Raises:
+        JudgeError: its key is not there.
+        StatusError: the gateway is away or cannot serve the adapter.
+    """
+    match settings:
+        case OpenAIModel():
+            key = settings.api_key()
+            headers = {} if key is None else {"authorization": f"Bearer {key}"}
+            async with httpx.AsyncClient(headers=headers, timeout=settings.timeout_s) as http:
+                yield _OpenAI(settings, http)
+        case GatewayModel():
+            target = settings.server or server
+            async with AsyncClient(target, timeout=settings.timeout_s) as client:
+                answer = await client.generate("?", settings.adapter, max_tokens=1)
+                version = answer.adapter
+                pinned = "" if version is None else f"{version.name}@{version.digest}"
+                yield _Gateway(settings, client, pinned)
+
+
+class _Gateway:
+    def __init__(self, settings: GatewayModel, client: AsyncClient, pinned: str) -> None:
+        self._settings = settings
+        self._client = client
+        self._pinned = pinned
+        # A digest is the same adapter wherever it is served; a base is known by its gateway.
+        self.identity = pinned or f"{client.target} bare base"
+
+    async def complete(self, chat: Chat, schema: Mapping[str, Any], sample: int) -> Completion:  # noqa: ARG002 - the prompt states the form
+        try:
+            answer = await self._client.generate(
+                chat,
+                self._pinned,
+                max_tokens=self._settings.max_tokens,
+                temperature=self._settings.temperature,
+                seed=sample if self._settings.temperature else None,
+            )
+        except (ResourceExhaustedError, UnavailableError) as error:
+            raise AttemptError(str(error), again=True, after=error.retry_after) from error
+        except DeadlineExceededError as error:
+            raise AttemptError(str(error), again=True) from error
+        except ClientError as error:
+            raise AttemptError(str(error), again=False) from error
+        return Completion(answer.text, answer.usage.prompt_tokens, answer.usage.completion_tokens)
+
+
+class _OpenAI:
+    def __init__(self, settings: OpenAIModel, http: httpx.AsyncClient) -> None:
+        self._settings = settings
+        self._http = http
+        self._url = f"{settings.url.rstrip('/')}/chat/completions"
+        self.identity = f"{self._url} {settings.model} {settings.response_format}"
+
+    async def complete(self, chat: Chat, schema: Mapping[str, Any], sample: int) -> Completion:
+        body: dict[str, Any] = {
+            "model": self._settings.model,
+            "messages": list(chat),
+            "max_tokens": self._settings.max_tokens,
+            "temperature": self._settings.temperature,
+        }
+        if self._settings.temperature:
+            body["seed"] = sample
+        if self._settings.response_format == "json_schema":
+            form = {"name": "verdict", "strict": True, "schema": schema}
+            body["response_format"] = {"type": "json_schema", "json_schema": form}
+        elif self._settings.response_format == "json_object":
+            body["response_format"] = {"type": "json_object"}
+        try:
+            # httpx bounds the wait for each piece; a server that drips is bounded here.
+            async with asyncio.timeout(self._settings.timeout_s):
+                status, headers, content = await self._post(body)
+        except TimeoutError as error:
+            message = f"no answer within {self._settings.timeout_s:g} s"
+            raise AttemptError(message, again=True) from error
+        except httpx.TimeoutException as error:
+            message = f"no answer within {self._settings.timeout_s:g} s"
+            raise AttemptError(message, again=True) from error
+        except httpx.HTTPError as error:
+            raise AttemptError(f"{type(error).__name__}: {error}", again=True) from error
+        if status != 200:
+            said = content[:300].decode("utf-8", "replace")
+            raise AttemptError(
+                f"HTTP {status}: {said}",
+                again=status in (408, 409, 429) or status >= 500,
+                after=_seconds(headers.get("retry-after")),
+            )
+        return _completion(content)
+
+    async def _post(self, body: Mapping[str, Any]) -> tuple[int, httpx.Headers, bytes]:
+        content = json.dumps(body).encode()
+        headers = {"content-type": "application/json"}
+        async with self._http.stream("POST", self._url, content=content, headers=headers) as reply:
+            read = bytearray()
+            async for piece in reply.aiter_bytes():
+                read += piece
+                if len(read) > LARGEST_ANSWER:
+                    raise AttemptError("the answer is too large", again=False)
+            return reply.status_code, reply.headers, bytes(read)
+
+
+class _Message(BaseModel):
+    content: str | None = None
+
+
+class _Choice(BaseModel):
+    message: _Message
+
+
+class _Usage(BaseModel):
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+
+class _ChatCompletion(BaseModel):
+    choices: list[_Choice] = Field(min_length=1)
+    usage: _Usage | None = None
+
+
+def _completion(content: bytes) -> Completion:
+    try:
+        parsed = _ChatCompletion.model_validate_json(content)
+    except ValidationError as error:
+        raise AttemptError("the answer is no chat completion", again=False) from error
+    usage = parsed.usage or _Usage()
+    return Completion(
+        parsed.choices[0].message.content or "", usage.prompt_tokens, usage.completion_tokens
+    )
+
+
+def _seconds(retry_after: str | None) -> float | None:
+    # A date is allowed too; the backoff serves as well.
+    return float(retry_after) if retry_after and retry_after.isdecimal() else None

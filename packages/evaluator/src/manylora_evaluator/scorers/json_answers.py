@@ -1,0 +1,156 @@
+"""Scorers of answers that are JSON."""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeAlias, cast
+
+from jsonschema.validators import Draft202012Validator
+from referencing import Registry
+from referencing.exceptions import Unresolvable
+
+from manylora_evaluator.rows import Row
+from manylora_evaluator.scorer_settings import JsonFieldF1Settings, JsonSchemaSettings
+from manylora_evaluator.scorers.tally import Tallies, Tally, one
+from manylora_evaluator.scorers.text import normalised
+
+Field: TypeAlias = tuple[tuple[str, ...], object]
+"""A leaf of a JSON object: the path to it through nested objects, and its value."""
+
+VALID = "json_valid"
+
+
+class JsonValid:
+    """The answer is one JSON object from end to end, surrounding whitespace aside."""
+
+    def __init__(self, name: str = VALID) -> None:
+        self.names = (name,)
+
+    def unfit(self, row: Row) -> str | None:  # noqa: ARG002 - any row will do
+        """Never: nothing is expected."""
+        return None
+
+    def score(self, output: str, row: Row) -> Mapping[str, Tallies]:  # noqa: ARG002
+        """1 for an object, else 0."""
+        return {self.names[0]: one(isinstance(parse(output), dict))}
+
+
+class JsonFieldF1:
+    """Micro-averaged F1 over the fields of a JSON object; and `json_valid`.
+
+    A field is a leaf of the object, known by its path through nested objects; an array is one
+    leaf, or each of its entries is. It is right when the same path holds an equal value (1 equals
+    1.0; "1" and true do not). A wrong value counts twice, as a field too many and as one missing.
+    An answer that is not one JSON object has no fields; `json_valid` is the share of those that
+    are.
+    """
+
+    def __init__(self, settings: JsonFieldF1Settings) -> None:
+        self._settings = settings
+        sections = (f"{settings.name}.{section}" for section in settings.sections)
+        self.names = (settings.name, VALID, *sections)
+
+    def unfit(self, row: Row) -> str | None:
+        """A JSON object is needed."""
+        return None if self._fields(row.expected) is not None else "is not a JSON object"
+
+    def score(self, output: str, row: Row) -> Mapping[str, Tallies]:
+        """2TP over 2TP + FP + FN of the row and its sections; and whether it is an object."""
+        wanted, answer = self._fields(row.expected) or set(), self._fields(output)
+        given = answer or set()
+        scores = {self._settings.name: _f1(wanted, given), VALID: one(answer is not None)}
+        for section in self._settings.sections:
+            scores[f"{self._settings.name}.{section}"] = _f1(
+                {field for field in wanted if field[0][0] == section},
+                {field for field in given if field[0][0] == section},
+            )
+        return scores
+
+    def _fields(self, text: str) -> set[Field] | None:
+        value = parse(text)
+        if not isinstance(value, dict):
+            return None
+        try:
+            return set(self._leaves(cast("dict[str, Any]", value), ()))
+        except RecursionError:
+            return None
+
+    def _leaves(self, fields: Mapping[str, Any], path: tuple[str, ...]) -> Iterator[Field]:
+        for key, value in fields.items():
+            here = (*path, key)
+            if isinstance(value, dict) and value:
+                yield from self._leaves(cast("dict[str, Any]", value), here)
+            elif isinstance(value, list) and value and self._settings.arrays == "items":
+                yield from (
+                    ((*here, "[]"), self._comparable(item)) for item in cast("list[Any]", value)
+                )
+            else:
+                yield here, self._comparable(value)
+
+    def _comparable(self, value: Any) -> object:
+        # The type stands beside the value because Python takes True for 1; 1 and 1.0 stay equal.
+        match value:
+            case dict():
+                fields = cast("dict[str, Any]", value)
+                return (
+                    "object",
+                    frozenset((key, self._comparable(inner)) for key, inner in fields.items()),
+                )
+            case list():
+                return ("array", *map(self._comparable, cast("list[Any]", value)))
+            case bool():
+                return ("boolean", value)
+            case int() | float():
+                return ("number", value)
+            case str() if self._settings.text == "normalised":
+                return ("text", normalised(value))
+            case _:
+                return ("other", value)
+
+
+class JsonSchema:
+    """The answer is JSON that a JSON Schema (draft 2020-12) accepts."""
+
+    def __init__(self, settings: JsonSchemaSettings) -> None:
+        self.names = (settings.name,)
+        # An empty registry: a reference to another document is an error and not a download.
+        validator: Any = Draft202012Validator(settings.schema_, registry=Registry())
+        self._is_valid: Callable[[object], bool] = validator.is_valid
+
+    def unfit(self, row: Row) -> str | None:  # noqa: ARG002 - any row will do
+        """Never: the schema is all that is expected."""
+        return None
+
+    def score(self, output: str, row: Row) -> Mapping[str, Tallies]:  # noqa: ARG002
+        """1 for accepted, else 0."""
+        value = parse(output)
+        return {self.names[0]: one(value is not INVALID and self._accepts(value))}
+
+    def _accepts(self, value: object) -> bool:
+        try:
+            return self._is_valid(value)
+        except (RecursionError, Unresolvable):
+            return False
+
+
+class _Invalid:
+    """The value of text that is no JSON; None is the value of `null`."""
+
+
+INVALID = _Invalid()
+
+
+def parse(text: str) -> object:
+    """The JSON value that is all of `text`, else INVALID."""
+    try:
+        return json.loads(text, parse_constant=_refuse)
+    except (ValueError, RecursionError):
+        # A model may well nest brackets until Python gives up.
+        return INVALID
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is not JSON")
+
+
+def _f1(wanted: set[Field], given: set[Field]) -> Tallies:
+    return (Tally(2 * len(wanted & given), len(wanted) + len(given)),)

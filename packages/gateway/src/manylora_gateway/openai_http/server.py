@@ -1,0 +1,93 @@
+"""uvicorn around the application, started and stopped with the rest of the front."""
+
+import asyncio
+import contextlib
+import socket
+import ssl
+from collections.abc import Generator
+
+import uvicorn
+from starlette.types import ASGIApp
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from manylora_gateway.errors import StartError
+
+PEER_CERTIFICATE = "peer_certificate"
+"""In the ASGI state: what `SSLObject.getpeercert` says of the client, None or empty without one."""
+KEEP_ALIVE_S = 75
+"""Longer than clients keep idle connections, so that none is closed under a request."""
+FLUSH_S = 1
+
+
+class HttpServer:
+    """One port. It is taken first, so that a taken one is known before engines start.
+
+    Args:
+        address: HOST:PORT.
+        field: of the config, for the error.
+        tls: speaks HTTPS with it; None: HTTP.
+    """
+
+    def __init__(self, address: str, field: str, tls: ssl.SSLContext | None = None) -> None:
+        host, _, port = address.rpartition(":")
+        family = socket.AF_INET6 if host.startswith("[") else socket.AF_INET
+        self._socket = socket.socket(family)
+        # A port of a server that ended is free at once; two servers never share one.
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            self._socket.bind((host.strip("[]"), int(port)))
+            self._socket.listen()
+        except (OSError, OverflowError) as error:
+            self._socket.close()
+            raise StartError(
+                f"{field}: {address} cannot be listened on; is another server there?"
+            ) from error
+        self.address = f"{host}:{self._socket.getsockname()[1]}"
+        self._tls = tls
+        self._server: uvicorn.Server | None = None
+        self._serving: asyncio.Task[None] | None = None
+
+    async def start(self, app: ASGIApp) -> None:
+        """Answers from here on."""
+        tls = self._tls
+        config = uvicorn.Config(
+            app,
+            http=_Connection,
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            timeout_keep_alive=KEEP_ALIVE_S,
+            timeout_graceful_shutdown=FLUSH_S,
+            ssl_context_factory=None if tls is None else lambda _config, _default: tls,
+        )
+        self._server = _Server(config)
+        self._serving = asyncio.create_task(self._server.serve(sockets=[self._socket]))
+
+    async def stop(self) -> None:
+        """Closes the port; what still runs is cut off."""
+        if self._server is None or self._serving is None:
+            self._socket.close()
+            return
+        self._server.should_exit = True
+        await self._serving
+
+
+class _Connection(H11Protocol):
+    """Tells the application whose certificate the client showed."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Begins; with TLS the handshake is over."""
+        super().connection_made(transport)
+        tls = transport.get_extra_info("ssl_object")
+        if tls is not None:
+            self.app_state = self.app_state | {PEER_CERTIFICATE: tls.getpeercert()}
+
+
+class _Server(uvicorn.Server):
+    @contextlib.contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        """Signals are the gateway's to hear."""
+        yield

@@ -1,0 +1,68 @@
+"""Rows of Hugging Face datasets on disk."""
+
+# datasets is only partly typed.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false, reportMissingTypeStubs=false
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from manylora_trainer.errors import SourceError
+from manylora_trainer.files import why
+from manylora_trainer.source_settings import DatasetsSource
+from manylora_trainer.sources import Place, Row, row_of
+
+
+@dataclass(frozen=True)
+class SavedDataset:
+    """A dataset saved by `save_to_disk`, or files that a packaged builder of the library reads.
+
+    A place is the number of rows before it.
+    """
+
+    settings: DatasetsSource
+
+    @property
+    def name(self) -> str:
+        """The path."""
+        return self.settings.path
+
+    def rows(self, after: Place | None = None) -> Iterator[Row]:
+        """Streams the rows of the split."""
+        number = 0 if after is None else int(after["row"])
+        try:
+            dataset = self._load()
+            if number and getattr(dataset, "num_rows", None) == number:
+                return  # The library refuses to skip all rows.
+            for value in dataset.skip(number):
+                number += 1
+                yield row_of(self.name, number, value, {"row": number})
+        except (GeneratorExit, SourceError):
+            raise
+        except Exception as error:
+            # The library states no errors of its own: what fails in a builder comes out as it is.
+            where = "" if number == 0 else f" behind row {number}"
+            raise SourceError(f"{self.name} cannot be read{where}: {why(error)}") from error
+
+    def _load(self) -> Any:
+        try:
+            import datasets
+        except ImportError as error:
+            raise SourceError(
+                "rows from Hugging Face datasets need a library that is not installed: "
+                "pip install 'manylora-trainer[datasets]'"
+            ) from error
+        settings = self.settings
+        if settings.builder is not None:
+            return datasets.load_dataset(
+                settings.builder, data_files=settings.path, split=settings.split, streaming=True
+            )
+        loaded = datasets.load_from_disk(settings.path)
+        if not isinstance(loaded, datasets.DatasetDict):
+            return loaded
+        if settings.split not in loaded:
+            raise SourceError(
+                f"{self.name} has no split {settings.split!r}; it has {', '.join(map(str, loaded))}"
+            )
+        return loaded[settings.split]

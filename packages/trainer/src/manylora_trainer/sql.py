@@ -1,0 +1,170 @@
+"""Rows of a database, through SQLAlchemy."""
+
+import datetime
+import decimal
+import os
+import re
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+from sqlalchemy import (
+    ColumnClause,
+    Connection,
+    Engine,
+    RowMapping,
+    Select,
+    column,
+    create_engine,
+    literal_column,
+    select,
+    table,
+    text,
+)
+from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.sql.expression import FromClause, TextClause
+
+from manylora_trainer.errors import SourceError
+from manylora_trainer.source_settings import ENVIRONMENT_VARIABLE, SqlSource
+from manylora_trainer.sources import Place, Row
+
+BIND_PARAMETER = re.compile(r"(?<![:\w\\]):(\w+)(?!:)")
+"""What SQLAlchemy's `text` takes for one; in a user's query it is part of a literal."""
+KEY_TYPES: Mapping[str, Any] = {
+    "date": datetime.date,
+    "datetime": datetime.datetime,
+    "decimal": decimal.Decimal,
+    "uuid": uuid.UUID,
+}
+"""Types of keys that JSON has no form for, by the name a place gives them."""
+
+
+@dataclass(frozen=True)
+class SqlRows:
+    """A table or query in the order of its unique key.
+
+    Each page asks for the rows whose key is greater than the last one's, so that a place is that
+    key: rows inserted or deleted elsewhere shift nothing, and no connection or transaction is held
+    while the rows of a page are trained on. Within a page rows come through a server-side cursor.
+    """
+
+    settings: SqlSource
+
+    @property
+    def name(self) -> str:
+        """The table or query, without the URL."""
+        return f"table {self.settings.table}" if self.settings.table else "query"
+
+    def rows(self, after: Place | None = None) -> Iterator[Row]:
+        """Streams the rows."""
+        number, last = (0, None) if after is None else (int(after["row"]), _key(after["key"]))
+        engine = _connect(self.settings)
+        try:
+            if after is None:
+                self._refuse_null_keys(engine)
+            while page := self._page(engine, last):
+                for mapping, following in zip(page, [*page[1:], None], strict=True):
+                    key = mapping[self.settings.key]
+                    if following is not None and following[self.settings.key] == key:
+                        raise SourceError(
+                            f"{self.name}: two rows have {self.settings.key} {key!r}; "
+                            "the key must be unique"
+                        )
+                # One row more than a page was fetched, to see that its key is another.
+                for mapping in page[: self.settings.page_rows]:
+                    last = mapping[self.settings.key]
+                    number += 1
+                    yield Row(
+                        number, dict(mapping), self.name, {"row": number, "key": self._place(last)}
+                    )
+                if len(page) <= self.settings.page_rows:
+                    return
+        except SQLAlchemyError as error:
+            where = f" behind {self.settings.key} {last!r}" if last is not None else ""
+            raise SourceError(f"{self.name} cannot be read{where}: {_why(error)}") from error
+        finally:
+            engine.dispose()
+
+    def _page(self, engine: Engine, last: Any) -> Sequence[RowMapping]:
+        key: ColumnClause[Any] = column(self.settings.key)
+        everything: ColumnClause[Any] = literal_column("*")
+        statement: Select[Any] = select(everything).select_from(self._from())
+        if last is not None:
+            statement = statement.where(key > last)
+        statement = statement.order_by(key).limit(self.settings.page_rows + 1)
+        with engine.connect() as connection:
+            page = _streamed(connection, statement)
+        if page and self.settings.key not in page[0]:
+            known = ", ".join(map(str, page[0]))
+            raise SourceError(f"{self.name} has no column {self.settings.key}; it has {known}")
+        return page
+
+    def _refuse_null_keys(self, engine: Engine) -> None:
+        """Such rows are greater than none, so that pages would pass over them in silence."""
+        key: ColumnClause[Any] = column(self.settings.key)
+        statement: Select[Any] = select(key).select_from(self._from()).where(key.is_(None)).limit(1)
+        with engine.connect() as connection:
+            if connection.execute(statement).first() is not None:
+                raise SourceError(f"{self.name}: {self.settings.key} is NULL in some rows")
+
+    def _from(self) -> FromClause | TextClause:
+        if self.settings.table is not None:
+            schema, _, name = self.settings.table.rpartition(".")
+            return table(name, schema=schema or None)
+        query = (self.settings.query or "").strip().rstrip(";")
+        literal = BIND_PARAMETER.sub(r"\\:\1", query)
+        return text(f"({literal}) manylora_rows")
+
+    def _place(self, key: Any) -> Any:
+        """A key as JSON."""
+        if isinstance(key, int | float | str):
+            return key
+        for name, kind in KEY_TYPES.items():
+            # A datetime is a date too, so the type must be the very one.
+            if type(key) is kind:
+                return {name: str(key)}
+        raise SourceError(
+            f"{self.name}: {self.settings.key} is {type(key).__name__}; a key must be a number, "
+            "text, a date, a time or a UUID"
+        )
+
+
+def _streamed(connection: Connection, statement: Any) -> Sequence[RowMapping]:
+    options = {"stream_results": True, "yield_per": 1000}
+    return connection.execute(statement, execution_options=options).mappings().all()
+
+
+def _key(place: Any) -> Any:
+    if not isinstance(place, dict):
+        return place
+    ((name, value),) = cast("dict[str, str]", place).items()
+    kind = KEY_TYPES[name]
+    return kind.fromisoformat(value) if hasattr(kind, "fromisoformat") else kind(value)
+
+
+def _connect(settings: SqlSource) -> Engine:
+    """The database, with what the environment adds to its URL."""
+    if settings.url_env is not None:
+        url = _variable(settings.url_env)
+    else:
+        url = ENVIRONMENT_VARIABLE.sub(lambda name: _variable(name[1]), settings.url or "")
+    try:
+        return create_engine(url)
+    except (SQLAlchemyError, ImportError, ValueError) as error:
+        # Never the error's own text: it may hold the URL, and the URL a password.
+        driver = getattr(error, "name", None)
+        hint = f": the driver {driver} is not installed" if driver else " such as sqlite:///rows.db"
+        raise SourceError(f"the database URL is not one SQLAlchemy can open{hint}") from error
+
+
+def _variable(name: str) -> str:
+    value = os.environ.get(name)
+    if value is None:
+        raise SourceError(f"the environment variable {name}, of a database URL, is not set")
+    return value
+
+
+def _why(error: SQLAlchemyError) -> str:
+    """What the driver says, without the statement and its parameters."""
+    return str(getattr(error, "orig", None) or error).strip().partition("\n")[0]

@@ -1,0 +1,220 @@
+"""A sweep's settings: which settings of one task are searched, how, and when losers stop.
+
+All trials of a run are adapters over one base in one loop, so only what belongs to an adapter
+alone can vary between them; what all share is refused by name.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from itertools import product
+from math import prod
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from pydantic import Field, ValidationInfo, field_validator, model_validator
+
+from manylora_registry.config import ConfigModel, load_config
+from manylora_registry.errors import ConfigError, Problem
+from manylora_trainer.recipe import Recipe, anchored, load_recipe
+
+DECIDES_THE_MEASURE = frozenset(
+    {"name", "seed_as", "source", "format", "split", "max_length", "overlong"}
+)
+"""Settings of a task that decide which rows the validation loss is measured on."""
+Settings = Mapping[str, Any]
+"""Values by dotted path, e.g. `{"tasks.0.lora.rank": 8}`."""
+
+
+class Range(ConfigModel):
+    """Numbers between two ends, both included; whole ones if both ends are whole."""
+
+    low: int | float
+    """Least value."""
+    high: int | float
+    """Greatest value."""
+    log: bool = False
+    """Draw evenly over orders of magnitude."""
+
+    @model_validator(mode="after")
+    def _goes_up(self) -> "Range":
+        if self.low >= self.high:
+            raise ValueError(f"low ({self.low}) must be below high ({self.high})")
+        if self.log and self.low <= 0:
+            raise ValueError(f"a log range must begin above 0, not at {self.low}")
+        return self
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether its values are integers."""
+        return isinstance(self.low, int) and isinstance(self.high, int)
+
+
+class Halving(ConfigModel):
+    """Successive halving (Li et al. 2020, https://arxiv.org/abs/1810.05934).
+
+    After `first_rung`, `first_rung * factor`, … steps only the best 1 / `factor` of all trials
+    that came as far go on; the others leave the run.
+    """
+
+    first_rung: int = Field(ge=1)
+    """Steps before the first trials stop; a multiple of the recipe's training.validate_every."""
+    factor: int = Field(default=2, ge=2)
+    """One of so many trials goes on."""
+
+    def rungs(self, steps: int) -> list[int]:
+        """The steps at which trials of `steps` steps are compared, in order."""
+        rungs: list[int] = []
+        step = self.first_rung
+        while step < steps:
+            rungs.append(step)
+            step *= self.factor
+        return rungs
+
+
+class Sweep(ConfigModel):
+    """A search for the best settings of one task of a recipe."""
+
+    recipe: Path
+    """The recipe, relative to this file."""
+    overrides: tuple[str, ...] = ()
+    """Changes of the recipe for all trials, `PATH=VALUE` as `--set` takes them."""
+    sweep_directory: Path
+    """Where runs and results go, relative to this file."""
+    method: Literal["grid", "random", "tpe"] = "tpe"
+    """`tpe`: learns from the trials before (Bergstra et al. 2011). `grid`: every combination."""
+    trials: int | None = Field(default=None, ge=1)
+    """How many; a grid tries all unless given."""
+    trials_per_run: int = Field(default=8, ge=1)
+    """How many train together over one copy of the base. `tpe` learns between runs."""
+    seed: int = Field(default=0, ge=0, lt=2**32)
+    """Of the search; the trials are trained with the recipe's seed."""
+    space: Mapping[str, Range | tuple[Any, ...]] = Field(min_length=1)
+    """By dotted path of the recipe, such as `tasks.0.lora.rank`: a list of values, or a range
+    `{low, high, log}`."""
+    halving: Halving | None = None
+    """When losers stop; null: every trial is trained to its end."""
+
+    @field_validator("space", mode="before")
+    @classmethod
+    def _lists_or_ranges(cls, value: Any) -> Any:
+        if not isinstance(value, Mapping):
+            raise ValueError("must map dotted paths of the recipe to values")
+        for path, values in cast("Mapping[Any, Any]", value).items():
+            is_list = isinstance(values, Sequence) and not isinstance(values, str)
+            if not isinstance(values, Mapping | Range) and not (is_list and values):
+                raise ValueError(f"{path} must be a list of values or a range {{low, high}}")
+        return cast("Any", value)
+
+    @field_validator("space")
+    @classmethod
+    def _belongs_to_one_task(cls, space: Mapping[str, Any]) -> Mapping[str, Any]:
+        problems: list[str] = []
+        for path in space:
+            match = re.fullmatch(r"tasks\.\d+\.(\w+)(\.\w+)*", path)
+            if match is None:
+                problems.append(
+                    f"{path} cannot vary: all adapters of a run share it; only settings of a "
+                    "task can, such as tasks.0.lora.rank"
+                )
+            elif match[1] in DECIDES_THE_MEASURE:
+                problems.append(
+                    f"{path} cannot vary: it decides the rows that losses are measured on, and "
+                    "they would not compare"
+                )
+        tasks = {path.split(".")[1] for path in space if path.startswith("tasks.")}
+        if len(tasks) > 1:
+            problems.append(f"one sweep is of one task, not of tasks {', '.join(sorted(tasks))}")
+        if problems:
+            raise ValueError("; ".join(problems))
+        return space
+
+    @field_validator("space")
+    @classmethod
+    def _fits_the_method(cls, space: Mapping[str, Any], info: ValidationInfo) -> Mapping[str, Any]:
+        ranges = [path for path, values in space.items() if isinstance(values, Range)]
+        if info.data.get("method") == "grid" and ranges:
+            raise ValueError(f"a grid needs lists of values, not ranges: {', '.join(ranges)}")
+        return space
+
+    @model_validator(mode="after")
+    def _says_how_many(self) -> "Sweep":
+        if self.method != "grid" and self.trials is None:
+            raise ValueError(f"trials is required with method {self.method}")
+        return self
+
+    @property
+    def task(self) -> int:
+        """Which task of the recipe is searched."""
+        return int(next(iter(self.space)).split(".")[1])
+
+    @property
+    def count(self) -> int:
+        """How many trials there will be."""
+        if self.method != "grid":
+            return self.trials or 0
+        whole = prod(len(cast("tuple[Any, ...]", values)) for values in self.space.values())
+        return min(whole, self.trials or whole)
+
+    def grid(self) -> list[Settings]:
+        """Every combination of the listed values, the last path varying fastest."""
+        values = [cast("tuple[Any, ...]", listed) for listed in self.space.values()]
+        return [dict(zip(self.space, combination, strict=True)) for combination in product(*values)]
+
+    def recipe_with(self, settings: Settings) -> Recipe:
+        """The recipe with a trial's settings.
+
+        Raises:
+            ConfigError: they make no valid recipe.
+        """
+        changes = [f"{path}={json.dumps(value)}" for path, value in settings.items()]
+        return load_recipe(self.recipe, [*self.overrides, *changes])
+
+
+def load_sweep(path: Path, overrides: Sequence[str] = ()) -> Sweep:
+    """Reads a sweep, checks it against its recipe and makes its paths absolute.
+
+    Raises:
+        ConfigError: with every mistake of the sweep or of its recipe.
+    """
+    sweep = load_config(path, Sweep, overrides)
+    here = path.resolve().parent
+    sweep = sweep.model_copy(
+        update={
+            "recipe": anchored(sweep.recipe, here),
+            "sweep_directory": anchored(sweep.sweep_directory, here),
+        }
+    )
+    recipe = sweep.recipe_with({})
+    problems = _problems(sweep, recipe)
+    if problems:
+        raise ConfigError(path, problems)
+    return sweep
+
+
+def _problems(sweep: Sweep, recipe: Recipe) -> list[Problem]:
+    if sweep.task >= len(recipe.tasks):
+        return [Problem("space", f"the recipe has no tasks.{sweep.task}")]
+    problems: list[Problem] = []
+    for path, values in sweep.space.items():
+        ends = (values.low, values.high) if isinstance(values, Range) else values
+        for value in ends:
+            try:
+                sweep.recipe_with({path: value})
+            except ConfigError as error:
+                why = "; ".join(f"{problem.path}: {problem.message}" for problem in error.problems)
+                problems.append(Problem(f"space.{path}", f"{value!r} is refused: {why}"))
+    every = recipe.training.validate_every
+    if sweep.halving is not None and sweep.halving.first_rung % every:
+        problems.append(
+            Problem(
+                "halving.first_rung",
+                f"must be a multiple of the recipe's training.validate_every ({every})",
+            )
+        )
+    split = recipe.tasks[sweep.task].split
+    if not split.validation or not split.validation_rows:
+        problems.append(
+            Problem("recipe", "the task keeps no validation rows, and trials are judged by them")
+        )
+    return problems

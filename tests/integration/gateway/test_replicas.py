@@ -1,0 +1,140 @@
+"""Several replicas under Ray Serve: each adapter at home, swaps on all, deaths survived."""
+
+import asyncio
+import os
+import signal
+from collections import Counter
+
+import psutil
+import pytest
+
+from benchmarks.synthetic import expected_tokens
+from manylora_client import AsyncClient, Generation, UnavailableError
+from manylora_registry import Registry
+from tests.e2e.harness import Gateway, wait_until
+from tests.integration.gateway.conftest import ADAPTERS
+
+PROMPT = [3, 1, 4]
+
+
+def expected(answer: Generation, count: int) -> tuple[int, ...]:
+    """What the engine says for the version that the answer names."""
+    version = answer.adapter
+    assert version is not None
+    name = f"{version.name}@{version.number}-{version.digest.removeprefix('sha256:')[:12]}"
+    return tuple(expected_tokens(name, PROMPT, count))
+
+
+async def test_an_adapter_has_a_home_and_a_hot_one_spreads(gateway: Gateway) -> None:
+    cold = ("grey", "red")  # The others were loaded everywhere at the start.
+    async with AsyncClient(gateway.inference, timeout=60) as client:
+
+        async def ask(name: str) -> None:
+            answer = await client.generate(PROMPT, name, max_tokens=20)
+            assert tuple(answer.token_ids) == expected(answer, 20)
+
+        for _ in range(3):
+            for name in cold:
+                await ask(name)
+        holders = Counter(
+            entry.adapter.name for replica in gateway.replicas() for entry in replica.adapters
+        )
+        assert {name: holders[name] for name in cold} == dict.fromkeys(cold, 1)
+        await asyncio.gather(*(ask("grey") for _ in range(24)))
+        holders = Counter(
+            entry.adapter.name for replica in gateway.replicas() for entry in replica.adapters
+        )
+        assert holders["grey"] == 2
+
+
+async def test_a_swap_loads_everywhere_before_anyone_gets_the_new_version(
+    gateway: Gateway, registry: Registry
+) -> None:
+    seen: set[int] = set()
+    async with AsyncClient(gateway.inference, timeout=60) as client:
+
+        async def stream() -> None:
+            while 2 not in seen:
+                answer = client.stream(PROMPT, "red", max_tokens=30)
+                tokens = [token async for delta in answer for token in delta.token_ids]
+                whole = await answer.result()
+                assert tuple(tokens) == expected(whole, 30)
+                assert whole.adapter is not None
+                if whole.adapter.number == 2 and 2 not in seen:
+                    holders = [
+                        replica.replica_id
+                        for replica in await asyncio.to_thread(gateway.replicas)
+                        if ("red", 2)
+                        in {
+                            (entry.adapter.name, entry.adapter.number) for entry in replica.adapters
+                        }
+                    ]
+                    assert len(holders) == 2
+                seen.add(whole.adapter.number)
+
+        streams = [asyncio.create_task(stream()) for _ in range(6)]
+        while 1 not in seen:
+            await asyncio.wait(streams, timeout=0.05)
+        await asyncio.to_thread(registry.set_alias, "red", "production", 2)
+        async with asyncio.timeout(30):
+            await asyncio.gather(*streams)
+    assert await asyncio.to_thread(
+        wait_until, lambda: ("red", 1) not in gateway.loaded(), within_s=10
+    )
+
+
+def replica_processes(gateway: Gateway) -> list[psutil.Process]:
+    below = psutil.Process(gateway.process.pid).children(recursive=True)
+    # Ray names its workers after what they run, in their command line.
+    return [one for one in below if "ServeReplica:manylora" in " ".join(one.cmdline())]
+
+
+async def test_a_replica_that_dies_costs_streams_and_no_unary_request(gateway: Gateway) -> None:
+    victims = replica_processes(gateway)
+    assert len(victims) == 2
+    before = {replica.replica_id for replica in gateway.replicas()}
+    async with AsyncClient(gateway.inference, timeout=60) as client:
+
+        async def unary(index: int) -> Generation:
+            return await client.generate(PROMPT, ADAPTERS[index % 4], max_tokens=300)
+
+        async def stream(index: int) -> str:
+            answer = client.stream(PROMPT, ADAPTERS[index % 4], max_tokens=600)
+            try:
+                tokens = [token async for delta in answer for token in delta.token_ids]
+            except UnavailableError as error:
+                return "lost" if error.retry_after else "lost without a time to come back"
+            assert tuple(tokens) == expected(await answer.result(), 600)
+            return "whole"
+
+        streams = [asyncio.create_task(stream(index)) for index in range(8)]
+        requests = [asyncio.create_task(unary(index)) for index in range(8)]
+        await asyncio.to_thread(wait_until, lambda: gateway.requests() == 16, within_s=10)
+        os.kill(victims[0].pid, signal.SIGKILL)
+        for answer in await asyncio.gather(*requests):
+            assert tuple(answer.token_ids) == expected(answer, 300)
+        outcomes = Counter(await asyncio.gather(*streams))
+        assert set(outcomes) == {"lost", "whole"}
+        # Serve puts a new one in its place.
+        assert await asyncio.to_thread(
+            wait_until,
+            lambda: len({one.replica_id for one in gateway.replicas()} - before) == 1,
+            within_s=60,
+        )
+        for name in ADAPTERS:
+            answer = await client.generate(PROMPT, name, max_tokens=20)
+            assert tuple(answer.token_ids) == expected(answer, 20)
+    assert await asyncio.to_thread(wait_until, lambda: gateway.requests() == 0, within_s=10)
+
+
+@pytest.mark.parametrize("streams", [64])
+async def test_many_streams_leave_nothing_behind(gateway: Gateway, streams: int) -> None:
+    async with AsyncClient(gateway.inference, timeout=60) as client:
+
+        async def stream(index: int) -> None:
+            answer = client.stream(PROMPT, ADAPTERS[index % 4], max_tokens=200)
+            tokens = [token async for delta in answer for token in delta.token_ids]
+            assert tuple(tokens) == expected(await answer.result(), 200)
+
+        await asyncio.gather(*(stream(index) for index in range(streams)))
+    assert await asyncio.to_thread(wait_until, lambda: gateway.requests() == 0, within_s=10)

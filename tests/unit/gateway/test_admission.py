@@ -1,0 +1,80 @@
+"""Who is let in, who is told to come back and when."""
+
+import asyncio
+from contextlib import ExitStack
+
+import pytest
+
+from manylora_gateway.admission import Admission
+from manylora_gateway.config import AdapterLimits, LimitsConfig
+from manylora_gateway.errors import (
+    ConcurrencyError,
+    DrainingError,
+    QueueFullError,
+    TokenRateError,
+)
+from manylora_gateway.tenants import ANONYMOUS, Tenant, TenantLimits
+from tests.unit.gateway.test_pool import Clock
+
+
+def test_a_flood_leaves_places_for_others() -> None:
+    admission = Admission(LimitsConfig(max_requests=9))
+    with ExitStack() as inside:
+        for _ in range(5):
+            inside.enter_context(admission.enter(ANONYMOUS, "red"))
+        with pytest.raises(QueueFullError), admission.enter(ANONYMOUS, "red"):
+            pass
+        for name in ("green", "blue", ""):
+            inside.enter_context(admission.enter(ANONYMOUS, name))
+        inside.enter_context(admission.enter(Tenant("other"), "red"))
+        with pytest.raises(QueueFullError), admission.enter(ANONYMOUS, "grey"):
+            pass
+    assert admission.inside == 0
+
+
+def test_a_tenant_and_an_adapter_have_their_own_limits() -> None:
+    limits = LimitsConfig(adapters={"red": AdapterLimits(concurrent_requests=2)})
+    admission = Admission(limits)
+    small = Tenant("small", limits=TenantLimits(concurrent_requests=1))
+    with admission.enter(small, "green"):
+        with pytest.raises(ConcurrencyError, match="small"), admission.enter(small, "red"):
+            pass
+        with (
+            admission.enter(ANONYMOUS, "red"),
+            admission.enter(ANONYMOUS, "red"),
+            pytest.raises(ConcurrencyError, match="red"),
+            admission.enter(ANONYMOUS, "red"),
+        ):
+            pass
+    with admission.enter(small, "red"):
+        pass
+
+
+def test_a_token_rate_is_a_bucket_that_says_when_to_come_back() -> None:
+    clock = Clock()
+    tenant = Tenant("metered", limits=TenantLimits(tokens_per_second=10))
+    admission = Admission(LimitsConfig(), clock)
+    with admission.enter(tenant, tokens=1000) as ticket:
+        # What it may cost is set aside: nobody overdraws beside it.
+        with pytest.raises(TokenRateError), admission.enter(tenant, tokens=1):
+            pass
+        ticket.used = 150
+    with pytest.raises(TokenRateError) as caught, admission.enter(tenant, tokens=1):
+        pass
+    assert caught.value.retry_after_s == pytest.approx(5.1)
+    clock.now += caught.value.retry_after_s or 0
+    with admission.enter(tenant, tokens=1):
+        pass
+    with admission.enter(ANONYMOUS, tokens=1):
+        pass
+
+
+async def test_a_drain_ends_when_the_last_has_left() -> None:
+    admission = Admission(LimitsConfig())
+    with admission.enter(ANONYMOUS):
+        drained = asyncio.create_task(admission.drain())
+        await asyncio.sleep(0)
+        with pytest.raises(DrainingError), admission.enter(ANONYMOUS):
+            pass
+        assert not drained.done()
+    await drained

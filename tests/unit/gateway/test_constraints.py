@@ -1,0 +1,69 @@
+"""What would hold up an engine, or never compile, is refused before an engine sees it."""
+
+import pytest
+
+from manylora_gateway.constraints import nested_counts, problems
+from manylora_gateway.engine import Constraint, Grammar, JsonObject, JsonSchema, OneOf, Regex
+
+
+@pytest.mark.parametrize(
+    ("pattern", "depth"),
+    [
+        ("abc", 0),
+        ("a{2}b{3}", 1),
+        ("(a{2}b)c{3}", 1),
+        ("([0-9]{1,3}[.]){3}[0-9]{1,3}", 2),
+        ("(?:(a{1,9}){1,9}x){1,9}", 3),
+        ("(((a{1,9}){1,9}){1,9}){1,9}", 4),
+        ("a{2}{3}", 2),
+        (r"\({2}\){3}", 1),
+        ("[(]{2}[{]{3}[]{]{4}[^]{]{5}", 1),
+        (r"[\]({2}]{3}", 1),
+        ("(a+)*b", 0),
+        ("((", 0),
+        ("))){2}", 1),
+        ("[", 0),
+        ("\\", 0),
+    ],
+)
+def test_repetitions_in_one_another_are_counted(pattern: str, depth: int) -> None:
+    assert nested_counts(pattern) == depth
+
+
+EXPLOSIVE = "(((a{1,100}){1,100}){1,100}){1,100}"
+
+
+@pytest.mark.parametrize(
+    ("constraint", "complaint"),
+    [
+        (Regex(EXPLOSIVE), "in one another"),
+        (JsonSchema(f'{{"items": {{"pattern": "{EXPLOSIVE}"}}}}'), "in one another"),
+        (JsonSchema(f'{{"patternProperties": {{"{EXPLOSIVE}": {{}}}}}}'), "in one another"),
+        (JsonSchema('{"items":' * 70 + "{}" + "}" * 70), "nested deeper"),
+        (JsonSchema("[" * 100_000), "is not JSON"),
+        (JsonSchema("3"), "must be a JSON object"),
+        (JsonSchema("{" + " " * 200 + "}"), "202 bytes"),
+        (Regex(" "), "must not be empty"),
+        (Grammar("a\0"), "NUL"),
+        (OneOf(()), "nothing to choose"),
+        (OneOf(("a", "")), "empty string"),
+        (OneOf(("a", "a")), "twice"),
+        (OneOf(("\ud800",)), "surrogate"),
+    ],
+)
+def test_what_is_wrong_is_said(constraint: Constraint, complaint: str) -> None:
+    assert complaint in "; ".join(problems(constraint, max_bytes=200))
+
+
+@pytest.mark.parametrize(
+    "constraint",
+    [
+        JsonObject(),
+        JsonSchema('{"properties": {"pattern": {"type": "string"}}}'),
+        Regex(r"([0-9]{1,3}\.){3}[0-9]{1,3}"),
+        Grammar('root ::= "a"'),
+        OneOf(("a", "b")),
+    ],
+)
+def test_what_is_well_formed_passes(constraint: Constraint) -> None:
+    assert list(problems(constraint, max_bytes=200)) == []

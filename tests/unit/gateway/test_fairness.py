@@ -1,0 +1,207 @@
+"""Floods and cold adapters, over an engine that takes simulated time for each token."""
+
+import asyncio
+import random
+from collections import defaultdict
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+from statistics import quantiles
+
+import pytest
+
+from manylora_gateway.fair import FairOrder, Flow, Share
+from manylora_gateway.pool import AdapterPool
+from manylora_registry import Version
+from tests.unit.gateway.simulated import simulate
+from tests.unit.gateway.test_pool import version
+
+SEATS, EXPRESS, SLOTS = 16, 8, 2
+PREFILL_S, TOKEN_S, LOAD_S, TURN_S = 0.05, 0.02, 0.15, 1.0
+TOKENS = 64
+ANSWER_S = (PREFILL_S + TOKENS * TOKEN_S) * 2
+"""The longest answer: with all seats taken the engine is half as fast."""
+CAPACITY = SEATS / ANSWER_S
+"""Answers a second."""
+
+
+class Engine:
+    """As fast as it is empty: a full batch takes twice as long for each step."""
+
+    def __init__(self) -> None:
+        self.running = 0
+        self.first: dict[str, list[float]] = defaultdict(list)
+        """Seconds to the first token, by who asked."""
+        self.tokens: dict[str, int] = defaultdict(int)
+        self.pool = AdapterPool(
+            self._load,
+            self._unload,
+            slots=SLOTS,
+            capacity=8,
+            seats=SEATS,
+            express=EXPRESS,
+            turn_s=TURN_S,
+            clock=lambda: asyncio.get_running_loop().time(),
+        )
+
+    async def ask(
+        self, who: str, adapter: Version | None, *, tokens: int = TOKENS, share: Share | None = None
+    ) -> None:
+        loop = asyncio.get_running_loop()
+        asked = loop.time()
+        async with self.pool.hold(adapter, share or Share(), tokens) as seat, self._batch():
+            await asyncio.sleep(PREFILL_S * self.slowness)
+            self.first[who].append(loop.time() - asked)
+            for _ in range(tokens):
+                await asyncio.sleep(TOKEN_S * self.slowness)
+                self.tokens[who] += 1
+            seat.used = tokens
+
+    @property
+    def slowness(self) -> float:
+        return 1 + self.running / SEATS
+
+    @asynccontextmanager
+    async def _batch(self) -> AsyncGenerator[None, None]:
+        self.running += 1
+        try:
+            yield
+        finally:
+            self.running -= 1
+
+    async def _load(self, version: Version) -> None:
+        await asyncio.sleep(LOAD_S)
+
+    async def _unload(self, version: Version) -> None:
+        return
+
+
+async def poisson(engine: Engine, who: str, adapter: Version | None, rate: float, until: float):
+    """Asks `rate` times a second, whatever becomes of it."""
+    chance, loop = random.Random(who), asyncio.get_running_loop()
+    tasks = []
+    while loop.time() < until:
+        tasks.append(asyncio.create_task(engine.ask(who, adapter)))
+        await asyncio.sleep(chance.expovariate(rate))
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def p95(samples: list[float]) -> float:
+    return quantiles(samples, n=20)[-1]
+
+
+RED, GREEN = version("red"), version("green")
+SECONDS = 120.0
+
+
+@pytest.mark.parametrize("flooded", [RED, None], ids=["adapter", "base"])
+def test_a_flood_hardly_moves_anothers_first_token(flooded: Version | None) -> None:
+    """Ten times what the engine can do asks for one adapter; another has a request now and then."""
+
+    async def green_with(flood: float) -> float:
+        engine = Engine()
+        # Both are warm: what a load costs is another question.
+        await engine.ask("warm", GREEN, tokens=1)
+        floods = [poisson(engine, "flood", flooded, flood, SECONDS)] if flood else []
+        await asyncio.gather(poisson(engine, "green", GREEN, 0.5, SECONDS), *floods)
+        return p95(engine.first["green"])
+
+    idle = simulate(green_with(flood=0))
+    flooded_p95 = simulate(green_with(flood=10 * CAPACITY))
+    assert flooded_p95 < 3 * idle
+
+
+def test_a_cold_adapter_is_served_within_the_bound() -> None:
+    """Two floods hold both slots, and cold adapters keep coming."""
+
+    async def run() -> list[float]:
+        engine = Engine()
+        colds = [version(f"cold-{index}") for index in range(24)]
+
+        async def cold() -> None:
+            await asyncio.sleep(2)
+            tasks = []
+            for index, each in enumerate(colds):
+                tasks.append(asyncio.create_task(engine.ask(f"cold-{index}", each, tokens=8)))
+                await asyncio.sleep(0.05)
+            await asyncio.gather(*tasks)
+
+        floods = [
+            asyncio.create_task(poisson(engine, each.name, each, 10 * CAPACITY, 300.0))
+            for each in (RED, GREEN)
+        ]
+        await cold()
+        for flood in floods:
+            flood.cancel()
+        await asyncio.gather(*floods, return_exceptions=True)
+        return [engine.first[f"cold-{index}"][0] for index in range(len(colds))]
+
+    waits = simulate(run())
+    for position, wait in enumerate(waits, start=1):
+        # As docs/serving-operations.md states it.
+        turns = -(-position // SLOTS)
+        assert wait <= turns * (TURN_S + ANSWER_S + LOAD_S) + 2 * PREFILL_S, (position, wait)
+
+
+def test_newcomers_do_not_starve_who_has_had_much() -> None:
+    """An adapter that was served for long still gets seats while new ones come for ever."""
+
+    async def run() -> int:
+        engine = Engine()
+        async with asyncio.TaskGroup() as group:
+            for _ in range(200):
+                group.create_task(engine.ask("red", RED))
+        before = engine.tokens["red"]
+        share = 0
+
+        async def newcomers() -> None:
+            nonlocal share
+            for index in range(3000):
+                share += 1
+                group.create_task(engine.ask("new", None, share=Share(f"tenant-{index}")))
+                await asyncio.sleep(0.1)
+
+        async with asyncio.timeout(10_000), asyncio.TaskGroup() as group:
+            task = asyncio.create_task(newcomers())
+            await engine.ask("red", RED)
+            task.cancel()
+        assert engine.tokens["red"] == before + TOKENS
+        return share
+
+    assert simulate(run()) < 60
+
+
+def test_weights_divide_the_tokens() -> None:
+    async def run() -> dict[str, int]:
+        engine = Engine()
+        shares = {"one": Share("one"), "three": Share("three", tenant_weight=3)}
+
+        async def flood(who: str) -> None:
+            async with asyncio.TaskGroup() as group:
+                for _ in range(400):
+                    group.create_task(engine.ask(who, RED, share=shares[who]))
+
+        floods = [asyncio.create_task(flood(who)) for who in shares]
+        await asyncio.sleep(60)
+        for task in floods:
+            task.cancel()
+        await asyncio.gather(*floods, return_exceptions=True)
+        return engine.tokens
+
+    tokens = simulate(run())
+    assert tokens["three"] / tokens["one"] == pytest.approx(3, rel=0.15)
+
+
+def test_a_tenant_with_many_adapters_has_no_larger_share() -> None:
+    order = FairOrder()
+    served = defaultdict(int)
+    flows = [Flow("many", f"adapter-{index}") for index in range(9)] + [Flow("one", "adapter")]
+    for flow in flows:
+        order.join(flow, Share(flow.tenant))
+    for _ in range(1000):
+        flow = min(flows, key=order.tag)
+        charge = order.charge(flow, 100)
+        order.settle(flow, charge, used=random.Random(len(served)).randrange(1, 100))
+        served[flow.tenant] += 1
+    assert served["one"] == pytest.approx(500, abs=5)

@@ -1,0 +1,389 @@
+"""OpenAI's API, asked by OpenAI's own client."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from openai import AsyncOpenAI, OpenAI
+
+from manylora_gateway.config import LimitsConfig
+from manylora_gateway.engine import Grammar, JsonObject, JsonSchema, OneOf, Regex, Sampling
+from manylora_registry import Registry, Version
+from tests.unit.gateway.conftest import Publish, Start
+from tests.unit.gateway.fake_engine import IMPOSSIBLE
+from tests.unit.gateway.in_process import BASE_NAME, RunningGateway
+
+ASK: Any = [{"role": "user", "content": "hi"}]
+
+
+@pytest.fixture
+async def client(gateway: RunningGateway) -> AsyncIterator[AsyncOpenAI]:
+    async with AsyncOpenAI(base_url=f"{gateway.http}/v1", api_key="none", max_retries=0) as made:
+        yield made
+
+
+def words(text: str | None) -> set[str]:
+    return set((text or "").split())
+
+
+async def test_the_model_is_an_adapter_reference(
+    client: AsyncOpenAI, served: dict[str, Version]
+) -> None:
+    for model, name in {"red": "red", "green@production": "green", "red@1": "red"}.items():
+        answer = await client.chat.completions.create(model=model, messages=ASK)
+        assert words(answer.choices[0].message.content) == {served[name].engine_name}
+        assert answer.model == f"{name}@1", "the reply names the version that made it"
+        assert answer.system_fingerprint == served[name].digest
+        assert answer.choices[0].finish_reason == "length"
+        assert answer.usage is not None
+        assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (1, 4)
+
+
+@pytest.mark.parametrize("model", ["", BASE_NAME])
+async def test_the_base_goes_by_its_name_or_by_none(client: AsyncOpenAI, model: str) -> None:
+    answer = await client.chat.completions.create(model=model, messages=ASK)
+    assert words(answer.choices[0].message.content) == {"base"}
+    assert answer.model == BASE_NAME
+
+
+async def test_the_synchronous_client_is_answered_too(gateway: RunningGateway) -> None:
+    def ask() -> tuple[str | None, str]:
+        with OpenAI(base_url=f"{gateway.http}/v1", api_key="none") as client:
+            whole = client.chat.completions.create(model="red", messages=ASK)
+            stream = client.completions.create(model="red", prompt="hi", stream=True)
+            return whole.choices[0].message.content, "".join(c.choices[0].text for c in stream)
+
+    whole, streamed = await asyncio.to_thread(ask)
+    assert whole == streamed
+
+
+async def test_a_chat_streams_as_it_answers(client: AsyncOpenAI) -> None:
+    stream = await client.chat.completions.create(
+        model="red", messages=ASK, stream=True, n=2, stream_options={"include_usage": True}
+    )
+    chunks = [chunk async for chunk in stream]
+    assert [choice.delta.role for choice in chunks[0].choices] == ["assistant"] * 2
+    whole = await client.chat.completions.create(model="red", messages=ASK, n=2)
+    for index in range(2):
+        deltas = [c for chunk in chunks for c in chunk.choices if c.index == index]
+        text = "".join(choice.delta.content or "" for choice in deltas)
+        assert text == whole.choices[index].message.content
+        assert [choice.finish_reason for choice in deltas if choice.finish_reason] == ["length"]
+    assert chunks[-1].choices == []
+    assert chunks[-1].usage == whole.usage
+    assert all(chunk.usage is None for chunk in chunks[:-1])
+    assert len({chunk.id for chunk in chunks}) == 1
+
+
+async def test_a_stream_ends_with_done(gateway: RunningGateway) -> None:
+    async with httpx.AsyncClient() as http:
+        body = {"model": "red", "prompt": "hi", "stream": True}
+        reply = await http.post(f"{gateway.http}/v1/completions", json=body)
+    assert reply.headers["content-type"].startswith("text/event-stream")
+    *events, end, nothing = reply.text.split("\n\n")
+    assert (end, nothing) == ("data: [DONE]", "")
+    assert all(json.loads(event.removeprefix("data: "))["object"] for event in events)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_several_prompts_are_answered_in_their_order(
+    client: AsyncOpenAI, gateway: RunningGateway, stream: bool
+) -> None:
+    options: dict[str, Any] = {"model": "red", "prompt": ["a", "bc"], "n": 2, "stream": stream}
+    answer: Any = await client.completions.create(**options)
+    if stream:
+        texts: dict[int, str] = {}
+        async for chunk in answer:
+            for choice in chunk.choices:
+                texts[choice.index] = texts.get(choice.index, "") + choice.text
+        assert sorted(texts) == [0, 1, 2, 3]
+    else:
+        assert [choice.index for choice in answer.choices] == [0, 1, 2, 3]
+        assert answer.usage.prompt_tokens == 3
+    assert sorted(map(len, gateway.engine.prompts[-2:])) == [1, 2]
+
+
+@pytest.mark.parametrize(("prompt", "ids"), [([7, 8], [7, 8]), ([[7, 8]], [7, 8])])
+async def test_token_ids_are_passed_on(
+    client: AsyncOpenAI, gateway: RunningGateway, prompt: Any, ids: list[int]
+) -> None:
+    await client.completions.create(model="", prompt=prompt)
+    assert gateway.engine.prompts[-1] == ids
+
+
+async def test_every_parameter_reaches_the_engine(
+    client: AsyncOpenAI, gateway: RunningGateway
+) -> None:
+    await client.chat.completions.create(
+        model="",
+        messages=ASK,
+        max_completion_tokens=3,
+        temperature=0.5,
+        top_p=0.25,
+        presence_penalty=1,
+        frequency_penalty=-1,
+        n=2,
+        seed=-1,
+        stop=["END", "STOP"],
+        logprobs=True,
+        top_logprobs=2,
+        extra_body={"top_k": 5, "min_p": 0.125, "repetition_penalty": 1.5, "ignore_eos": True},
+    )
+    assert gateway.engine.samplings[-1] == Sampling(
+        max_tokens=3,
+        temperature=0.5,
+        top_p=0.25,
+        top_k=5,
+        min_p=0.125,
+        presence_penalty=1.0,
+        frequency_penalty=-1.0,
+        repetition_penalty=1.5,
+        n=2,
+        seed=2**64 - 1,
+        stop=("END", "STOP"),
+        ignore_eos=True,
+        logprobs=2,
+    )
+
+
+async def test_what_is_left_out_is_openais_default(
+    client: AsyncOpenAI, gateway: RunningGateway
+) -> None:
+    await client.chat.completions.create(model="", messages=ASK, stop="END")
+    assert gateway.engine.samplings[-1] == Sampling(max_tokens=4, temperature=1.0, stop=("END",))
+
+
+SCHEMA = {"type": "object", "properties": {"a": {"type": "null"}}}
+
+
+@pytest.mark.parametrize(
+    ("asked", "constraint"),
+    [
+        ({"response_format": {"type": "text"}}, None),
+        ({"response_format": {"type": "json_object"}}, JsonObject()),
+        (
+            {
+                "response_format": {
+                    "type": "json_schema",
+                    "json_schema": {"name": "x", "schema": SCHEMA, "strict": True},
+                }
+            },
+            JsonSchema(json.dumps(SCHEMA)),
+        ),
+        ({"structured_outputs": {"regex": "a+"}}, Regex("a+")),
+        ({"structured_outputs": {"choice": ["a", "b"]}}, OneOf(("a", "b"))),
+        ({"structured_outputs": {"grammar": "start: A"}}, Grammar("start: A")),
+        ({"structured_outputs": {"json": SCHEMA}}, JsonSchema(json.dumps(SCHEMA))),
+    ],
+)
+async def test_the_form_of_an_answer(
+    client: AsyncOpenAI, gateway: RunningGateway, asked: dict[str, Any], constraint: object
+) -> None:
+    await client.chat.completions.create(model="", messages=ASK, extra_body=asked)
+    assert gateway.engine.samplings[-1].constraint == constraint
+
+
+async def test_content_in_parts_is_one_text(client: AsyncOpenAI, gateway: RunningGateway) -> None:
+    parts = [{"type": "text", "text": "two "}, {"type": "text", "text": "parts"}]
+    messages: Any = [
+        {"role": "developer", "content": "Brief."},
+        {"role": "user", "content": parts},
+    ]
+    await client.chat.completions.create(model="", messages=messages)
+    # The fake tokenizer counts the characters of each turn.
+    assert gateway.engine.prompts[-1] == [len("Brief."), len("two parts")]
+
+
+async def test_log_probabilities_have_their_tokens(client: AsyncOpenAI) -> None:
+    chat = await client.chat.completions.create(
+        model="red", messages=ASK, logprobs=True, top_logprobs=2, max_tokens=2
+    )
+    logprobs = chat.choices[0].logprobs
+    assert logprobs is not None
+    assert logprobs.content is not None
+    assert len(logprobs.content) == 2
+    entry = logprobs.content[0]
+    assert entry.logprob == pytest.approx(-0.6931, abs=1e-3)
+    assert [other.token for other in entry.top_logprobs] == [entry.token, "w1"]
+    assert entry.bytes == list(entry.token.encode())
+
+    text = await client.completions.create(model="red", prompt="hi", logprobs=1, max_tokens=2)
+    told = text.choices[0].logprobs
+    assert told is not None
+    assert told.tokens is not None
+    assert "".join(told.tokens) == text.choices[0].text
+    assert told.text_offset == [0, len(told.tokens[0])]
+
+
+async def test_models_are_the_base_and_what_is_served(
+    client: AsyncOpenAI, registry: Registry, published: Publish
+) -> None:
+    published("red", 5)
+    registry.set_alias("red", "canary", 2)
+    published("unused", 6)
+    models = [model.id async for model in client.models.list()]
+    assert set(models) == {BASE_NAME, "green", "red", "red@canary", "unused@1"}
+    for name in models:
+        assert (await client.models.retrieve(name)).id == name
+    with pytest.raises(openai.NotFoundError):
+        await client.models.retrieve("nobody")
+
+
+WRONG: dict[str, dict[str, Any]] = {
+    "messages": {"messages": []},
+    "messages[0].role": {"messages": [{"role": "wizard", "content": "hi"}]},
+    "messages[0].content": {"messages": [{"role": "user", "content": 3}]},
+    "messages[0].content[0].type": {
+        "messages": [{"role": "user", "content": [{"type": "image_url", "text": "x"}]}]
+    },
+    "messages[0].name": {"messages": [{"role": "user", "content": "hi", "name": "me"}]},
+    "max_tokens": {"max_tokens": 0},
+    "max_completion_tokens": {"max_completion_tokens": 10**6},
+    "temperature": {"temperature": 2.5},
+    "top_p": {"top_p": 0},
+    "n": {"n": 99},
+    "stop": {"stop": ["x"] * 17},
+    "stop[0]": {"stop": [""]},
+    "seed": {"seed": "one"},
+    "stream": {"stream": "yes"},
+    "top_logprobs": {"top_logprobs": 3},
+    "tools": {"tools": [{"type": "function", "function": {"name": "f"}}]},
+    "logit_bias": {"logit_bias": {"5": 3}},
+    "reasoning_effort": {"reasoning_effort": "high"},
+    "stream_options.speed": {"stream_options": {"speed": 3}},
+    "response_format": {"response_format": {"type": "yaml"}},
+    "response_format.json_schema": {"response_format": {"type": "json_schema"}},
+    "response_format.json_schema.schema": {
+        "response_format": {"type": "json_schema", "json_schema": {"name": "x"}}
+    },
+    "structured_outputs": {"structured_outputs": {}},
+    "structured_outputs.regex": {"structured_outputs": {"regex": ""}},
+    "model": {"model": "../../etc/passwd"},
+}
+
+
+async def test_a_wrong_parameter_is_named(gateway: RunningGateway) -> None:
+    async with httpx.AsyncClient() as http:
+        for field, change in WRONG.items():
+            body = {"model": "red", "messages": ASK, **change}
+            reply = await http.post(f"{gateway.http}/v1/chat/completions", json=body)
+            error = reply.json()["error"]
+            assert (reply.status_code, error["type"]) == (400, "invalid_request_error"), error
+            assert error["param"] == field, error
+            assert field in error["message"]
+
+
+async def test_parameters_that_change_nothing_are_ignored(client: AsyncOpenAI) -> None:
+    answer = await client.chat.completions.create(
+        model="red",
+        messages=ASK,
+        user="me",
+        metadata={"a": "b"},
+        store=False,
+        service_tier="auto",
+        safety_identifier="x",
+        prompt_cache_key="y",
+        tools=[],
+        tool_choice="none",
+        logit_bias={},
+        extra_body={"suffix": None},
+    )
+    assert answer.model == "red@1"
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [(b"{", "not JSON"), (b"[]", "JSON object"), (b"[" * 100_000, "not JSON"), (b"", "not JSON")],
+)
+async def test_a_body_that_is_no_request(
+    gateway: RunningGateway, body: bytes, message: str
+) -> None:
+    async with httpx.AsyncClient() as http:
+        reply = await http.post(f"{gateway.http}/v1/completions", content=body)
+    assert reply.status_code == 400
+    assert message in reply.json()["error"]["message"]
+
+
+async def test_a_body_beyond_the_limit(served: dict[str, Version], start: Start) -> None:
+    async with start(limits=LimitsConfig(max_request_bytes=1024)) as gateway:
+        async with httpx.AsyncClient() as http:
+            body = {"model": "red", "prompt": "x" * 10_000}
+            reply = await http.post(f"{gateway.http}/v1/completions", json=body)
+        assert reply.status_code == 413
+        assert "1024 bytes" in reply.json()["error"]["message"]
+
+
+async def test_each_error_has_its_status(
+    client: AsyncOpenAI, gateway: RunningGateway, published: Publish
+) -> None:
+    version = published("odd", 3)
+    gateway.engine.refused.add(version.engine_name)
+    for stream in (False, True):
+        options: Any = {"messages": ASK, "stream": stream}
+        with pytest.raises(openai.NotFoundError) as missing:
+            await client.chat.completions.create(model="nobody", **options)
+        assert missing.value.code == "adapter_not_found"
+        with pytest.raises(openai.BadRequestError) as refused:
+            await client.chat.completions.create(model="odd@1", **options)
+        assert refused.value.code == "adapter_load_failed"
+        form = {"structured_outputs": {"regex": IMPOSSIBLE.pattern}}
+        with pytest.raises(openai.BadRequestError) as held:
+            await client.chat.completions.create(model="red", extra_body=form, **options)
+        assert held.value.param == "response_format"
+    gateway.engine.dead = True
+    with pytest.raises(openai.InternalServerError) as lost:
+        await client.chat.completions.create(model="red", messages=ASK)
+    assert lost.value.status_code == 503
+    assert lost.value.response.headers["retry-after"] == "1"
+
+
+async def test_a_stream_that_breaks_says_so(client: AsyncOpenAI, gateway: RunningGateway) -> None:
+    gateway.engine.hold_answers()
+    stream = await client.chat.completions.create(model="red", messages=ASK, stream=True)
+    gateway.engine.dead = True
+    gateway.engine.let_answer()
+    with pytest.raises(openai.APIError, match="engine died"):
+        async for _ in stream:
+            pass
+
+
+async def test_what_is_not_there_is_said_in_the_same_form(gateway: RunningGateway) -> None:
+    async with httpx.AsyncClient(base_url=gateway.http) as http:
+        assert (await http.get("/v1/nothing")).json()["error"]["message"] == "Not Found"
+        assert (await http.get("/v1/completions")).status_code == 405
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_client_that_leaves_frees_its_seat(gateway: RunningGateway, stream: bool) -> None:
+    gateway.engine.hold_answers()
+    async with AsyncOpenAI(base_url=f"{gateway.http}/v1", api_key="none") as leaver:
+        options: Any = {"model": "red", "messages": ASK, "stream": stream}
+        asking: asyncio.Task[Any] = asyncio.create_task(leaver.chat.completions.create(**options))
+        await gateway.engine.until_running(1)
+        if stream:
+            await (await asking).close()
+        else:
+            asking.cancel()
+        async with asyncio.timeout(10):
+            await gateway.engine.until_running(0)
+
+
+async def test_a_request_bears_its_clients_name(client: AsyncOpenAI) -> None:
+    named = {"x-request-id": "mine-1"}
+    answer = await client.chat.completions.create(model="", messages=ASK, extra_headers=named)
+    assert answer.id == "chatcmpl-mine-1"
+    assert answer._request_id == "mine-1"
+    with pytest.raises(openai.NotFoundError) as caught:
+        await client.chat.completions.create(model="nobody", messages=ASK, extra_headers=named)
+    assert caught.value.request_id == "mine-1"
+
+
+async def test_health_turns_when_new_requests_are_not_wanted(gateway: RunningGateway) -> None:
+    async with httpx.AsyncClient(base_url=gateway.http) as http:
+        assert (await http.get("/health")).status_code == 200
+        await gateway.front.announce_end()
+        assert (await http.get("/health")).status_code == 503

@@ -1,0 +1,286 @@
+"""Nobody gets in who is not named, nobody gets more than is theirs, and nothing secret is told."""
+
+import logging
+import ssl
+from pathlib import Path
+from typing import Any, cast
+
+import grpc
+import httpx
+import openai
+import pytest
+from cryptography import x509
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+
+from manylora.admin.v1 import admin_pb2
+from manylora.inference.v1 import inference_pb2 as pb
+from manylora_client import AsyncClient, PermissionDeniedError, UnreachableError, tls_credentials
+from manylora_gateway.access import token_digest
+from manylora_gateway.config import TlsConfig
+from manylora_gateway.errors import StartError
+from manylora_gateway.tls import ServerTls
+from manylora_registry import Version
+from tests.unit.gateway.certificates import Authority
+from tests.unit.gateway.conftest import Start
+from tests.unit.gateway.in_process import BASE_NAME, RunningGateway
+from tests.unit.gateway.test_errors import SAY, refused, told
+
+TENANTS = f"""
+tenants:
+  - name: reader
+    tokens: ["{token_digest("reader-token")}"]
+    certificates: [reader.example.org]
+    adapters: [red]
+  - name: operator
+    tokens: ["{token_digest("operator-token")}"]
+    certificates: [operator]
+    adapters: ["*"]
+    roles: [admin]
+"""
+
+
+def write(path: Path, text: str) -> None:
+    path.write_text(text)
+
+
+def bearer(token: str) -> tuple[tuple[str, str], ...]:
+    return (("authorization", f"Bearer {token}"),)
+
+
+READER, OPERATOR = bearer("reader-token"), bearer("operator-token")
+RED = pb.GenerateRequest(adapter="red", text="hi")
+
+
+@pytest.fixture
+def tenants(tmp_path: Path) -> Path:
+    path = tmp_path / "tenants.yaml"
+    path.write_text(TENANTS)
+    return path
+
+
+async def test_every_call_must_say_who_calls(
+    served: dict[str, Version], start: Start, tenants: Path
+) -> None:
+    async with start(tenants=tenants) as gateway:
+        for metadata in ((), bearer("wrong"), (("authorization", "Basic x"),)):
+            for call in (
+                gateway.inference.Generate(RED, metadata=metadata),
+                gateway.inference.CountTokens(pb.CountTokensRequest(text="hi"), metadata=metadata),
+                gateway.inference.ListAdapters(pb.ListAdaptersRequest(), metadata=metadata),
+                gateway.admin.ListReplicas(admin_pb2.ListReplicasRequest(), metadata=metadata),
+            ):
+                assert told(await refused(call)) == ("UNAUTHENTICATED", "UNAUTHENTICATED")
+            streams: tuple[Any, ...] = (
+                gateway.inference.GenerateStream(RED, metadata=metadata),
+                gateway.inference.BatchGenerate(
+                    pb.BatchGenerateRequest(requests=[RED]), metadata=metadata
+                ),
+            )
+            for stream in streams:
+                assert told(await refused(stream.read()))[0] == "UNAUTHENTICATED"
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await reflected(gateway.front.inference_address, metadata)
+            assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
+        reply = await gateway.inference.Generate(RED, metadata=READER)
+        assert reply.adapter.name == "red"
+        assert await reflected(gateway.front.inference_address, READER)
+
+
+async def reflected(address: str, metadata: Any) -> list[str]:
+    """The services that reflection tells."""
+    async with grpc.aio.insecure_channel(address) as channel:
+        stub: Any = reflection_pb2_grpc.ServerReflectionStub(cast("Any", channel))
+        ask = reflection_pb2.ServerReflectionRequest(list_services="")
+        async for reply in stub.ServerReflectionInfo(iter([ask]), metadata=metadata):
+            return [entry.name for entry in reply.list_services_response.service]
+    raise AssertionError("no reply")
+
+
+async def test_health_is_open(served: dict[str, Version], start: Start, tenants: Path) -> None:
+    async with start(tenants=tenants) as gateway:
+        for address in (gateway.front.inference_address, gateway.front.admin_address):
+            async with grpc.aio.insecure_channel(address) as channel:
+                checks: Any = health_pb2_grpc.HealthStub(channel)
+                health = await checks.Check(health_pb2.HealthCheckRequest())
+                assert health.status == health_pb2.HealthCheckResponse.SERVING
+        async with httpx.AsyncClient() as http:
+            assert (await http.get(f"{gateway.http}/health")).status_code == 200
+
+
+async def test_each_role_has_its_port(
+    served: dict[str, Version], start: Start, tenants: Path
+) -> None:
+    async with start(tenants=tenants) as gateway:
+        replicas = gateway.admin.ListReplicas(admin_pb2.ListReplicasRequest(), metadata=READER)
+        assert told(await refused(replicas)) == ("PERMISSION_DENIED", "PERMISSION_DENIED")
+        assert told(await refused(gateway.inference.Generate(RED, metadata=OPERATOR)))[0] == (
+            "PERMISSION_DENIED"
+        )
+        assert await gateway.admin.ListReplicas(admin_pb2.ListReplicasRequest(), metadata=OPERATOR)
+
+
+@pytest.mark.parametrize("adapter", ["green", "green@1", "nobody", ""])
+async def test_what_is_not_ones_own_is_denied_whether_it_exists_or_not(
+    served: dict[str, Version], start: Start, tenants: Path, adapter: str
+) -> None:
+    async with start(tenants=tenants) as gateway:
+        request = pb.GenerateRequest(adapter=adapter, text="hi")
+        status = await refused(gateway.inference.Generate(request, metadata=READER))
+        assert told(status)[0] == "PERMISSION_DENIED"
+        batch = gateway.inference.BatchGenerate(
+            pb.BatchGenerateRequest(requests=[request, RED]), metadata=READER
+        )
+        results = {result.index: result async for result in batch}
+        assert results[0].error.code == grpc.StatusCode.PERMISSION_DENIED.value[0]
+        assert results[1].response.adapter.name == "red"
+        assert set(gateway.engine.loads) == {version.engine_name for version in served.values()}
+
+
+async def test_lists_have_only_what_is_ones_own(
+    served: dict[str, Version], start: Start, tenants: Path
+) -> None:
+    async with start(tenants=tenants) as gateway:
+        listing = await gateway.inference.ListAdapters(pb.ListAdaptersRequest(), metadata=READER)
+        assert [adapter.name for adapter in listing.adapters] == ["red"]
+        client = openai.AsyncOpenAI(base_url=f"{gateway.http}/v1", api_key="reader-token")
+        assert [model.id async for model in client.models.list()] == ["red"]
+        for hidden in ("green", BASE_NAME):
+            with pytest.raises(openai.PermissionDeniedError):
+                await client.models.retrieve(hidden)
+
+
+async def test_http_asks_for_the_same_token(
+    served: dict[str, Version], start: Start, tenants: Path
+) -> None:
+    ask: Any = {"messages": [{"role": "user", "content": "hi"}]}
+    async with start(tenants=tenants) as gateway:
+        base_url = f"{gateway.http}/v1"
+        reader = openai.AsyncOpenAI(base_url=base_url, api_key="reader-token")
+        assert (await reader.chat.completions.create(model="red", **ask)).model == "red@1"
+        with pytest.raises(openai.PermissionDeniedError):
+            await reader.chat.completions.create(model="green", **ask)
+        with pytest.raises(openai.AuthenticationError):
+            await openai.AsyncOpenAI(base_url=base_url, api_key="wrong").models.list()
+        with pytest.raises(openai.PermissionDeniedError):
+            await openai.AsyncOpenAI(base_url=base_url, api_key="operator-token").models.list()
+        async with httpx.AsyncClient() as http:
+            reply = await http.get(f"{base_url}/models")
+            assert reply.status_code == 401
+            assert reply.headers["www-authenticate"] == "Bearer"
+            assert reply.json()["error"]["type"] == "authentication_error"
+
+
+async def test_a_token_taken_away_is_refused_from_then_on(
+    served: dict[str, Version], start: Start, tenants: Path
+) -> None:
+    async with start(tenants=tenants) as gateway:
+        await gateway.inference.Generate(RED, metadata=READER)
+        write(tenants, TENANTS.replace(token_digest("reader-token"), token_digest("another")))
+        status = await refused(gateway.inference.Generate(RED, metadata=READER))
+        assert told(status)[0] == "UNAUTHENTICATED"
+        await gateway.inference.Generate(RED, metadata=bearer("another"))
+
+
+async def test_no_token_is_ever_logged(
+    served: dict[str, Version], start: Start, tenants: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.DEBUG):
+        async with start(tenants=tenants) as gateway:
+            gateway.engine.tokenize = None  # type: ignore[assignment]
+            status = await refused(gateway.inference.Generate(RED, metadata=READER))
+            assert told(status)[0] == "INTERNAL"
+            await refused(gateway.inference.Generate(RED, metadata=bearer("wrong-token")))
+            write(tenants, "tenants: reader-token")
+            await refused(gateway.inference.Generate(SAY, metadata=READER))
+    said = "".join(
+        f"{record.getMessage()}{record.exc_text or ''}"
+        for record in caplog.records
+        if record.name.startswith("manylora")
+    )
+    assert "reader-token" not in said
+    assert "wrong-token" not in said
+
+
+async def test_tls_is_spoken_on_every_port(
+    served: dict[str, Version], start: Start, tmp_path: Path
+) -> None:
+    authority = Authority(tmp_path)
+    pair = authority.server()
+    tls = TlsConfig(certificate=pair.certificate, key=pair.key)
+    async with start(tls=tls) as gateway:
+        trusting = tls_credentials(authority.certificate)
+        async with AsyncClient(gateway.front.inference_address, credentials=trusting) as client:
+            assert (await client.generate("hi", "red")).adapter is not None
+        async with grpc.aio.secure_channel(gateway.front.admin_address, trusting) as channel:
+            checks: Any = health_pb2_grpc.HealthStub(channel)
+            await checks.Check(health_pb2.HealthCheckRequest())
+        address = gateway.front.addresses["http"]
+        context = ssl.create_default_context(cafile=str(authority.certificate))
+        async with httpx.AsyncClient(verify=context) as http:
+            assert (await http.get(f"https://{address}/v1/models")).status_code == 200
+        stranger = tls_credentials(Authority(tmp_path, "stranger").certificate)
+        for credentials in (None, stranger):
+            async with AsyncClient(
+                gateway.front.inference_address, credentials=credentials, timeout=10
+            ) as client:
+                with pytest.raises(UnreachableError):
+                    await client.generate("hi", "red")
+
+
+async def test_a_certificate_says_who_calls(
+    served: dict[str, Version], start: Start, tenants: Path, tmp_path: Path
+) -> None:
+    authority = Authority(tmp_path)
+    pair = authority.server()
+    tls = TlsConfig(certificate=pair.certificate, key=pair.key, client_ca=authority.certificate)
+    named = authority.issue("somebody", x509.DNSName("reader.example.org"))
+    unnamed = authority.issue("unnamed")
+    forged = Authority(tmp_path, "forger").issue("operator")
+    async with start(tls=tls, tenants=tenants) as gateway:
+        address, web = gateway.front.inference_address, gateway.front.addresses["http"]
+
+        def client(*files: Path) -> AsyncClient:
+            credentials = tls_credentials(authority.certificate, *files)
+            return AsyncClient(address, credentials=credentials, timeout=10)
+
+        async with client(named.certificate, named.key) as reader:
+            assert (await reader.generate("hi", "red")).adapter is not None
+            with pytest.raises(PermissionDeniedError):
+                await reader.generate("hi", "green")
+        async with client(unnamed.certificate, unnamed.key) as nobody:
+            with pytest.raises(Exception, match="Say who you are"):
+                await nobody.generate("hi", "red")
+        for files in ((), (forged.certificate, forged.key)):
+            async with client(*files) as outside:
+                with pytest.raises(UnreachableError):
+                    await outside.generate("hi", "red")
+
+        context = ssl.create_default_context(cafile=str(authority.certificate))
+        async with httpx.AsyncClient(verify=context) as http:
+            with pytest.raises(httpx.TransportError):
+                await http.get(f"https://{web}/health")
+        context.load_cert_chain(named.certificate, named.key)
+        async with httpx.AsyncClient(verify=context) as http:
+            listing = (await http.get(f"https://{web}/v1/models")).json()
+            assert [model["id"] for model in listing["data"]] == ["red"]
+            wrong = {"authorization": "Bearer wrong"}
+            reply = await http.get(f"https://{web}/v1/models", headers=wrong)
+            assert reply.status_code == 401
+
+
+def test_tls_files_that_do_not_fit_are_told_at_the_start(tmp_path: Path) -> None:
+    authority = Authority(tmp_path)
+    one, other = authority.server(), authority.issue("other")
+    for files in (
+        {"certificate": one.certificate, "key": other.key},
+        {"certificate": tmp_path / "missing", "key": one.key},
+        {"certificate": one.certificate, "key": one.key, "client_ca": one.key},
+    ):
+        with pytest.raises(StartError, match="tls: "):
+            ServerTls(TlsConfig.model_validate(files))
+
+
+async def test_without_tenants_everybody_may_do_everything(gateway: RunningGateway) -> None:
+    assert (await gateway.inference.Generate(SAY)).text
+    assert await gateway.admin.ListReplicas(admin_pb2.ListReplicasRequest())

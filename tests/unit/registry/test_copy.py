@@ -1,0 +1,119 @@
+"""A copy is the same registry: numbers, digests, aliases, history, events."""
+
+import os
+import signal
+
+import pytest
+
+from manylora_registry import Registry
+from manylora_registry.errors import CorruptBlobError, DestinationError
+
+
+@pytest.fixture
+def filled(registry, base, make_adapter):
+    for seed in range(3):
+        registry.publish(
+            "spelling", make_adapter(seed), base=base, metrics={"f1": seed / 10}, tags={"a": "b"}
+        )
+    registry.publish("other", make_adapter(0, card="# card"), base=base, lineage={"run": "r"})
+    registry.set_alias("spelling", "production", 1, why="first")
+    registry.set_alias("other", "production", 1)
+    registry.set_alias("spelling", "production", 3, expect=1, why="better")
+    registry.yank("spelling@2")
+    return registry
+
+
+@pytest.fixture
+def target(tmp_path):
+    with Registry.open(tmp_path / "target") as opened:
+        yield opened
+
+
+def everything(registry):
+    names = [adapter.name for adapter in registry.adapters()]
+    return (
+        registry.adapters(),
+        [registry.versions(name) for name in names],
+        [registry.history(name) for name in names],
+        registry.events(),
+    )
+
+
+def test_the_copy_is_the_same_and_goes_on_alike(filled, target, base, make_adapter, tmp_path):
+    told = []
+
+    report = filled.copy_to(target, lambda arrived, total: told.append((arrived, total)))
+
+    assert report.ok
+    assert (report.versions, report.moves) == (4, 3)
+    assert everything(target) == everything(filled)
+    assert told[0] == (0, report.blobs)
+    assert told[-1] == (report.blobs, report.blobs)
+    # New rows continue the ids, the numbers and the hash chain.
+    for registry in (filled, target):
+        assert registry.publish("spelling", make_adapter(9), base=base).number == 4
+        assert registry.set_alias("spelling", "production", 4, expect=2).generation == 3
+        assert registry.verify().ok
+    assert [event.sequence for event in target.events()] == [
+        event.sequence for event in filled.events()
+    ]
+
+
+def test_what_is_copied_already_is_not_copied_again(filled, target):
+    filled.copy_to(target)
+    told = []
+
+    assert filled.copy_to(target, lambda arrived, total: told.append((arrived, total))).ok
+
+    assert {arrived for arrived, _ in told} == {told[0][1]}
+    assert everything(target) == everything(filled)
+
+
+def test_a_copy_killed_anywhere_goes_on(filled, target, tmp_path):
+    blobs = filled.verify().blobs
+    for killed_at in range(blobs + 1):
+        child = os.fork()
+        if child == 0:
+
+            def die(arrived, _total, killed_at=killed_at):
+                if arrived >= killed_at:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+            # Connections of the parent are not for the child.
+            with (
+                Registry.open(tmp_path / "registry") as source,
+                Registry.open(tmp_path / "target") as into,
+            ):
+                source.copy_to(into, die)
+            os._exit(1)
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        assert status == -signal.SIGKILL
+        assert target.adapters() == []
+        assert len(target.verify().unreferenced) == killed_at
+
+    assert filled.copy_to(target).ok
+    assert everything(target) == everything(filled)
+    assert target.verify().unreferenced == ()
+
+
+def test_another_registry_is_not_written_over(filled, target, base, make_adapter):
+    target.publish("mine", make_adapter(5), base=base)
+    before = everything(target)
+
+    with pytest.raises(DestinationError, match="something else"):
+        filled.copy_to(target)
+
+    assert everything(target) == before
+    assert target.verify().ok
+
+
+def test_a_damaged_blob_is_not_copied(filled, target, tmp_path):
+    digest = filled.find("spelling@3").digest
+    for blob in (tmp_path / "registry" / "blobs").rglob(digest[7:]):
+        blob.chmod(0o644)
+        blob.write_bytes(b"{}")
+
+    with pytest.raises(CorruptBlobError):
+        filled.copy_to(target)
+
+    assert target.adapters() == []

@@ -1,0 +1,113 @@
+"""A dry run tells what would train, what it needs, and shows an example; it writes nothing."""
+
+import json
+
+import pytest
+import torch
+import typer
+from typer.testing import CliRunner
+
+import manylora_trainer
+from manylora_cli.train import train
+from manylora_trainer.base_model import BaseModel
+from manylora_trainer.dataset import load_task
+from manylora_trainer.dry_run import plan
+from manylora_trainer.errors import NoExamplesError, RowError
+from manylora_trainer.recipe import load_recipe
+from manylora_trainer.tokenization import ChatTokenizer
+
+app = typer.Typer()
+app.command()(train)
+
+PARTIAL = {"rank": 2, "alpha": 6, "target_modules": ["q_proj", "mlp.up_proj"]}
+
+
+def dry_run(recipe, *arguments):
+    result = CliRunner().invoke(app, [str(recipe), "--dry-run", *arguments])
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+@pytest.fixture
+def recipe(make_task, write_recipe):
+    rows = [{"wrong": f"w{i}", "right": "x" * (200 if i % 4 == 3 else 9)} for i in range(80)]
+    talk = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "one"}
+    talks = [{"messages": [*talk, *talk[:1], {**talk[1], "content": f"two{i}"}]} for i in range(9)]
+    return write_recipe(
+        make_task("first", rows=rows, batch_size=None, batch_tokens=500),
+        make_task(
+            "second",
+            rows=talks,
+            lora=PARTIAL,
+            steps=None,
+            epochs=2,
+            format={"kind": "chat", "train": "all"},
+            split={"validation": 0, "held_out": 0},
+        ),
+    )
+
+
+def test_a_plan_says_what_the_run_will_do(recipe, tmp_path, tiny_base):
+    planned = json.loads(dry_run(recipe, "--json"))
+    assert not (tmp_path / "runs").exists()
+    first, second = planned["tasks"]
+    assert (first["rows_sampled"], first["steps"]) == (80, 6)
+    loaded = load_recipe(recipe)
+    data = load_task(loaded.tasks[0], ChatTokenizer(tiny_base), 7)
+    assert first["train"] == data.train_rows
+    assert first["validation"] + first["held_out"] == 80 - data.train_rows
+    assert first["overlong_dropped"] > 10
+    assert first["dropped_share"] == pytest.approx(
+        first["overlong_dropped"] / first["train"], abs=1e-4
+    )
+    assert first["tokens_p50"] < 200 < first["tokens_p90"] <= first["tokens_max"]
+    assert second["trainable_parameters"] == 2 * 2 * (32 + 32 + 32 + 48)
+    assert second["steps"] == 5  # Two epochs of nine examples, four a step.
+    assert 0 < planned["time"]["seconds"] < 60
+
+    result = manylora_trainer.train(recipe, tmp_path / "run")
+    told = json.loads((tmp_path / "run" / "run.json").read_text())["tasks"]
+    assert told["second"]["steps"] == 5
+    tokens = sum(task.tokens for task in result.tasks.values())
+    assert planned["time"]["tokens"] == pytest.approx(tokens, rel=0.15)
+
+
+def test_an_example_shows_what_trains(recipe):
+    planned = json.loads(dry_run(recipe, "--json"))
+    segments = planned["tasks"][1]["example"]
+    assert [part["trained"] for part in segments] == [False, True, False, True]
+    assert [part["text"] for part in segments if part["trained"]] == [
+        "one<|im_end|>",
+        "two0<|im_end|>",
+    ]
+    shown = dry_run(recipe)
+    assert "⟦one<|im_end|>⟧" in shown
+    assert "first" in shown
+    assert "\x1b[" not in shown
+
+
+def test_weights_are_reckoned_as_they_are(recipe, tiny_base):
+    memory = plan(load_recipe(recipe)).memory
+    base = BaseModel(tiny_base, torch.float32, torch.device("cpu"))
+    assert memory.base_weights == sum(p.numel() * 4 for p in base.model.parameters())
+    assert memory.adapters == memory.optimizers > 0
+    assert memory.total > memory.base_weights + memory.activations > 0
+
+
+def test_the_steps_of_epochs_are_not_known_where_rows_were_not_counted(make_task, write_recipe):
+    rows = [{"wrong": f"w{i}", "right": "r"} for i in range(1001)]
+    recipe = write_recipe(make_task("many", rows=rows, steps=None, epochs=3))
+    planned = plan(load_recipe(recipe))
+    assert (planned.tasks[0].steps, planned.time) == (None, None)
+    assert "3 epochs, rows not counted" in dry_run(recipe)
+
+
+def test_a_dry_run_finds_what_is_wrong_with_rows(make_task, write_recipe):
+    bad = [{"wrong": "a", "right": "b"}, {"wrong": "a"}]
+    with pytest.raises(RowError, match="row 2, field 'right': missing"):
+        plan(load_recipe(write_recipe(make_task("bad", rows=bad))))
+    everything = {"validation": 0, "held_out": 0}
+    skipping = make_task("bad", rows=bad, on_bad_row="skip", split=everything)
+    assert plan(load_recipe(write_recipe(skipping))).tasks[0].rows_malformed == 1
+    with pytest.raises(NoExamplesError, match="1 are longer than max_length 8"):
+        plan(load_recipe(write_recipe({**skipping, "max_length": 8})))

@@ -1,0 +1,98 @@
+"""Runs in MLflow and trackio: what was recorded is what the tracker holds, however often."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+import manylora_trainer
+from manylora_cli.runs import app
+from manylora_trainer.errors import ExportError
+from manylora_trainer.exporters import export_run
+from manylora_trainer.saved_runs import read_run
+
+
+@pytest.fixture
+def run(make_task, write_recipe, tmp_path):
+    recipe = write_recipe(make_task("first", steps=4), make_task("second", steps=2))
+    manylora_trainer.train(recipe, tmp_path / "run")
+    return read_run(tmp_path / "run")
+
+
+def test_mlflow_holds_each_adapter_once(run, tmp_path, monkeypatch):
+    from mlflow import MlflowClient
+
+    # Beside a database, MLflow keeps files where it is called from.
+    monkeypatch.chdir(tmp_path)
+    store = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    verb = ["export", str(run.path), "--to", "mlflow", "--uri", store, "--json"]
+    _, again = (CliRunner().invoke(app, verb) for _ in range(2))
+    assert [entry["task"] for entry in json.loads(again.stdout)] == ["first", "second"]
+    client = MlflowClient(store)
+    experiment = client.get_experiment_by_name("manylora")
+    assert experiment is not None
+    found = {r.data.params["task.name"]: r for r in client.search_runs([experiment.experiment_id])}
+    assert sorted(found) == ["first", "second"]
+    first = found["first"]
+    history = client.get_metric_history(first.info.run_id, "loss")
+    assert [(m.step, m.value) for m in sorted(history, key=lambda m: m.step)] == run.curve(
+        "first", "loss"
+    )
+    assert first.data.params["task.lora.rank"] == "4"
+    assert first.data.tags["manylora.base"] == run.record["base"]["fingerprint"]
+    assert first.info.status == "FINISHED"
+    artifacts = {entry.path for entry in client.list_artifacts(first.info.run_id)}
+    assert artifacts == {"README.md", "recipe.yaml"}
+
+
+# In a process of its own: trackio reads where it writes when it is imported.
+READ_TRACKIO = """
+import json, sys
+import trackio
+from trackio.sqlite_storage import SQLiteStorage
+runs = trackio.Api().runs("mine")
+print(json.dumps({run.name: SQLiteStorage.get_logs("mine", run.name) for run in runs}))
+"""
+
+
+def test_trackio_holds_each_adapter_once(run, tmp_path):
+    directory = tmp_path / "trackio"
+    verb = [sys.executable, "-m", "manylora_cli", "runs", "export", str(run.path), "--json"]
+    verb += ["--to", "trackio", "--uri", str(directory), "--project", "mine"]
+    _, again = (
+        subprocess.run(verb, stdout=subprocess.PIPE, text=True, check=True) for _ in range(2)
+    )
+    names = {entry["task"]: entry["name"] for entry in json.loads(again.stdout)}
+    answer = subprocess.run(
+        [sys.executable, "-c", READ_TRACKIO],
+        env={"TRACKIO_DIR": str(directory), "PATH": ""},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    held = json.loads(answer.stdout.splitlines()[-1])
+    assert sorted(held) == sorted(names.values())
+    logged = held[names["first"]]
+    assert [(entry["step"], entry["loss"]) for entry in logged] == run.curve("first", "loss")
+    assert [e["step"] for e in logged if "validation_loss" in e] == [2, 4]
+
+
+def test_a_tracker_that_refuses_or_is_not_installed_is_said_in_one_line(run):
+    with pytest.raises(ExportError, match="MLflow at nowhere:"):
+        export_run(run, "mlflow", "nowhere://at-all")
+    without = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "import sys; sys.modules['mlflow'] = None\n"
+            "from manylora_cli.main import main\n"
+            f"sys.argv = ['manylora', 'runs', 'export', {str(run.path)!r}, '--to', 'mlflow']\n"
+            "main()",
+        ],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert without.returncode == 1
+    assert without.stderr.startswith("manylora: mlflow is not installed; install it with")

@@ -1,0 +1,147 @@
+"""Runs on disk: listed, shown and compared, whatever state they are in."""
+
+import json
+import shutil
+import signal
+from html.parser import HTMLParser
+
+import pytest
+from typer.testing import CliRunner
+
+import manylora_trainer
+from manylora_cli.runs import app
+from manylora_trainer.errors import RunInterruptedError, UnreadableRunError
+from manylora_trainer.progress import Progress
+from manylora_trainer.saved_runs import read_run
+from tests.unit.trainer.conftest import StopAt
+
+
+@pytest.fixture
+def recipe(make_task, write_recipe):
+    return write_recipe(make_task("first"), make_task("second", steps=4))
+
+
+@pytest.fixture
+def runs(recipe, tmp_path):
+    """One run that finished and one that was broken off after step 3."""
+    directory = tmp_path / "runs"
+    manylora_trainer.train(recipe, directory / "whole")
+    with pytest.raises(RunInterruptedError):
+        manylora_trainer.train(recipe, directory / "cut", progress=StopAt(3, signal.SIGTERM))
+    return directory
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def listed(directory):
+    return {entry["run"]: entry for entry in json.loads(invoke("list", directory, "--json").stdout)}
+
+
+def test_every_run_is_listed_in_its_state_and_the_broken_as_such(runs):
+    (runs / "cut" / "metrics.jsonl").open("ab").write(b'{"step": 4, "ta')
+    shutil.copytree(runs / "whole", runs / "deep" / "damaged")
+    (runs / "deep" / "damaged" / "run.json").write_text("{")
+    shutil.copytree(runs / "whole", runs / "strange")
+    (runs / "strange" / "run.json").write_text('{"status": "finished", "tasks": [1]}')
+    shutil.copytree(runs / "cut", runs / "began")
+    (runs / "began" / "run.json").unlink()
+    (runs / "began" / "metrics.jsonl").unlink()
+    found = listed(runs)
+    states = {name.removeprefix(f"{runs}/"): entry["state"] for name, entry in found.items()}
+    assert states == {
+        "whole": "finished",
+        "cut": "interrupted",
+        "deep/damaged": "broken",
+        "strange": "broken",
+        "began": "incomplete",
+    }
+    assert "run.json cannot be read" in found[f"{runs}/deep/damaged"]["problem"]
+    assert found[f"{runs}/cut"]["tasks"]["first"]["step"] == 3
+    told = json.loads((runs / "whole" / "run.json").read_text())["tasks"]["second"]["metrics"]
+    assert found[f"{runs}/whole"]["tasks"]["second"]["metrics"] == told
+    header, *lines = invoke("list", runs).stdout.splitlines()
+    assert header.split("\t")[:2] == ["run", "state"]
+    assert [line.split("\t")[1] for line in lines].count("broken") == 2
+
+
+def test_a_run_under_way_is_seen_as_running_and_not_disturbed(recipe, tmp_path):
+    class Look(Progress):
+        seen: list[str]
+
+        def step(self, step, losses, tokens_per_s):
+            self.seen.append(read_run(tmp_path / "run").state)
+
+    look = Look()
+    look.seen = []
+    manylora_trainer.train(recipe, tmp_path / "run", progress=look)
+    assert set(look.seen) == {"running"}
+    assert read_run(tmp_path / "run").state == "finished"
+
+
+def test_a_run_is_shown_with_what_it_ran_on(runs):
+    shown = invoke("show", runs / "cut").stdout
+    assert "interrupted" in shown
+    assert "first\t3/6" in shown
+    told = json.loads(invoke("show", runs / "cut", "--json").stdout)
+    assert told["recipe"]["seed"] == 7
+    assert told["starts"][0]["environment"]["threads"] == 1
+
+
+def test_what_is_no_run_is_said_in_one_line(tmp_path):
+    for verb in (("show", tmp_path), ("compare", tmp_path, tmp_path), ("list", tmp_path / "no")):
+        assert isinstance(invoke(*verb).exception, UnreadableRunError)
+
+
+class Page(HTMLParser):
+    """What a page holds, and everything it would load."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags = []
+        self.loads = []
+        self.text = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.loads += [value for key, value in attrs if key in ("src", "href", "srcset")]
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def test_the_page_of_a_run_stands_alone_and_escapes_what_data_holds(
+    make_task, write_recipe, tmp_path
+):
+    hostile = [
+        {"wrong": f"w{i}", "right": f"<script>alert({i})</script>", "i": i} for i in range(40)
+    ]
+    manylora_trainer.train(write_recipe(make_task("a", hostile, steps=2)), tmp_path / "run")
+    page = Page((tmp_path / "run" / "report.html").read_text())
+    assert "script" not in page.tags
+    assert page.loads == []
+    assert "polyline" in page.tags
+    assert "<script>alert(" in page.text
+    assert "tasks.0.lora.rank" in page.text
+
+
+def test_runs_are_compared_by_result_recipe_and_curve(make_task, write_recipe, tmp_path):
+    task = make_task("first")
+    for name, changes in (("low", {}), ("high", {"optimizer": {"learning_rate": 0.05}})):
+        manylora_trainer.train(write_recipe({**task, **changes}, name=name), tmp_path / name)
+    result = invoke(
+        "compare", tmp_path / "low", tmp_path / "high", "--out", tmp_path / "out", "--json"
+    )
+    told = json.loads(result.stdout)
+    assert told["differences"] == {"tasks.first.optimizer.learning_rate": ["0.01", "0.05"]}
+    losses = {row["metric"]: row["values"] for row in told["results"]}["validation_loss"]
+    assert losses == [run["tasks"]["first"]["metrics"]["validation_loss"] for run in told["runs"]]
+    page = Page((tmp_path / "out" / "comparison.html").read_text())
+    assert page.loads == []
+    assert page.tags.count("polyline") == 4
+    assert (tmp_path / "out" / "comparison.png").read_bytes().startswith(b"\x89PNG")
+    table = invoke("compare", tmp_path / "low", tmp_path / "high").stdout
+    assert "tasks.first.optimizer.learning_rate\t0.01\t0.05" in table
+    assert invoke("compare", tmp_path / "low").exit_code == 2

@@ -1,0 +1,246 @@
+"""Sweeps: trials packed into runs equal each alone, losers leave, a killed sweep goes on."""
+
+import json
+import signal
+import subprocess
+import sys
+
+import pytest
+import typer
+import yaml
+from typer.testing import CliRunner
+
+import manylora_trainer
+from manylora_cli.publish import publish
+from manylora_cli.sweep import sweep as sweep_verb
+from manylora_registry import Registry
+from manylora_registry.errors import ConfigError
+from manylora_trainer.errors import SweepError
+from manylora_trainer.recipe import load_recipe
+from manylora_trainer.saved_runs import read_run
+from manylora_trainer.sweep import read_sweep, run_sweep
+from manylora_trainer.sweep_settings import load_sweep
+from tests.unit.trainer.test_together import weights
+
+app = typer.Typer()
+app.command()(sweep_verb)
+app.command()(publish)
+
+RATE, RANK = "tasks.0.optimizer.learning_rate", "tasks.0.lora.rank"
+STEPS = 8
+
+
+@pytest.fixture
+def recipe(make_task, write_recipe):
+    return write_recipe(make_task("words", steps=STEPS, batch_size=3), make_task("other"))
+
+
+@pytest.fixture
+def write_sweep(recipe, tmp_path):
+    """Writes a sweep over the recipe; keyword arguments replace keys."""
+
+    def write(name="sweep", **changes):
+        settings = {
+            "recipe": recipe.name,
+            "sweep_directory": f"sweeps/{name}",
+            "method": "grid",
+            "trials_per_run": 4,
+            "space": {RATE: [0.02, 0.0001], RANK: [2, 4]},
+            **changes,
+        }
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
+        return path
+
+    return write
+
+
+def test_a_trial_equals_the_recipe_trained_alone_with_its_settings(write_sweep, recipe, tmp_path):
+    result = run_sweep(load_sweep(write_sweep()))
+    assert [dict(trial.settings) for trial in result.trials] == [
+        {RATE: rate, RANK: rank} for rate in (0.02, 0.0001) for rank in (2, 4)
+    ]
+    for trial in result.trials:
+        changes = [f"{path}={value}" for path, value in trial.settings.items()]
+        alone = load_recipe(recipe, changes)
+        alone = alone.model_copy(update={"tasks": alone.tasks[:1]})
+        run = manylora_trainer.train(alone, tmp_path / trial.name)
+        ours = weights(result.run_directory(trial), trial.name)
+        theirs = weights(run.run_directory, "words")
+        assert ours.keys() == theirs.keys()
+        for name in ours:
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-3, abs=1e-4), name
+        alone_loss = run.tasks["words"].metrics["validation_loss"]
+        assert trial.loss == pytest.approx(alone_loss, rel=1e-5)
+        assert trial.state == "finished"
+    assert result.best == min(result.trials, key=lambda trial: trial.loss or 0)
+
+
+def test_losers_leave_at_the_rungs_and_the_rest_go_on_unchanged(write_sweep):
+    whole = run_sweep(load_sweep(write_sweep("whole")))
+    halving = {"first_rung": 2, "factor": 2}
+    halved = run_sweep(load_sweep(write_sweep("halved", halving=halving)))
+    assert sorted(trial.step for trial in halved.trials) == [2, 2, 4, STEPS]
+    assert halved.best is not None
+    same = whole.trials[halved.best.number]
+    assert halved.best.loss == pytest.approx(same.loss, rel=1e-5)
+    run = read_run(halved.run_directory(halved.best))
+    at_rung = {t.name: dict(run.curve(t.name, "validation_loss"))[2] for t in halved.trials}
+    left = {t.name for t in halved.trials if t.step == 2}
+    assert max(loss for name, loss in at_rung.items() if name not in left) <= min(
+        loss for name, loss in at_rung.items() if name in left
+    )
+    assert all("go on" in (t.why or "") for t in halved.trials if t.state == "stopped")
+
+
+def test_later_runs_are_held_to_what_earlier_trials_reached(write_sweep):
+    sweep = write_sweep(
+        trials_per_run=2,
+        space={RATE: [0.02, 0.01, 0.0001, 0.0002]},
+        halving={"first_rung": 2, "factor": 2},
+    )
+    result = run_sweep(load_sweep(sweep))
+    assert [trial.run for trial in result.trials] == [0, 0, 1, 1]
+    # The second run's are both worse than the first run's winner and its loser.
+    assert [trial.step for trial in result.trials[2:]] == [2, 2]
+    assert result.best is not None
+    assert result.best.run == 0
+
+
+# Runs a sweep and kills its own process just before the wanted file operation, see test_resume.
+VICTIM = """
+import os, pathlib, signal, sys
+from manylora_trainer.sweep import run_sweep
+from manylora_trainer.sweep_settings import load_sweep
+import manylora_trainer.loop, matplotlib.figure, optuna.samplers  # Once: each victim is a fork.
+from transformers import AutoTokenizer, LlamaForCausalLM
+path, moments = pathlib.Path(sys.argv[1]), sys.argv[2:]
+for moment in moments:
+    child = os.fork()
+    if not child:
+        event_wanted, path_wanted = moment.split("=")
+        def watch(event, arguments):
+            if event == event_wanted and path_wanted in str(arguments[0]):
+                os.kill(os.getpid(), signal.SIGKILL)
+        sys.addaudithook(watch)
+        run_sweep(load_sweep(path), resume=True)
+        os._exit(0)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+def test_killed_again_and_again_a_sweep_ends_as_if_it_had_not_been(write_sweep, tmp_path):
+    settings = {
+        "method": "tpe",
+        "trials": 4,
+        "trials_per_run": 2,
+        "space": {
+            RATE: {"low": 1.0e-5, "high": 0.1, "log": True},
+            "tasks.0.lora.target_modules": ["all-linear", ["q_proj", "v_proj"]],
+        },
+        "halving": {"first_rung": 4, "factor": 2},
+    }
+    whole = run_sweep(load_sweep(write_sweep("whole", **settings)))
+    moments = [
+        "os.rename=.sweep.json.tmp",
+        "os.rename=.step-00000006.tmp",
+        "os.mkdir=killed/plots",
+        "os.rename=runs/001/.recipe.yaml.tmp",
+        "os.mkdir=runs/001/plots",
+    ]
+    killed = write_sweep("killed", **settings)
+    victims = subprocess.run(
+        [sys.executable, "-c", VICTIM, killed, *moments],
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    assert victims.stdout.split() == [str(-signal.SIGKILL)] * len(moments)
+    result = run_sweep(load_sweep(killed), resume=True)
+    assert result.trials == whole.trials
+    for trial in (t for t in whole.trials if t.state == "finished"):
+        ours = result.run_directory(trial) / "adapters" / trial.name
+        theirs = whole.run_directory(trial) / "adapters" / trial.name
+        for file in theirs.iterdir():
+            assert (ours / file.name).read_bytes() == file.read_bytes(), file
+
+
+def test_an_invalid_combination_and_a_diverging_trial_do_not_stop_the_others(write_sweep):
+    sweep = write_sweep(
+        space={
+            "tasks.0.steps": [2, 4],
+            "tasks.0.optimizer.warmup_steps": [0, 3],
+            "tasks.0.optimizer.learning_rate": [0.01, 1e30],
+        },
+        overrides=["tasks.0.optimizer.clip_norm=null"],
+        trials_per_run=8,
+    )
+    result = run_sweep(load_sweep(sweep))
+    states = [trial.state for trial in result.trials]
+    assert states.count("invalid") == 2
+    assert states.count("finished") >= 3
+    invalid = next(trial for trial in result.trials if trial.state == "invalid")
+    assert "warmup" in (invalid.why or "")
+    assert any("loss" in (t.why or "") for t in result.trials if t.state == "stopped")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"space": {"training.pack_tokens": [64, 128]}}, "all adapters of a run share it"),
+        ({"space": {"base": ["a", "b"]}}, "all adapters of a run share it"),
+        ({"space": {"tasks.0.split.validation": [0.1, 0.2]}}, "would not compare"),
+        ({"space": {RATE: [1.0], "tasks.1.lora.rank": [1]}}, "one sweep is of one task"),
+        ({"space": {"tasks.7.lora.rank": [1, 2]}}, "nothing can be set|no tasks.7"),
+        ({"space": {RANK: [4, 9999]}}, "9999 is refused: tasks.0.lora.rank"),
+        ({"space": {RATE: {"low": 1, "high": 1}}}, "must be below"),
+        ({"space": {RATE: {"low": 0, "high": 1, "log": True}}}, "must begin above 0"),
+        ({"space": {RATE: {"low": 0.1, "high": 1}}}, "a grid needs lists"),
+        ({"space": {RATE: 0.1}}, "must be a list of values or a range"),
+        ({"method": "tpe"}, "trials is required"),
+        ({"halving": {"first_rung": 3}}, r"multiple of the recipe's .*validate_every \(2\)"),
+        ({"overrides": ["tasks.0.split.validation=0.0"]}, "keeps no validation rows"),
+    ],
+)
+def test_what_cannot_be_searched_is_refused_by_name(write_sweep, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        load_sweep(write_sweep(**changes))
+
+
+def test_a_directory_is_taken_up_only_when_asked_and_unchanged(write_sweep, tmp_path):
+    small = {"space": {RATE: [0.01]}}
+    run_sweep(load_sweep(write_sweep(**small)))
+    with pytest.raises(SweepError, match="--resume"):
+        run_sweep(load_sweep(write_sweep(**small)))
+    with pytest.raises(SweepError, match="another sweep or recipe"):
+        run_sweep(load_sweep(write_sweep(space={RATE: [0.02]})), resume=True)
+    (tmp_path / "sweeps" / "sweep" / "sweep.json").write_text('{"trials": [{}], "task": "a"}')
+    with pytest.raises(SweepError, match="not what a sweep writes"):
+        read_sweep(tmp_path / "sweeps" / "sweep")
+
+
+def test_the_verb_shows_the_trials_and_the_best_is_published(write_sweep, tmp_path):
+    path = write_sweep(space={RATE: [0.02, 0.0001]})
+    directory = tmp_path / "out"
+    result = CliRunner().invoke(app, ["sweep", str(path), "--sweep-dir", str(directory), "--json"])
+    told = json.loads(result.stdout)
+    assert told["best"]["settings"] == {RATE: 0.02}
+    assert (directory / "plots" / "parallel.png").read_bytes().startswith(b"\x89PNG")
+    page = (directory / "report.html").read_text()
+    assert page.count('class="trial') == 2
+    table = (
+        CliRunner()
+        .invoke(app, ["sweep", str(path), "--sweep-dir", str(directory), "--resume"])
+        .stdout
+    )
+    assert table.splitlines()[0].split("\t")[2] == "optimizer.learning_rate"
+    assert table.splitlines()[1].startswith("trial-000\tfinished")
+    registry = str(tmp_path / "registry")
+    CliRunner().invoke(
+        app, ["publish", str(directory), "--registry", registry, "--alias", "production"]
+    )
+    with Registry.open(registry) as opened:
+        version = opened.resolve("words")
+        assert version.metrics["validation_loss"] == told["best"]["loss"]
+        assert version.lineage["trial"] == "trial-000"
+        assert version.lineage["base"] == version.base_fingerprint
