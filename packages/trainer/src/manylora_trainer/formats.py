@@ -140,7 +140,7 @@ def _render_preference(settings: PreferenceFormat, reader: _RowReader) -> Render
     rejected = reader.text(settings.rejected_column)
     if chosen == rejected:
         raise reader.error(settings.rejected_column, "is the same answer as the chosen one")
-    return Rendered(_with_system(settings.system, prompt), chosen, rejected)
+    return Rendered(_with_system(settings.system, prompt), chosen, rejected=rejected)
 
 
 def _message(reader: _RowReader, field: str, entry: Any) -> Message:
