@@ -270,12 +270,14 @@ def _initial_adapters(
 def _check_steps(path: Path, trainee: Trainee, done: int) -> None:
     """A changed number of steps must lie ahead of a task that has not ended."""
     progress, steps = trainee.progress, trainee.data.steps
-    ended = progress.size_bytes is not None or progress.stopped is not None
-    if ended and steps > done and progress.ended_early is None and progress.stopped is None:
-        raise RecipeChangedError(
-            f"{path}: {trainee.name} has ended, so more steps cannot be added to it in this run"
-        )
-    if not ended and steps <= done:
+    if progress.stopped or progress.ended_early:
+        return
+    if progress.size_bytes is not None:
+        if steps > done:
+            raise RecipeChangedError(
+                f"{path}: {trainee.name} has ended, so more steps cannot be added to it in this run"
+            )
+    elif steps <= done:
         raise RecipeChangedError(
             f"{path}: {trainee.name} has done {done} steps, so it cannot end at {steps}"
         )
