@@ -109,6 +109,37 @@ def test_a_warmup_as_long_as_the_run_is_refused(tmp_path):
     assert "warmup_steps" in found["tasks.0.steps"]
 
 
+@pytest.mark.parametrize(
+    ("lora", "said"),
+    [
+        ({"rank": 300, "init_weights": "pissa"}, "600 is more than the 512"),
+        ({"init_weights": "pissa", "use_rslora": True}, "doubles the rank"),
+        ({"init_weights": "eva", "init_from": "there"}, "remove it or init_from"),
+    ],
+)
+def test_starts_that_do_not_go_together_are_refused(tmp_path, lora, said):
+    assert said in problems(tmp_path, with_task(lora=lora))["tasks.0.lora"]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"tasks": [GOOD["tasks"][0], {**GOOD["tasks"][0], "name": "b"}]}, "exactly one task"),
+        (with_task(lora={"rank": 4}), "remove tasks.0.lora"),
+        ({"training": {"dtype": "bfloat16"}}, "float32"),
+    ],
+)
+def test_full_fine_tuning_is_one_plain_task(tmp_path, change, said):
+    found = problems(tmp_path, {**GOOD, **change, "kind": "full"})
+    assert any(said in message for message in found.values()), found
+
+
+def test_preferences_need_their_kind_and_their_format(tmp_path):
+    assert "belong together" in problems(tmp_path, with_task(kind="dpo"))["tasks.0.kind"]
+    found = problems(tmp_path, with_task(format={"kind": "preference"}))
+    assert "belong together" in found["tasks.0.kind"]
+
+
 def test_early_stopping_needs_validation_rows(tmp_path):
     found = problems(tmp_path, with_task(early_stopping={}, split={"validation": 0.0}))
     assert "split.validation" in found["tasks.0.early_stopping"]

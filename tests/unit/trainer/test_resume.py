@@ -137,7 +137,13 @@ for chain in range(int(chains)):
 def test_killed_again_and_again_at_random_equals_uninterrupted(make_task, write_recipe, tmp_path):
     dropped = {"rank": 2, "alpha": 4, "dropout": 0.2}
     recipe = write_recipe(
-        make_task("brief", steps=3, batch_size=9, optimizer={"kind": "sgd", "learning_rate": 0.3}),
+        make_task(
+            "brief",
+            steps=3,
+            batch_size=9,
+            optimizer={"kind": "sgd", "learning_rate": 0.3},
+            lora={"rank": 2, "init_weights": "pissa"},
+        ),
         make_task("long", steps=7, batch_size=13, lora=dropped, early_stopping={"patience": 9}),
         checkpoint_every=1,
         validate_every=1,

@@ -33,9 +33,23 @@ class Lora(ConfigModel):
     """Share of each layer's inputs that the adapter, not the base, does without in training."""
     target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
     """`all-linear`, or names of linear layers such as `[q_proj, v_proj]`."""
+    init_weights: Literal["kaiming", "pissa", "eva"] = "kaiming"
+    """How fresh weights begin. kaiming: A by chance, B zero. pissa: as the principal part of the
+    base's weights; saved as a plain adapter of twice the rank and alpha, which holds the difference
+    to where it began. eva: A along the inputs' main directions over the task's first batches."""
     init_from: Path | None = None
     """Directory of an adapter of the same shape to go on from, relative to the recipe. None: fresh
     weights."""
+
+    @property
+    def saved_rank(self) -> int:
+        """Of the adapter as it is saved."""
+        return 2 * self.rank if self.init_weights == "pissa" else self.rank
+
+    @property
+    def saved_alpha(self) -> int:
+        """Of the adapter as it is saved."""
+        return 2 * self.alpha if self.init_weights == "pissa" else self.alpha
 
     @property
     def scaling(self) -> float:
@@ -47,6 +61,19 @@ class Lora(ConfigModel):
         if self.init_from is None:
             return self
         return self.model_copy(update={"init_from": directory / self.init_from.expanduser()})
+
+    @model_validator(mode="after")
+    def _starts_in_one_way(self) -> "Lora":
+        if self.init_weights != "kaiming" and self.init_from is not None:
+            raise ValueError("init_weights is for fresh weights: remove it or init_from")
+        if self.saved_rank > MAX_RANK:
+            raise ValueError(
+                f"pissa is saved at twice the rank, and {self.saved_rank} is more than the "
+                f"{MAX_RANK} that the serving engine takes"
+            )
+        if self.init_weights == "pissa" and self.use_rslora:
+            raise ValueError("pissa doubles the rank when saved, which use_rslora would rescale")
+        return self
 
     @field_validator("target_modules", mode="before")
     @classmethod

@@ -6,10 +6,11 @@
 # pyright: reportUntypedBaseClass=false
 
 import functools
+import importlib.util
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -31,12 +32,22 @@ PROBE_TOLERANCE = 1e-3
 class BaseModel:
     """A frozen causal language model that reads packs."""
 
-    def __init__(self, directory: Path, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        four_bit: bool = False,
+    ) -> None:
         """Loads the base and checks that packs give the logits that transformers gives.
+
+        With `four_bit` its linear layers are kept as NF4 (QLoRA, https://arxiv.org/abs/2305.14314).
 
         Raises:
             UnsupportedBaseError: it cannot be loaded, or has features packs do not reproduce.
         """
+        placed = _four_bit(dtype, device) if four_bit else {}
         try:
             model: Any = AutoModelForCausalLM.from_pretrained(
                 directory,
@@ -44,10 +55,11 @@ class BaseModel:
                 attn_implementation=ATTENTION_NAME,
                 local_files_only=True,
                 use_safetensors=True,
+                **placed,
             )
         except (OSError, ValueError, KeyError) as error:
             raise UnsupportedBaseError(f"{directory} cannot be loaded: {error}") from error
-        self.model: Any = model.to(device).eval().requires_grad_(False)
+        self.model: Any = (model if four_bit else model.to(device)).eval().requires_grad_(False)
         self.device = device
         self._decoder: Any = model.get_decoder()
         self._embedding: nn.Embedding = model.get_input_embeddings()
@@ -71,10 +83,15 @@ class BaseModel:
                 checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False
             )
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of its activations."""
+        return self._head.weight.dtype
+
     @contextmanager
     def reading(self, pack: Pack) -> Generator[None]:
         """Attention follows this pack inside the block; forward and backward both belong there."""
-        with attending(AttentionPlan(pack, self.device, self._head.weight.dtype)):
+        with attending(AttentionPlan(pack, self.device, self.dtype)):
             yield
 
     def hidden_states(self, pack: Pack) -> Tensor:
@@ -93,6 +110,8 @@ class BaseModel:
         """Cross-entropy of each of the pack's targets, in nats, float32 [targets]."""
         targets = torch.from_numpy(pack.targets).to(self.device)
         states = self.hidden_states(pack)
+        if self._head.weight.requires_grad:
+            return _trainable_head_loss(states, self._head, targets)
         return head_loss(states, self._head.weight, self._head.bias, targets)
 
     @torch.no_grad()
@@ -140,6 +159,40 @@ def head_loss(states: Tensor, head: Tensor, bias: Tensor | None, targets: Tensor
         targets: token ids, [targets].
     """
     return _HeadLoss.apply(states, head, bias, targets)
+
+
+def _trainable_head_loss(states: Tensor, head: nn.Linear, targets: Tensor) -> Tensor:
+    """The same where the head itself learns: each chunk's logits are made again in the backward."""
+
+    def chunk_loss(rows: Tensor, wanted: Tensor) -> Tensor:
+        return F.cross_entropy(head(rows).float(), wanted, reduction="none")
+
+    chunks = zip(states.split(LOGITS_CHUNK), targets.split(LOGITS_CHUNK), strict=True)
+    losses = [
+        cast("Tensor", checkpoint(chunk_loss, *chunk, use_reentrant=False)) for chunk in chunks
+    ]
+    return torch.cat(losses)
+
+
+def _four_bit(dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    """How transformers is told to load linear layers in four bits."""
+    if device.type != "cuda":
+        raise UnsupportedBaseError(
+            "training.quantization: nf4 needs a GPU, and this machine has none; set it to none"
+        )
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UnsupportedBaseError(
+            "training.quantization: nf4 needs bitsandbytes: install manylora-trainer[qlora]"
+        )
+    from transformers import BitsAndBytesConfig
+
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+    return {"quantization_config": config, "device_map": {"": device}}
 
 
 class _HeadLoss(torch.autograd.Function):

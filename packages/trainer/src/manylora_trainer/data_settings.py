@@ -68,8 +68,23 @@ class ChatFormat(ConfigModel):
     one learned is left out."""
 
 
+class PreferenceFormat(ConfigModel):
+    """Rows that hold a prompt, an answer to prefer and one to avoid; for `kind: dpo`."""
+
+    kind: Literal["preference"]
+    system: str | None = None
+    """System message. None: the base's own default."""
+    prompt_column: str = "prompt"
+    """Column with the user message."""
+    chosen_column: str = "chosen"
+    """Column with the answer to prefer."""
+    rejected_column: str = "rejected"
+    """Column with the answer to avoid."""
+
+
 FormatSettings = Annotated[
-    TemplateFormat | PromptCompletionFormat | ChatFormat, Field(discriminator="kind")
+    TemplateFormat | PromptCompletionFormat | ChatFormat | PreferenceFormat,
+    Field(discriminator="kind"),
 ]
 
 

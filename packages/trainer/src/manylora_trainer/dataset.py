@@ -17,9 +17,10 @@ from manylora_trainer.data_settings import Split
 from manylora_trainer.errors import DataError, NoExamplesError, RowError
 from manylora_trainer.formats import Rendered
 from manylora_trainer.items import I, Preparation, R, Rendering
+from manylora_trainer.preference import PairPreparation
 from manylora_trainer.recipe import Task
 from manylora_trainer.sources import Row, Source, open_source
-from manylora_trainer.tokenization import ChatPreparation, ChatTokenizer, Example
+from manylora_trainer.tokenization import ChatPreparation, ChatTokenizer
 
 Part = Literal["train", "validation", "held_out"]
 COUNTED_AT_ONCE = 256
@@ -83,12 +84,19 @@ def part_of(rendered: Rendering, split: Split) -> tuple[Part, bytes]:
     return "train", digest
 
 
+def preparation_of(task: Task, tokenizer: ChatTokenizer) -> Preparation[Rendered, Any]:
+    """What makes a task's items: examples, or pairs of them for a task of preferences."""
+    if task.kind == "dpo":
+        return PairPreparation(task.format, tokenizer)
+    return ChatPreparation(task.format, tokenizer)
+
+
 def load_task(
     task: Task, tokenizer: ChatTokenizer, seed: int, *, source: Source | None = None
-) -> TaskData[Rendered, Example]:
+) -> TaskData[Rendered, Any]:
     """Looks through the rows of one task; see `survey`."""
     source = source or open_source(task.source, f"{seed}/{task.seed_name}")
-    return survey(task, source, ChatPreparation(task.format, tokenizer))
+    return survey(task, source, preparation_of(task, tokenizer))
 
 
 def survey(task: Task, source: Source, preparation: Preparation[R, I]) -> TaskData[R, I]:

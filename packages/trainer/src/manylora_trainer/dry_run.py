@@ -9,7 +9,7 @@ import numpy as np
 
 from manylora_registry.base import identify_base
 from manylora_trainer.adapter_files import read_initial
-from manylora_trainer.dataset import fitted, part_of, rendered_or_skipped
+from manylora_trainer.dataset import fitted, part_of, preparation_of, rendered_or_skipped
 from manylora_trainer.errors import NoExamplesError
 from manylora_trainer.estimates import (
     MemoryEstimate,
@@ -22,7 +22,7 @@ from manylora_trainer.estimates import (
 from manylora_trainer.recipe import Recipe, Task
 from manylora_trainer.sources import open_source
 from manylora_trainer.targets import linears_of, targets_of
-from manylora_trainer.tokenization import ChatPreparation, ChatTokenizer, Example
+from manylora_trainer.tokenization import ChatTokenizer, Example
 
 SAMPLED_ROWS = 1000
 
@@ -120,7 +120,7 @@ def _plan_task(
 ) -> tuple[list[Example], TaskPlan]:
     """The examples sampled, and what they tell."""
     source = open_source(task.source, f"{seed}/{task.name}")
-    preparation = ChatPreparation(task.format, tokenizer)
+    preparation = preparation_of(task, tokenizer)
     rows = list(itertools.islice(source.rows(), SAMPLED_ROWS + 1))
     is_whole = len(rows) <= SAMPLED_ROWS
     rows = rows[:SAMPLED_ROWS]
@@ -129,6 +129,7 @@ def _plan_task(
     counts = {"train": 0, "validation": 0, "held_out": 0}
     malformed = truncated = 0
     kept: list[Example] = []
+    items = 0
     lengths: list[int] = []
     for row in rows:
         rendered = rendered_or_skipped(task, preparation, row, malformed)
@@ -139,13 +140,14 @@ def _plan_task(
         counts[part] += 1
         if part != "train":
             continue
-        (example,) = preparation.encode([rendered])
-        lengths.append(len(example))
-        if example.longest <= task.max_length:
-            kept.append(example)
-        elif (cut := fitted(example, task)) is not None:
-            kept.append(cut)
+        (item,) = preparation.encode([rendered])
+        lengths.append(item.longest)
+        if item.longest > task.max_length:
+            if (item := fitted(item, task)) is None:
+                continue
             truncated += 1
+        items += 1
+        kept += item.sequences
     if not kept:
         raise NoExamplesError(
             f"task {task.name}: of the first {len(rows)} rows in {source.name} none is left to "
@@ -153,13 +155,13 @@ def _plan_task(
             "malformed, the rest held out)"
         )
     tokens = sum(len(example) for example in kept)
-    mean = tokens / len(kept)
+    mean = tokens / items
     per_step = task.batch_tokens / mean if task.batch_tokens else task.examples_per_step
     steps = task.steps
     if task.epochs is not None and is_whole:
-        steps = math.ceil(math.ceil(task.epochs * len(kept)) / per_step)
+        steps = math.ceil(math.ceil(task.epochs * items) / per_step)
     p50, p90, p99 = (int(np.percentile(lengths, share)) for share in (50, 90, 99))
-    dropped = len(lengths) - len(kept)
+    dropped = len(lengths) - items
     return kept, TaskPlan(
         task=task.name,
         rows_sampled=len(rows),

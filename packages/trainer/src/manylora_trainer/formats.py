@@ -11,6 +11,7 @@ from uuid import UUID
 from manylora_trainer.data_settings import (
     ChatFormat,
     FormatSettings,
+    PreferenceFormat,
     PromptCompletionFormat,
     TemplateFormat,
     placeholders,
@@ -35,6 +36,8 @@ class Rendered:
     completion: str
     also_trained: tuple[int, ...] = ()
     """Those of `messages` that are learned as well, by their number; all are the assistant's."""
+    rejected: str | None = None
+    """The answer it should rather not give, of a preference."""
 
     @property
     def input_key(self) -> bytes:
@@ -46,7 +49,8 @@ class Rendered:
     def content_key(self) -> bytes:
         """Equal for equal examples."""
         turns = [[m.role, m.content] for m in self.messages]
-        return json.dumps([turns, self.completion, self.also_trained]).encode()
+        answers = [self.completion] if self.rejected is None else [self.completion, self.rejected]
+        return json.dumps([turns, *answers, self.also_trained]).encode()
 
     def held_out(self) -> dict[str, Any]:
         """The input, and the answer to compare with."""
@@ -72,6 +76,8 @@ def render(settings: FormatSettings, row: Row) -> Rendered:
             return Rendered(_with_system(settings.system, Message("user", prompt)), completion)
         case ChatFormat():
             return _render_chat(settings, reader)
+        case PreferenceFormat():
+            return _render_preference(settings, reader)
 
 
 @dataclass(frozen=True)
@@ -186,6 +192,15 @@ def _flagged(
     if not trained:
         raise reader.error(column, "no message has train: true")
     return trained
+
+
+def _render_preference(settings: PreferenceFormat, reader: _RowReader) -> Rendered:
+    prompt = Message("user", reader.text(settings.prompt_column))
+    chosen = reader.text(settings.chosen_column)
+    rejected = reader.text(settings.rejected_column)
+    if chosen == rejected:
+        raise reader.error(settings.rejected_column, "is the same answer as the chosen one")
+    return Rendered(_with_system(settings.system, prompt), chosen, rejected=rejected)
 
 
 def _message(reader: _RowReader, field: str, entry: Any) -> Message:

@@ -30,6 +30,7 @@ from manylora_trainer.errors import (
     RunInterruptedError,
 )
 from manylora_trainer.formats import Rendered
+from manylora_trainer.full import BaseWeights
 from manylora_trainer.memory import ACTIVATION_SHARE, activation_bytes, device_memory
 from manylora_trainer.plots import plot_curves
 from manylora_trainer.progress import Progress
@@ -46,7 +47,7 @@ from manylora_trainer.run_directory import (
 )
 from manylora_trainer.sampling import prepared_ahead
 from manylora_trainer.targets import Shapes, linears_of, targets_of
-from manylora_trainer.tokenization import ChatTokenizer, Example
+from manylora_trainer.tokenization import ChatTokenizer
 from manylora_trainer.trainees import StepReport, Trainee, Trainees
 
 Judge = Callable[[int, Mapping[str, float]], Mapping[str, str]]
@@ -85,7 +86,7 @@ def train_run(
     torch.set_num_threads(training.threads or os.cpu_count() or 1)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = ChatTokenizer(recipe.base)
-    data: dict[str, TaskData[Rendered, Example]] = {}
+    data: dict[str, TaskData[Rendered, Any]] = {}
     for task in recipe.tasks:
         data[task.name] = load_task(task, tokenizer, recipe.seed)
         watch.say(_describe(task, data[task.name]))
@@ -102,13 +103,26 @@ def train_run(
 
     watch.say(f"base {recipe.base.name} on {device}, steps {first + 1} to {last}")
     transformers.utils.logging.disable_progress_bar()
-    base = BaseModel(recipe.base, _dtype(recipe, device), device)
+    base = BaseModel(
+        recipe.base,
+        _dtype(recipe, device),
+        device,
+        four_bit=training.quantization == "nf4",
+    )
+    whole = BaseWeights(base.model) if recipe.kind == "full" else None
     if _recomputes(recipe, base):
         base.recompute_layers()
     trainees = Trainees(
         base,
         [
-            Trainee(task, data[task.name], targets[task.name], seed=recipe.seed, device=device)
+            Trainee(
+                task,
+                data[task.name],
+                targets[task.name],
+                seed=recipe.seed,
+                device=device,
+                whole=whole,
+            )
             for task in recipe.tasks
         ],
         training.pack_tokens,
@@ -125,6 +139,9 @@ def train_run(
                 f"task {trainee.name}: {trainee.task.lora.init_from} is gone, and no checkpoint "
                 "holds its weights yet"
             )
+        else:
+            trainee.start(base, training.pack_tokens)
+    run["kind"] = recipe.kind
     progress = {trainee.name: trainee.progress for trainee in trainees}
 
     def save(done: int, metrics: MetricsFile) -> None:
@@ -137,6 +154,8 @@ def train_run(
         update_run(directory, run, progress)
 
     def save_weights(place: Path, trainee: Trainee) -> int:
+        if trainee.whole is not None:
+            return trainee.whole.save(place / trainee.name, recipe.base)
         return save_adapter(
             place / trainee.name,
             trainee.adapter.tensors(),
@@ -251,18 +270,22 @@ def _initial_adapters(
 def _check_steps(path: Path, trainee: Trainee, done: int) -> None:
     """A changed number of steps must lie ahead of a task that has not ended."""
     progress, steps = trainee.progress, trainee.data.steps
-    ended = progress.size_bytes is not None or progress.stopped is not None
-    if ended and steps > done and progress.ended_early is None and progress.stopped is None:
-        raise RecipeChangedError(
-            f"{path}: {trainee.name} has ended, so more steps cannot be added to it in this run"
-        )
-    if not ended and steps <= done:
+    if progress.stopped or progress.ended_early:
+        return
+    if progress.size_bytes is not None:
+        if steps > done:
+            raise RecipeChangedError(
+                f"{path}: {trainee.name} has ended, so more steps cannot be added to it in this run"
+            )
+    elif steps <= done:
         raise RecipeChangedError(
             f"{path}: {trainee.name} has done {done} steps, so it cannot end at {steps}"
         )
 
 
 def _dtype(recipe: Recipe, device: torch.device) -> torch.dtype:
+    if recipe.kind == "full":
+        return torch.float32
     match recipe.training.dtype:
         case "float32":
             return torch.float32
@@ -277,11 +300,11 @@ def _recomputes(recipe: Recipe, base: BaseModel) -> bool:
     if training.gradient_checkpointing != "auto":
         return training.gradient_checkpointing == "on"
     tokens = max(training.pack_tokens, *(task.max_length for task in recipe.tasks))
-    kept = activation_bytes(base.model.config, tokens, base.model.dtype)
+    kept = activation_bytes(base.model.config, tokens, base.dtype)
     return kept > ACTIVATION_SHARE * device_memory(base.device)
 
 
-def _describe(task: Task, data: TaskData[Rendered, Example]) -> str:
+def _describe(task: Task, data: TaskData[Rendered, Any]) -> str:
     text = (
         f"{task.name}: {data.rows_read} rows, {data.train_rows} to train on, "
         f"{len(data.validation)} to validate, {len(data.held_out)} held out"
@@ -308,6 +331,7 @@ def _metrics_line(step: int, name: str, report: StepReport) -> dict[str, Any]:
         "tokens_per_s": round(report.tokens_per_s, 1),
         "grad_norm": report.grad_norm,
         "lr": report.lr,
+        **report.preference,
         "peak_memory_bytes": peak_memory_bytes(),
     }
 

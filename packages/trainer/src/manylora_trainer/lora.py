@@ -12,6 +12,7 @@ import math
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any, cast
 
 import torch
@@ -41,6 +42,8 @@ class LoraMatrices:
     """Share of the inputs that A does without in training."""
     layer: int
     """Tells this layer's dropout from the others'."""
+    origin: tuple[Tensor, Tensor] | None
+    """A and B as they began, where their product is taken off the base."""
 
 
 class Adapter:
@@ -64,7 +67,12 @@ class Adapter:
             nn.init.kaiming_uniform_(down.view(rank, into), a=math.sqrt(5), generator=generator)
         self.weights = self.weights.to(device)
         self.gradients = torch.zeros_like(self.weights)
+        self.origin: Tensor | None = None
+        """The weights as they began, where the base is to do without their product (PiSSA)."""
+        if settings.init_weights == "pissa":
+            self.origin = torch.zeros_like(self.weights)
         weights, gradients = _split(self.weights, sizes), _split(self.gradients, sizes)
+        origins = weights if self.origin is None else _split(self.origin, sizes)
         layers = len(shapes)
         self.matrices = {
             name: LoraMatrices(
@@ -75,16 +83,23 @@ class Adapter:
                 settings.scaling,
                 settings.dropout,
                 layer_key(name),
+                None
+                if self.origin is None
+                else (origins[number].view(rank, into), origins[layers + number].view(out, rank)),
             )
             for number, (name, (out, into)) in enumerate(shapes.items())
         }
 
     def tensors(self) -> dict[str, Tensor]:
-        """The weights under PEFT's names."""
+        """The weights under PEFT's names; what is taken off the base is folded in, negated."""
         named: dict[str, Tensor] = {}
         for module, matrices in self.matrices.items():
-            named[f"base_model.model.{module}.lora_A.weight"] = matrices.down
-            named[f"base_model.model.{module}.lora_B.weight"] = matrices.up
+            down, up = matrices.down, matrices.up
+            if matrices.origin is not None:
+                down = torch.cat([down, matrices.origin[0]])
+                up = torch.cat([up, -matrices.origin[1]], dim=1)
+            named[f"base_model.model.{module}.lora_A.weight"] = down
+            named[f"base_model.model.{module}.lora_B.weight"] = up
         return named
 
 
@@ -180,7 +195,7 @@ class _LoraLinear(torch.autograd.Function):
         base: nn.Linear,
         routed: Sequence[_Route],
     ) -> Tensor:
-        outputs = F.linear(inputs, base.weight, base.bias)
+        outputs = F.linear(inputs, dense_weight(base), base.bias)
         kept: list[Tensor | None] = []
         inner: list[Tensor] = []
         for route in routed:
@@ -190,6 +205,11 @@ class _LoraLinear(torch.autograd.Function):
             outputs[route.start : route.end].addmm_(
                 lowered, lora.up.to(inputs.dtype).t(), alpha=route.scaling
             )
+            if lora.origin is not None:
+                down, up = (matrix.to(inputs.dtype) for matrix in lora.origin)
+                outputs[route.start : route.end].addmm_(
+                    rows @ down.t(), up.t(), alpha=-lora.scaling
+                )
             kept.append(keep)
             inner.append(lowered)
         ctx.base = base
@@ -204,7 +224,7 @@ class _LoraLinear(torch.autograd.Function):
         inputs, *saved = ctx.saved_tensors
         kept, inner = saved[: len(routed)], saved[len(routed) :]
         needs_input: bool = ctx.needs_input_grad[0]
-        input_gradient = gradient @ ctx.base.weight if needs_input else None
+        input_gradient = gradient @ dense_weight(ctx.base) if needs_input else None
         for route, keep, lowered in zip(routed, kept, inner, strict=True):
             lora, part = route.lora, slice(route.start, route.end)
             rows, outer = inputs[part], gradient[part]
@@ -214,6 +234,9 @@ class _LoraLinear(torch.autograd.Function):
             _accumulate(lora.up_gradient, outer.t(), lowered, route.scaling)
             if input_gradient is None:
                 continue
+            if lora.origin is not None:
+                down, up = (matrix.to(outer.dtype) for matrix in lora.origin)
+                input_gradient[part].addmm_(outer @ up, down, alpha=-lora.scaling)
             if keep is None:
                 input_gradient[part].addmm_(through, lora.down.to(outer.dtype))
             else:
@@ -226,6 +249,21 @@ def _accumulate(into: Tensor, left: Tensor, right: Tensor, scale: float) -> None
         into.addmm_(left, right, alpha=scale)
     else:
         into.add_(left @ right, alpha=scale)
+
+
+def dense_weight(linear: nn.Linear) -> Tensor:
+    """The weight of a frozen linear, [out, in]; of a 4-bit one, what its bits stand for."""
+    state: Any = getattr(linear.weight, "quant_state", None)
+    if state is None:
+        return linear.weight
+    functional = import_module("bitsandbytes.functional")  # Of the extra `qlora`.
+    return cast("Tensor", functional.dequantize_4bit(linear.weight.data, state))
+
+
+def frozen_linear(model: nn.Module, name: str) -> nn.Linear:
+    """The base's own linear layer of that name, below any adapters."""
+    module = model.get_submodule(name)
+    return module.base if isinstance(module, MultiLoraLinear) else cast("nn.Linear", module)
 
 
 def attach(model: nn.Module, adapters: Sequence[Adapter], routing: Routing) -> None:

@@ -8,6 +8,7 @@ from typing import Literal, Protocol, cast
 
 import numpy as np
 import torch
+import torch.nn.functional as F  # noqa: N812 (its name everywhere)
 from torch import Tensor
 
 from manylora_trainer.packing import Batch, Pack
@@ -47,11 +48,48 @@ class MeanCrossEntropy:
         return (summed * self._weights[list(sequences)]).sum()
 
 
+class DirectPreference:
+    """DPO (Rafailov et al. 2023, https://arxiv.org/abs/2305.18290), the mean over a step's pairs.
+
+    Examples 2k and 2k + 1 of the batch are the chosen and the rejected half of a pair.
+    """
+
+    def __init__(self, beta: float, reference: Tensor) -> None:
+        """`reference` holds what the examples' cross-entropy sums up to before training, [2k]."""
+        self._beta = beta
+        self._reference = reference
+        self.margins: list[float] = []
+        """How much more each pair's chosen answer has gained than its rejected one, times beta."""
+
+    def loss(self, sequences: Sequence[int], summed: Tensor) -> Tensor:
+        """See `Objective`."""
+        place = {number: at for at, number in enumerate(sequences)}
+        chosen = [number for number in sequences if number % 2 == 0]
+        # Log-probabilities are the negated cross-entropies, so gains are differences from before.
+        gained = self._reference[list(sequences)] - summed
+        ahead = gained[[place[number] for number in chosen]]
+        behind = gained[[place[number + 1] for number in chosen]]
+        margins = self._beta * (ahead - behind)
+        self.margins += cast("list[float]", margins.detach().tolist())
+        return -F.logsigmoid(margins).sum() / (len(self._reference) // 2)
+
+
 def sums_by_example(pack: Pack, losses: Tensor) -> Tensor:
     """Adds up the losses of a pack's targets for each of its examples, [examples]."""
     examples = sum(len(span.sequences) for span in pack.spans)
     targets = torch.from_numpy(pack.target_sequences).to(losses.device)
     return losses.new_zeros(examples).index_add(0, targets, losses)
+
+
+def preference_figures(objective: Objective | None) -> dict[str, float]:
+    """What is worth knowing of a step of preferences; empty for any other."""
+    if not isinstance(objective, DirectPreference):
+        return {}
+    margins = objective.margins
+    return {
+        "preference_accuracy": sum(margin > 0 for margin in margins) / len(margins),
+        "preference_margin": sum(margins) / len(margins),
+    }
 
 
 def losses_by_adapter(

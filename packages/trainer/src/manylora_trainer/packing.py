@@ -24,6 +24,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
+from manylora_trainer.preference import Pair
 from manylora_trainer.tokenization import Example
 
 MIN_SHARED_PREFIX = 8
@@ -107,6 +108,12 @@ class Batch:
     examples: Sequence[Example]
     together: int = 1
     """Runs of this many examples stay in one pack: 2 for the halves of a preference."""
+
+    @classmethod
+    def of(cls, adapter: int, items: Sequence[Example | Pair]) -> "Batch":
+        """The batch of all examples that some items, all of one kind, consist of."""
+        examples = [example for item in items for example in item.sequences]
+        return cls(adapter, examples, together=len(examples) // len(items))
 
     @property
     def tokens(self) -> int:

@@ -33,6 +33,11 @@ def publish_run(
     """
     run = _read_json(run_dir / "run.json")
     base = _base(run_dir)
+    if run.get("kind") == "full":
+        raise NotPublishableError(
+            f"{run_dir} trained the base itself, and the registry holds adapters: give the model "
+            f"directory in {run_dir / 'adapters'} to a gateway as its base"
+        )
     trained: dict[str, Any] = run["tasks"]
     chosen = list(tasks or [name for name, task in trained.items() if not task.get("stopped")])
     problems = [problem for name in chosen if (problem := _problem(run_dir, trained, name))]

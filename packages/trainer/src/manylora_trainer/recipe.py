@@ -12,7 +12,7 @@ from manylora_registry.config import ConfigModel, load_config
 from manylora_registry.errors import InvalidNameError
 from manylora_registry.reference import check_adapter_name
 from manylora_trainer.adapter_settings import EarlyStopping, Lora, Optimizer
-from manylora_trainer.data_settings import FormatSettings, Split
+from manylora_trainer.data_settings import FormatSettings, PreferenceFormat, Split
 from manylora_trainer.source_settings import SourceSettings
 
 
@@ -23,6 +23,11 @@ class Task(ConfigModel):
     """Name of the adapter in the registry."""
     source: SourceSettings
     format: FormatSettings
+    kind: Literal["sft", "dpo"] = Field(default="sft", validate_default=True)
+    """sft: learn the answers; dpo: learn to prefer one of two answers, from rows of the format
+    `preference` (https://arxiv.org/abs/2305.18290)."""
+    beta: float = Field(default=0.1, gt=0.0, allow_inf_nan=False)
+    """DPO's strength of the pull back to the reference, which is the model before training."""
     split: Split = Split()
     lora: Lora = Lora()
     optimizer: Optimizer = Optimizer()
@@ -77,6 +82,14 @@ class Task(ConfigModel):
     def examples_per_step(self) -> int:
         """What `batch_size` means where `batch_tokens` is not given."""
         return self.batch_size or 16
+
+    @field_validator("kind")
+    @classmethod
+    def _fits_the_rows(cls, value: str, info: ValidationInfo) -> str:
+        format_ = info.data.get("format")
+        if format_ is not None and (value == "dpo") != isinstance(format_, PreferenceFormat):
+            raise ValueError("kind: dpo and format.kind: preference belong together")
+        return value
 
     @field_validator("early_stopping")
     @classmethod
@@ -137,6 +150,9 @@ class Training(ConfigModel):
     """Keep only what enters each layer, and compute the rest again in the backward: about a third
     more time for a fraction of the memory, and the same result. auto: where the activations of the
     largest pack would fill a good part of the memory."""
+    quantization: Literal["none", "nf4"] = "none"
+    """nf4: the frozen base's linear layers in four bits (QLoRA); needs a GPU and the extra
+    `qlora`."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the frozen base. auto: float32 on a CPU, bfloat16 on a GPU. Adapters are float32."""
 
@@ -156,6 +172,9 @@ class Recipe(ConfigModel):
     """Everything random is drawn from this and the task's name."""
     run_directory: Path
     """Where checkpoints, metrics and adapters go, relative to the recipe."""
+    kind: Literal["lora", "full"] = "lora"
+    """lora: an adapter for each task; full: one task trains all weights of the base instead, and
+    the result is a model directory."""
     training: Training = Training()
     tasks: tuple[Task, ...] = Field(min_length=1)
 
@@ -164,6 +183,24 @@ class Recipe(ConfigModel):
         names = [task.name for task in self.tasks]
         if len(set(names)) != len(names):
             raise ValueError("two tasks have the same name")
+        return self
+
+    @model_validator(mode="after")
+    def _full_is_one_plain_task(self) -> "Recipe":
+        if self.kind == "lora":
+            return self
+        task, *others = self.tasks
+        if others:
+            raise ValueError("kind: full trains the base itself, so it takes exactly one task")
+        if task.lora != Lora():
+            raise ValueError("kind: full has no adapter: remove tasks.0.lora")
+        if task.kind != "sft":
+            raise ValueError("kind: full keeps no reference to prefer against: use kind: lora")
+        if self.training.dtype == "bfloat16" or self.training.quantization != "none":
+            raise ValueError(
+                "kind: full trains float32 weights: leave training.dtype and quantization as "
+                "they are"
+            )
         return self
 
     @property

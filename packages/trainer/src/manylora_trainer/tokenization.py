@@ -38,6 +38,11 @@ class Example:
         return int(np.argmax(self.trained))
 
     @property
+    def sequences(self) -> "tuple[Example, ...]":
+        """Itself: what goes through the model for it."""
+        return (self,)
+
+    @property
     def longest(self) -> int:
         """Its length: it is one sequence."""
         return len(self.tokens)

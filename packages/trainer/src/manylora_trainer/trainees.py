@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -17,20 +17,26 @@ from manylora_trainer.base_model import BaseModel
 from manylora_trainer.dataset import TaskData
 from manylora_trainer.dropout import step_key, token_keys
 from manylora_trainer.formats import Rendered
+from manylora_trainer.full import BaseWeights
+from manylora_trainer.initialisation import start_from_data, start_from_weights
 from manylora_trainer.lora import Adapter, Routing, attach
 from manylora_trainer.objectives import (
+    DirectPreference,
     MeanCrossEntropy,
     Objective,
     losses_by_adapter,
+    preference_figures,
     sums_by_example,
 )
 from manylora_trainer.optimizer import make_optimizer
-from manylora_trainer.packing import Batch, Pack, pack_batches
+from manylora_trainer.packing import Batch, Pack, Range, pack_batches
 from manylora_trainer.recipe import Task
 from manylora_trainer.result import TaskProgress
 from manylora_trainer.sampling import ExampleStream
 from manylora_trainer.targets import Shapes
-from manylora_trainer.tokenization import Example
+
+INITIAL_BATCHES = 4
+"""A task's first batches, from which EVA takes the directions of its inputs."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +57,8 @@ class StepReport:
     """L2 norm before clipping."""
     lr: float | None
     """None when the step was not applied, because something was not finite."""
+    preference: Mapping[str, float]
+    """Of a preference task: share of pairs it gets right, and by how much; else empty."""
 
 
 class Trainee:
@@ -59,13 +67,17 @@ class Trainee:
     def __init__(
         self,
         task: Task,
-        data: TaskData[Rendered, Example],
+        data: TaskData[Rendered, Any],
         targets: Shapes,
         *,
         seed: int,
         device: torch.device,
+        whole: BaseWeights | None = None,
     ) -> None:
-        """Sets the task up as at its start. Nothing in it depends on the other tasks."""
+        """Sets the task up as at its start. Nothing in it depends on the other tasks.
+
+        With `whole`, these weights of the base are trained and no adapter.
+        """
         digest = hashlib.sha256(f"{seed}/{task.seed_name}/weights".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8]) >> 1)
         self._seed = seed
@@ -73,10 +85,21 @@ class Trainee:
         self.data = data
         self.targets = targets
         self.progress = TaskProgress()
-        self.adapter = Adapter(targets, task.lora, generator, device)
-        self.optimizer = make_optimizer(task.optimizer, self.adapter.weights, self.adapter.up_from)
-        self._best = self.adapter.weights.clone() if task.early_stopping else None
-        self._sound = self.adapter.weights.clone()
+        self.whole = whole
+        self.adapter = Adapter(targets if whole is None else {}, task.lora, generator, device)
+        # What learns, flat: all the rest of a trainee handles either alike.
+        self._weights, self._gradients = (
+            (self.adapter.weights, self.adapter.gradients)
+            if whole is None
+            else (whole.weights, whole.gradients)
+        )
+        self.optimizer = make_optimizer(task.optimizer, self._weights, self.adapter.up_from)
+        self.reference: Adapter | None = None
+        """Frozen, for preferences: the adapter that the task went on from; None: the bare base."""
+        if task.kind == "dpo" and task.lora.init_from is not None:
+            self.reference = Adapter(targets, task.lora, generator, device)
+        self._best = self._weights.clone() if task.early_stopping else None
+        self._sound = self._weights.clone()
         self.stream = ExampleStream(task, data, seed=seed)
 
     @property
@@ -91,10 +114,16 @@ class Trainee:
 
     def state(self) -> dict[str, torch.Tensor]:
         """Weights and optimiser state; the live tensors, by name."""
-        kept = {} if self._best is None else {f"{self.name}/best": self._best}
+        kept: dict[str, torch.Tensor] = {}
+        if self._best is not None:
+            kept[f"{self.name}/best"] = self._best
+        if self.reference is not None:
+            kept[f"{self.name}/reference"] = self.reference.weights
+        if self.adapter.origin is not None:
+            kept[f"{self.name}/origin"] = self.adapter.origin
         return {
             **kept,
-            f"{self.name}/weights": self.adapter.weights,
+            f"{self.name}/weights": self._weights,
             **{f"{self.name}/{name}": kept for name, kept in self.optimizer.state.items()},
         }
 
@@ -103,7 +132,23 @@ class Trainee:
         own = self.adapter.tensors()
         for name, tensor in tensors.items():
             own[name].copy_(tensor)
-        self._sound.copy_(self.adapter.weights)
+        self._sound.copy_(self._weights)
+        if self.reference is not None:
+            self.reference.weights.copy_(self.adapter.weights)
+
+    def start(self, base: BaseModel, pack_tokens: int) -> None:
+        """Initialises fresh weights as the task says, beyond what chance made of them."""
+        match self.task.lora.init_weights:
+            case "kaiming":
+                return
+            case "pissa":
+                start_from_weights(self.adapter, base, self._seed)
+            case "eva":
+                stream = ExampleStream(self.task, self.data, seed=self._seed)
+                count = min(INITIAL_BATCHES, self.data.steps)
+                batches = [Batch.of(0, stream.next_batch()) for _ in range(count)]
+                start_from_data(self.adapter, base, batches, pack_tokens, self._seed)
+        self._sound.copy_(self._weights)
 
     def restore(self, progress: TaskProgress, tensors: Mapping[str, torch.Tensor]) -> None:
         """Takes up where a checkpoint left it."""
@@ -111,18 +156,18 @@ class Trainee:
         self.stream.move_to(progress.cursor)
         for name, tensor in self.state().items():
             tensor.copy_(tensors[name])
-        self._sound.copy_(self.adapter.weights)
+        self._sound.copy_(self._weights)
 
     def apply_gradient(self, step: int, loss: float) -> tuple[float, float | None]:
         """Applies the gradient of step `step`, if it is finite; gives its norm and the rate.
 
         What is not finite is not applied, and stops the adapter: the rate is None then.
         """
-        gradients = self.adapter.gradients
+        gradients = self._gradients
         norm = cast("float", torch.linalg.vector_norm(gradients).item())
         rate = None
         if math.isfinite(loss) and math.isfinite(norm):
-            self._sound.copy_(self.adapter.weights)
+            self._sound.copy_(self._weights)
             rate = self.optimizer.step(gradients, norm, step, self.data.steps)
         else:
             self.progress.stopped = f"step {step + 1}: loss {loss}, gradient norm {norm}"
@@ -136,17 +181,17 @@ class Trainee:
         elif (
             self.progress.validated(step, loss, self.task.early_stopping) and self._best is not None
         ):
-            self._best.copy_(self.adapter.weights)
+            self._best.copy_(self._weights)
 
     def settle(self) -> None:
         """At its end: goes back to its best weights, where these are kept."""
         if self._best is not None and self.progress.best_step is not None:
-            self.adapter.weights.copy_(self._best)
+            self._weights.copy_(self._best)
             self.progress.validation_loss = self.progress.best_validation_loss
 
     def retreat(self) -> None:
         """When it has stopped: goes back to the last weights that gave a finite loss."""
-        self.adapter.weights.copy_(self._sound)
+        self._weights.copy_(self._sound)
 
     def dropout_key(self, step: int) -> int:
         """What all of its dropout in a step follows from."""
@@ -154,7 +199,7 @@ class Trainee:
 
     def next_batch(self, index: int) -> Batch:
         """The examples of its next step, for the adapter number `index` of the run."""
-        return Batch(index, self.stream.next_batch())
+        return Batch.of(index, self.stream.next_batch())
 
 
 class Trainees:
@@ -165,7 +210,14 @@ class Trainees:
         self._trainees = trainees
         self._pack_tokens = pack_tokens
         self._routing = Routing(base.device)
-        attach(base.model, [trainee.adapter for trainee in trainees], self._routing)
+        adapters = [trainee.adapter for trainee in trainees]
+        # Frozen copies, which preferences are measured against, stand behind the adapters.
+        self._references: dict[int, int] = {}
+        for index, trainee in enumerate(trainees):
+            if trainee.reference is not None:
+                self._references[index] = len(adapters)
+                adapters.append(trainee.reference)
+        attach(base.model, adapters, self._routing)
 
     def __iter__(self) -> Iterator[Trainee]:
         return iter(self._trainees)
@@ -186,7 +238,8 @@ class Trainees:
             trainee = self._trainees[batch.adapter]
             trainee.progress.cursor = trainee.stream.cursor
         packs = pack_batches(batches, self._pack_tokens)
-        means = self._backward(step, batches, packs)
+        objectives = self._objectives(batches)
+        means = self._backward(step, packs, objectives)
         applied = [
             self._trainees[batch.adapter].apply_gradient(step, means[batch.adapter])
             for batch in batches
@@ -206,6 +259,7 @@ class Trainees:
                 tokens_per_s=total / seconds,
                 grad_norm=norm,
                 lr=rate,
+                preference=preference_figures(objectives[batch.adapter]),
             )
             if rate is not None:
                 trainee.progress.record(loss, batch.tokens, seconds * batch.tokens / total)
@@ -215,7 +269,7 @@ class Trainees:
     def validate(self, step: int, names: Sequence[str]) -> dict[str, float]:
         """Loss of these tasks after `step` steps over the validation examples, if they have any."""
         batches = [
-            Batch(index, trainee.data.validation)
+            Batch.of(index, trainee.data.validation)
             for index, trainee in enumerate(self._trainees)
             if trainee.name in names and trainee.data.validation
         ]
@@ -234,10 +288,11 @@ class Trainees:
             trainee.validated(step, loss)
         return losses
 
-    def _backward(self, step: int, batches: Sequence[Batch], packs: Sequence[Pack]) -> list[float]:
+    def _backward(
+        self, step: int, packs: Sequence[Pack], objectives: Sequence[Objective | None]
+    ) -> list[float]:
         """Adds up every adapter's gradient over a step; gives their losses by adapter number."""
         sums = torch.zeros(len(self._trainees), device=self._base.device)
-        objectives = self._objectives(batches)
         for pack in packs:
             keys = self._dropout_keys(step, pack)
             with self._base.reading(pack), self._routing.through(pack.ranges, keys):
@@ -251,12 +306,39 @@ class Trainees:
     def _objectives(self, batches: Sequence[Batch]) -> list[Objective | None]:
         """By adapter number; None for those without a batch."""
         objectives: list[Objective | None] = [None] * len(self._trainees)
+        preferences = [b for b in batches if self._trainees[b.adapter].task.kind == "dpo"]
+        before = self._before_training(preferences)
         for batch in batches:
-            settings = self._trainees[batch.adapter].task.optimizer
-            objectives[batch.adapter] = MeanCrossEntropy(
-                batch, settings.normalizer, self._base.device
+            task = self._trainees[batch.adapter].task
+            objectives[batch.adapter] = (
+                MeanCrossEntropy(batch, task.optimizer.normalizer, self._base.device)
+                if task.kind == "sft"
+                else DirectPreference(task.beta, before[batch.adapter])
             )
         return objectives
+
+    @torch.no_grad()
+    def _before_training(self, batches: Sequence[Batch]) -> dict[int, torch.Tensor]:
+        """Summed cross-entropy of all examples as it was before training, by adapter number.
+
+        That is the base with adapters off, or the adapter that a task went on from.
+        """
+        device = self._base.device
+        found = {b.adapter: torch.zeros(len(b.examples), device=device) for b in batches}
+        for pack in pack_batches(batches, self._pack_tokens):
+            ranges = [
+                Range(self._references[r.adapter], r.start, r.end)
+                for r in pack.ranges
+                if r.adapter in self._references
+            ]
+            with self._base.reading(pack), self._routing.through(ranges):
+                summed = sums_by_example(pack, self._base.cross_entropy(pack))
+            at = 0
+            for span in pack.spans:
+                part = summed[at : at + len(span.sequences)]
+                found[span.adapter][list(span.sequences)] = part
+                at += len(span.sequences)
+        return found
 
     def _dropout_keys(self, step: int, pack: Pack) -> torch.Tensor | None:
         """What the dropout of each of a pack's tokens follows from; None where no task drops."""

@@ -1,0 +1,56 @@
+"""Pairs of a chosen and a rejected answer, from rows to what goes through the model."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from manylora_trainer.data_settings import FormatSettings
+from manylora_trainer.formats import Rendered, render
+from manylora_trainer.sources import Row
+from manylora_trainer.tokenization import ChatTokenizer, Example
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One tokenised preference: two examples with the same prompt."""
+
+    chosen: Example
+    rejected: Example
+
+    def __len__(self) -> int:
+        """Tokens of both."""
+        return len(self.chosen) + len(self.rejected)
+
+    @property
+    def sequences(self) -> tuple[Example, ...]:
+        """What goes through the model for it."""
+        return (self.chosen, self.rejected)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longer one."""
+        return max(len(self.chosen), len(self.rejected))
+
+    def truncated(self, length: int) -> "Pair | None":
+        """Both cut to `length` tokens; None if one of them has no answer left."""
+        chosen, rejected = self.chosen.truncated(length), self.rejected.truncated(length)
+        return None if chosen is None or rejected is None else Pair(chosen, rejected)
+
+
+@dataclass(frozen=True)
+class PairPreparation:
+    """Makes pairs of a task's rows."""
+
+    format: FormatSettings
+    tokenizer: ChatTokenizer
+
+    def render(self, row: Row) -> Rendered:
+        """The row as its format says."""
+        return render(self.format, row)
+
+    def encode(self, rendered: Sequence[Rendered]) -> list[Pair]:
+        """Both answers of each preference as tokens."""
+        chosen = self.tokenizer.encode(rendered)
+        rejected = self.tokenizer.encode(
+            [replace(entry, completion=entry.rejected or "") for entry in rendered]
+        )
+        return [Pair(*halves) for halves in zip(chosen, rejected, strict=True)]
