@@ -127,13 +127,17 @@ class GatewayConfig(ConfigModel):
     cache: Path | None = None
     """Directory for verified copies of adapter versions; unset: a temporary one of this run."""
     listen: ListenConfig = ListenConfig()
+    """Where clients reach it."""
     tls: TlsConfig | None = None
     """Unset: plain text on every port."""
     tenants: Path | None = None
     """YAML file of who may call; see docs/serving-api.md. Unset: everybody, with every right."""
     engine: EngineConfig = EngineConfig()
+    """The engine replicas."""
     limits: LimitsConfig = LimitsConfig()
+    """What clients may ask for."""
     follow: FollowConfig = FollowConfig()
+    """How it keeps up with the registry."""
     drain_s: float = Field(default=30.0, ge=0)
     """Seconds that running requests may take to end after SIGTERM."""
     ray_address: str | None = None
