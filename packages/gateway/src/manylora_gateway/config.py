@@ -179,16 +179,23 @@ class GatewayConfig(ConfigModel):
     cache: Path | None = None
     """Directory for verified copies of adapter versions; unset: a temporary one of this run."""
     listen: ListenConfig = ListenConfig()
+    """Where clients reach it."""
     tls: TlsConfig | None = None
     """Unset: plain text on every port."""
     tenants: Path | None = None
     """YAML file of who may call; see docs/serving-api.md. Unset: everybody, with every right."""
     engine: EngineConfig = EngineConfig()
+    """The engine replicas."""
     limits: LimitsConfig = LimitsConfig()
+    """What clients may ask for."""
     follow: FollowConfig = FollowConfig()
+    """How it keeps up with the registry."""
     tracing: TracingConfig = TracingConfig()
+    """Where traces go."""
     log: LogConfig = LogConfig()
+    """What is logged, and how."""
     metrics: MetricsConfig = MetricsConfig()
+    """What is counted for Prometheus."""
     state: Path | None = None
     """Directory for what must survive a restart: rollouts. Unset: they end with the gateway."""
     drain_s: float = Field(default=30.0, ge=0)
