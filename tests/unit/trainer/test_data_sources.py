@@ -294,7 +294,7 @@ def test_a_missing_split_is_told(tmp_path):
     [
         ({"key": "nr"}, "nr"),
         ({"table": "absent"}, "no such table: absent"),
-        ({"url": "sqlite:////nowhere/rows.db"}, "unable to open database file"),
+        ({"url": "sqlite:////nowhere/rows.db"}, "/nowhere/rows.db does not exist"),
         (
             {"url": "sqlite:///${MANYLORA_NOT_SET}"},
             "MANYLORA_NOT_SET, of a database URL, is not set",

@@ -1,6 +1,7 @@
 """The stream of one task: who trains, in what order, how much of it, and exact to resume."""
 
 import json
+import sqlite3
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
@@ -413,6 +414,23 @@ def test_a_source_that_fails_midway_keeps_what_was_trained(make_task, write_reci
         assert (tmp_path / "run" / weights).read_bytes() == (
             tmp_path / "whole" / weights
         ).read_bytes()
+
+
+def test_what_the_environment_holds_stays_out_of_the_run_directory(
+    make_task, write_recipe, tmp_path, monkeypatch
+):
+    with sqlite3.connect(tmp_path / "hunter2.db") as connection:
+        connection.execute("create table words (id integer primary key, wrong text, right text)")
+        connection.executemany(
+            "insert into words values (?, ?, ?)", [(i, f"w{i}", f"r{i}") for i in range(40)]
+        )
+    monkeypatch.setenv("WORDS", str(tmp_path / "hunter2.db"))
+    source = {"kind": "sql", "url": "sqlite:///${WORDS}", "table": "words", "key": "id"}
+    recipe = write_recipe({**make_task("a"), "source": source})
+    manylora_trainer.train(recipe, tmp_path / "run")
+    files = [file for file in (tmp_path / "run").rglob("*") if file.is_file()]
+    assert len(files) > 8
+    assert not [file for file in files if b"hunter2" in file.read_bytes()]
 
 
 def test_epochs_and_overlong_examples_are_in_the_result(make_task, write_recipe, tmp_path):

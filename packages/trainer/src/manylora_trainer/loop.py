@@ -61,7 +61,7 @@ def train_run(
     tokenizer = ChatTokenizer(recipe.base)
     data: dict[str, TaskData[Rendered, Example]] = {}
     for task in recipe.tasks:
-        data[task.name] = load_task(task, tokenizer, recipe.seed)
+        data[task.name] = load_task(task, tokenizer, recipe.seed, say=watch.say)
         watch.say(_describe(task, data[task.name]))
     run = begin_run(directory, recipe, identity, data, torch.get_num_threads())
     checkpoint = load_checkpoint(directory.checkpoints)
