@@ -384,7 +384,7 @@ def losses(run: Path):
 
 def test_a_source_that_fails_midway_keeps_what_was_trained(make_task, write_recipe, tmp_path):
     """Once the source works again the run goes on to the same adapter."""
-    good = make_task("good")
+    done, going = make_task("done", steps=2), make_task("going", steps=12)
     (tmp_path / "rows.py").write_text(
         "import pathlib\n"
         "def rows():\n"
@@ -399,17 +399,17 @@ def test_a_source_that_fails_midway_keeps_what_was_trained(make_task, write_reci
         "split": {**ALL, "scan_rows": 30},
         "shuffle_buffer": 5,
     }
-    # A batch of the good task is drawn before the other one fails.
-    recipe = write_recipe(good, failing, checkpoint_every=100)
+    # A batch of the task that is going is drawn before the other one fails.
+    recipe = write_recipe(done, going, failing, checkpoint_every=100)
     manylora_trainer.train(recipe, tmp_path / "whole")
     (tmp_path / "down").touch()
     with pytest.raises(SourceError, match="failed after 40 rows: ConnectionError: the database"):
         manylora_trainer.train(recipe, tmp_path / "run")
-    assert (tmp_path / "run" / "adapters" / "good" / "adapter_model.safetensors").exists()
+    assert (tmp_path / "run" / "adapters" / "done" / "adapter_model.safetensors").exists()
     (tmp_path / "down").unlink()
     manylora_trainer.train(recipe, tmp_path / "run", resume=True)
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")
-    for name in ("good", "failing"):
+    for name in ("done", "going", "failing"):
         weights = Path("adapters") / name / "adapter_model.safetensors"
         assert (tmp_path / "run" / weights).read_bytes() == (
             tmp_path / "whole" / weights
