@@ -39,8 +39,8 @@ from manylora_trainer.tokenization import ChatTokenizer
 from manylora_trainer.trainees import StepReport, Trainee, Trainees
 
 Judge = Callable[[int, Mapping[str, float]], Mapping[str, str]]
-"""From a step and the validation losses just measured to the adapters that end there unfinished,
-each with the reason."""
+"""From a step and the validation losses after it, of adapters with steps ahead of them, to those
+that leave the run there, each with the reason."""
 
 
 def nobody(_step: int, _losses: Mapping[str, float]) -> Mapping[str, str]:
@@ -125,7 +125,9 @@ def train_run(
             for name, loss in validated.items():
                 metrics.write({"step": done, "task": name, "validation_loss": loss})
                 watch.validated(name, loss)
-            for name, why in judge(done, validated).items():
+            going_on = {t.name for t in running} - {t.name for t in finished}
+            compared = {name: loss for name, loss in validated.items() if name in going_on}
+            for name, why in judge(done, compared).items():
                 progress[name].stopped = why
                 metrics.write({"step": done, "task": name, "stopped": why})
                 watch.say(f"{name} stops at {why}")
