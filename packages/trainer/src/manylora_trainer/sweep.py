@@ -132,7 +132,7 @@ def run_sweep(
             finished = trial.loss if trial.state == "finished" else None
             search.tell(trial.number, Outcome(finished, trial.rungs))
         trials += pack
-        _save(sweep, recipe, trials)
+        _save(sweep, recipe, [*trials, *(trial for trial in done if trial.run > number)])
         write_sweep_report(read_sweep(sweep.sweep_directory), sweep)
     result = read_sweep(sweep.sweep_directory)
     if result.best is None:
