@@ -7,7 +7,6 @@ import subprocess
 import sys
 
 import pyarrow
-import pyarrow
 import pyarrow.parquet
 import pytest
 import yaml

@@ -74,7 +74,7 @@ def by_hand(recipe, base, start):
 
     losses = []
     stream = ExampleStream(settings, data, seed=7)
-    for _ in range(settings.steps):
+    for _ in range(data.steps):
         step = torch.stack([loss(pair) for pair in stream.next_batch()]).mean()
         model.zero_grad()
         step.backward()

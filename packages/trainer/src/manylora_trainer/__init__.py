@@ -40,9 +40,9 @@ def train(
         allow_changes: Dotted paths such as `tasks.0.steps` in which the recipe may differ from
             the one that the run was started with.
         how_to_resume: What the message of an interruption tells the user to do.
-        judge: Called with a step and the validation losses measured after it; names the adapters
-            that leave the run there, each with the reason. It must decide by these alone, so
-            that a resumed run decides the same.
+        judge: Called with a step and the validation losses measured after it, of adapters with
+            steps ahead of them; names those that leave the run there, each with the reason. It
+            must decide by these alone, so that a resumed run decides the same.
 
     Raises:
         ConfigError: the recipe has mistakes.

@@ -188,7 +188,12 @@ class _Axis:
         self._log = log
         self._start, self._end = start, end
         self._low, self._high = self._scaled(low), self._scaled(high)
-        locator = LogLocator(subs=(1.0, 2.0, 5.0)) if log else MaxNLocator(6)
+        whole = all(value == int(value) for value in values)
+        locator = (
+            LogLocator(subs=(1.0, 2.0, 5.0))
+            if log
+            else MaxNLocator(6, steps=[1, 2, 5, 10], integer=whole)
+        )
         # Rounding of the locator may step a hair over the ends.
         slack = 1e-9 * (self._high - self._low)
         self.ticks = tuple(

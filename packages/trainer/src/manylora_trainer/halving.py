@@ -18,41 +18,30 @@ class Rungs:
         for step, loss in losses.items():
             self._losses.setdefault(step, {})[trial] = loss
 
-    def at(self, trial_losses: Mapping[int, float], steps: int) -> dict[int, float]:
-        """Of the losses of a trial, by step, those at a rung."""
-        rungs = [] if self._halving is None else self._halving.rungs(steps)
-        return {step: trial_losses[step] for step in rungs if step in trial_losses}
+    def at(self, losses: Mapping[int, float], end: int | None) -> dict[int, float]:
+        """Of a trial's losses by step those at a rung; at its `end` it is compared no more."""
+        return {step: loss for step, loss in losses.items() if self._is_rung(step) and step != end}
 
-    def losers(
-        self, step: int, losses: Mapping[str, float], steps: Mapping[str, int]
-    ) -> dict[str, str]:
+    def losers(self, step: int, losses: Mapping[str, float]) -> dict[str, str]:
         """Those of the trials under way that leave at `step`, each with the reason.
 
-        `losses` are the validation losses just measured, `steps` where each trial would end.
-        A trial goes on when it is among the best 1 / factor of all that came as far, in this run
-        and before. Nothing but those losses decides, so a resumed run decides the same.
+        `losses` are the validation losses of those with steps ahead of them. A trial goes on when
+        it is among the best 1 / factor of all that came as far, in this run and before. Nothing
+        but those losses decides, so a resumed run decides the same.
         """
-        if self._halving is None:
+        if self._halving is None or not losses or not self._is_rung(step):
             return {}
-        here = {
-            trial: loss
-            for trial, loss in losses.items()
-            if step in self._halving.rungs(steps[trial])
-        }
-        if not here:
-            return {}
-        for trial, loss in here.items():
-            self.add(trial, {step: loss})
+        for trial, loss in losses.items():
+            self.add(trial, {step: loss if math.isfinite(loss) else math.inf})
         reached = self._losses[step]
-        ranked = sorted(reached, key=lambda trial: (_rank(reached[trial]), trial))
+        ranked = sorted(reached, key=lambda trial: (reached[trial], trial))
         kept = max(1, len(ranked) // self._halving.factor)
         return {
-            trial: f"step {step}: validation loss {here[trial]:.4g} is place "
+            trial: f"step {step}: validation loss {loss:.4g} is place "
             f"{ranked.index(trial) + 1} of {len(ranked)}, and {kept} go on"
-            for trial in here
+            for trial, loss in losses.items()
             if ranked.index(trial) >= kept
         }
 
-
-def _rank(loss: float) -> float:
-    return loss if math.isfinite(loss) else math.inf
+    def _is_rung(self, step: int) -> bool:
+        return self._halving is not None and self._halving.is_rung(step)

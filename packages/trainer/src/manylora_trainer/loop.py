@@ -51,8 +51,8 @@ from manylora_trainer.tokenization import ChatTokenizer
 from manylora_trainer.trainees import StepReport, Trainee, Trainees
 
 Judge = Callable[[int, Mapping[str, float]], Mapping[str, str]]
-"""From a step and the validation losses just measured to the adapters that end there unfinished,
-each with the reason."""
+"""From a step and the validation losses after it, of adapters with steps ahead of them, to those
+that leave the run there, each with the reason."""
 
 
 def nobody(_step: int, _losses: Mapping[str, float]) -> Mapping[str, str]:
@@ -210,7 +210,9 @@ def train_run(
                 if progress[name].stopped is None:
                     metrics.write({"step": done, "task": name, "validation_loss": loss})
                     watch.validated(name, loss)
-            for name, why in judge(done, validated).items():
+            ahead = {t.name for t in running if t.data.steps > done and not t.progress.ended_early}
+            compared = {name: loss for name, loss in validated.items() if name in ahead}
+            for name, why in judge(done, compared).items():
                 progress[name].stopped = progress[name].stopped or why
             for name in measured:
                 cursor = progress[name].cursor

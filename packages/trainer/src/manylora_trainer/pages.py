@@ -17,10 +17,16 @@ def write_page(path: Path, template: str, **context: Any) -> None:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    text = environment.get_template(f"{template}.html.jinja").render(number=_number, **context)
+    text = environment.get_template(f"{template}.html.jinja").render(
+        number=_number, shown=_shown, **context
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     write_file(path, text.encode())
 
 
 def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.4g}"
+
+
+def _shown(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -79,11 +80,11 @@ class SavedRun:
         return self.record.get("tasks", {})
 
     def curve(self, task: str, key: str) -> list[tuple[float, float]]:
-        """(step, value) of what metrics.jsonl tells about a task under `key`."""
+        """(step, value) of what metrics.jsonl tells about a task under `key`, where finite."""
         return [
             (entry["step"], entry[key])
             for entry in self.entries
-            if entry["task"] == task and entry.get(key) is not None
+            if entry["task"] == task and _is_finite(entry.get(key))
         ]
 
     def _task(self, name: str) -> SavedTask:
@@ -91,7 +92,7 @@ class SavedRun:
         losses = self.curve(name, "loss")
         metrics: dict[str, float] = {}
         if self.state in ("finished", "failed"):
-            metrics = dict(recorded["metrics"])
+            metrics = {k: v for k, v in recorded["metrics"].items() if _is_finite(v)}
         else:
             # run.json tells of the last checkpoint; the metrics go on from there.
             if recent := [loss for _, loss in losses[-RECENT_STEPS:]]:
@@ -186,6 +187,10 @@ def find_runs(directory: Path) -> list[SavedRun | BrokenRun]:
         except UnreadableRunError as error:
             found.append(BrokenRun(Path(root), str(error).removeprefix(f"{root}: ")))
     return found
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def _state(path: Path, record: Mapping[str, Any]) -> State:

@@ -41,6 +41,9 @@ def _paths(value: Any) -> Iterator[Path]:
             yield from _paths(entry)
     elif isinstance(value, Path):
         yield value
+    elif isinstance(value, str) and value.startswith("/"):
+        # Where a place may also be a URI it is text, and absolute since the recipe was read.
+        yield Path(value)
 
 
 def _existing(named: Path) -> list[Path]:

@@ -118,24 +118,21 @@ def run_sweep(
             say(f"trials {pack[0].number} to {pack[-1].number} of {sweep.count}, in one run")
             directory = run_directory(sweep.sweep_directory, number)
             packed = _packed(sweep, recipe, pack)
-            steps = {task.name: task.steps for task in packed.tasks if task.steps is not None}
-            if len(steps) < len(packed.tasks):
-                raise SweepError("trials are compared at equal steps: give steps, not epochs")
             train(
                 packed,
                 directory,
                 resume=directory.exists(),
                 how_to_resume=how_to_resume,
-                judge=lambda step, losses, steps=steps: rungs.losers(step, losses, steps),
+                judge=rungs.losers,
             )
             run = read_run(directory)
-            pack = [_judged(trial, run, rungs, steps.get(trial.name, 0)) for trial in pack]
+            pack = [_judged(trial, run, rungs) for trial in pack]
         for trial in pack:
             rungs.add(trial.name, trial.rungs)
             finished = trial.loss if trial.state == "finished" else None
             search.tell(trial.number, Outcome(finished, trial.rungs))
         trials += pack
-        _save(sweep, recipe, trials)
+        _save(sweep, recipe, [*trials, *(trial for trial in done if trial.run > number)])
         write_sweep_report(read_sweep(sweep.sweep_directory), sweep)
     result = read_sweep(sweep.sweep_directory)
     if result.best is None:
@@ -193,7 +190,7 @@ def _packed(sweep: Sweep, recipe: Recipe, pack: list[Trial]) -> Recipe:
     return recipe.model_copy(update={"tasks": tuple(tasks)})
 
 
-def _judged(trial: Trial, run: SavedRun, rungs: Rungs, steps: int) -> Trial:
+def _judged(trial: Trial, run: SavedRun, rungs: Rungs) -> Trial:
     """The trial with what its run says came of it."""
     if trial.state != "running":
         return trial
@@ -207,7 +204,7 @@ def _judged(trial: Trial, run: SavedRun, rungs: Rungs, steps: int) -> Trial:
         "finished" if saved.stopped is None else "stopped",
         saved.metrics.get("validation_loss", last) if saved.stopped is None else last,
         saved.step,
-        rungs.at(losses, steps),
+        rungs.at(losses, saved.steps),
         saved.stopped,
     )
 

@@ -6,22 +6,23 @@ alone can vary between them; what all share is refused by name.
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
 from math import prod
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from manylora_registry.config import ConfigModel, load_config
 from manylora_registry.errors import ConfigError, Problem
 from manylora_trainer.recipe import Recipe, anchored, load_recipe
 
-DECIDES_THE_MEASURE = frozenset(
-    {"name", "seed_as", "source", "format", "split", "max_length", "overlong"}
+DECIDES_THE_MEASURE = (
+    *("name", "seed_as", "source", "format", "split", "max_length", "overlong"),
+    *("on_bad_row", "max_bad_rows", "kind", "beta", "optimizer.normalizer"),
 )
-"""Settings of a task that decide which rows the validation loss is measured on."""
+"""Settings of a task that decide what the validation loss is and on which rows it is measured."""
 Settings = Mapping[str, Any]
 """Values by dotted path, e.g. `{"tasks.0.lora.rank": 8}`."""
 
@@ -62,14 +63,12 @@ class Halving(ConfigModel):
     factor: int = Field(default=2, ge=2)
     """One of so many trials goes on."""
 
-    def rungs(self, steps: int) -> list[int]:
-        """The steps at which trials of `steps` steps are compared, in order."""
-        rungs: list[int] = []
-        step = self.first_rung
-        while step < steps:
-            rungs.append(step)
-            step *= self.factor
-        return rungs
+    def is_rung(self, step: int) -> bool:
+        """Whether trials are compared after `step` steps."""
+        rung = self.first_rung
+        while rung < step:
+            rung *= self.factor
+        return rung == step
 
 
 class Sweep(ConfigModel):
@@ -111,16 +110,16 @@ class Sweep(ConfigModel):
     def _belongs_to_one_task(cls, space: Mapping[str, Any]) -> Mapping[str, Any]:
         problems: list[str] = []
         for path in space:
-            match = re.fullmatch(r"tasks\.\d+\.(\w+)(\.\w+)*", path)
+            match = re.fullmatch(r"tasks\.\d+\.(\w+(\.\w+)*)", path)
             if match is None:
                 problems.append(
                     f"{path} cannot vary: all adapters of a run share it; only settings of a "
                     "task can, such as tasks.0.lora.rank"
                 )
-            elif match[1] in DECIDES_THE_MEASURE:
+            elif any(f"{match[1]}.".startswith(f"{name}.") for name in DECIDES_THE_MEASURE):
                 problems.append(
-                    f"{path} cannot vary: it decides the rows that losses are measured on, and "
-                    "they would not compare"
+                    f"{path} cannot vary: it decides what the validation loss is measured on, "
+                    "and losses would not compare"
                 )
         tasks = {path.split(".")[1] for path in space if path.startswith("tasks.")}
         if len(tasks) > 1:
@@ -195,7 +194,7 @@ def load_sweep(path: Path, overrides: Sequence[str] = ()) -> Sweep:
 def _problems(sweep: Sweep, recipe: Recipe) -> list[Problem]:
     if sweep.task >= len(recipe.tasks):
         return [Problem("space", f"the recipe has no tasks.{sweep.task}")]
-    problems: list[Problem] = []
+    problems = list(_cannot_be_packed(recipe, sweep.task))
     for path, values in sweep.space.items():
         ends = (values.low, values.high) if isinstance(values, Range) else values
         for value in ends:
@@ -218,3 +217,14 @@ def _problems(sweep: Sweep, recipe: Recipe) -> list[Problem]:
             Problem("recipe", "the task keeps no validation rows, and trials are judged by them")
         )
     return problems
+
+
+def _cannot_be_packed(recipe: Recipe, task: int) -> Iterator[Problem]:
+    """What the recipe says against a second task like the one that is searched."""
+    settings = recipe.model_dump()
+    trials = [{**settings["tasks"][task], "name": f"trial-{number}"} for number in range(2)]
+    try:
+        Recipe.model_validate({**settings, "tasks": trials})
+    except ValidationError as error:
+        for entry in error.errors():
+            yield Problem("recipe", f"its trials cannot share a run: {entry['msg']}")
