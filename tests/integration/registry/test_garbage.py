@@ -2,13 +2,14 @@
 
 import hashlib
 from datetime import timedelta
+from typing import cast
 
 import pytest
 import sqlalchemy as sa
 from sqlalchemy.engine import make_url
 
 from manylora_registry import Registry, schema
-from manylora_registry.blobs import open_blob_store
+from manylora_registry.blobs import BlobStore, open_blob_store
 from manylora_registry.database import Database
 from manylora_registry.errors import (
     DeletedError,
@@ -149,7 +150,7 @@ def test_a_dry_run_changes_nothing(registry, publish, blobs):
     assert not registry.find("spelling@1").collected
 
 
-class CollectedMeanwhile:
+class _CollectedMeanwhile:
     """A store of blobs whose registry is collected by somebody else after each blob."""
 
     def __init__(self, store, collect):
@@ -164,12 +165,16 @@ class CollectedMeanwhile:
         self._collect()
 
 
+def collected_meanwhile(store, collect) -> BlobStore:
+    return cast("BlobStore", _CollectedMeanwhile(store, collect))
+
+
 def test_an_upload_under_way_is_not_collected(registry, place, blobs, base, make_adapter, tmp_path):
     def collect():
         registry.collect_garbage(grace=NOW)
 
     database = Database(make_url(place.database))
-    with Registry(CollectedMeanwhile(blobs, collect), database) as publisher:
+    with Registry(collected_meanwhile(blobs, collect), database) as publisher:
         adapter = make_adapter(1)
         for _ in range(2):
             version = publisher.publish("spelling", adapter, base=base)
@@ -191,7 +196,7 @@ def test_an_upload_whose_lease_was_collected_publishes_nothing(
     database = Database(make_url(place.database))
     adapter = make_adapter(1)
     with (
-        Registry(CollectedMeanwhile(blobs, a_day_later), database) as publisher,
+        Registry(collected_meanwhile(blobs, a_day_later), database) as publisher,
         pytest.raises(LeaseExpiredError),
     ):
         publisher.publish("spelling", adapter, base=base)
