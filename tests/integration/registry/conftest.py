@@ -7,7 +7,10 @@ import dataclasses
 import itertools
 import json
 import os
+import shutil
 import signal
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -33,6 +36,7 @@ BASE = BaseModelIdentity(
 )
 AdapterMaker = Callable[[int], Path]
 DATABASES = ("sqlite", "postgres")
+HERE = Path(__file__).parent
 BLOBS = ("local", "s3")
 
 
@@ -63,7 +67,10 @@ def postgres() -> Iterator[sa.Engine]:
     yield engine
     engine.dispose()
     # At once: nobody wants its data in order.
-    os.kill(server.get_postmaster_info().pid, signal.SIGQUIT)
+    process = server.get_postmaster_info().process
+    assert process is not None
+    process.send_signal(signal.SIGQUIT)
+    process.wait(60)
     server.cleanup()
 
 
@@ -117,6 +124,14 @@ def place(request, database, tmp_path) -> Place:
 
 
 @pytest.fixture
+def tmp_path() -> Iterator[Path]:
+    """In memory where there is such a place: the tests cut no power, and sync all the time."""
+    memory = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as directory:
+        yield Path(directory)
+
+
+@pytest.fixture
 def base() -> BaseModelIdentity:
     return BASE
 
@@ -126,18 +141,7 @@ def make_adapter(tmp_path: Path) -> AdapterMaker:
     """Writes an adapter directory of rank 2 for the tiny base; `seed` decides its weights."""
 
     def make(seed: int) -> Path:
-        directory = tmp_path / f"adapter-{seed}"
-        directory.mkdir()
-        config = {
-            "peft_type": "LORA",
-            "base_model_name_or_path": BASE.fingerprint,
-            "r": 2,
-            "lora_alpha": 4,
-            "target_modules": ["q_proj", "up_proj"],
-        }
-        (directory / "adapter_config.json").write_text(json.dumps(config))
-        save_file(plain_tensors(seed), directory / "adapter_model.safetensors")
-        return directory
+        return write_adapter(tmp_path / f"adapter-{seed}", seed)
 
     return make
 
@@ -148,6 +152,20 @@ def base_file(tmp_path: Path) -> Path:
     file = tmp_path / "base.json"
     file.write_text(json.dumps(dataclasses.asdict(BASE)))
     return file
+
+
+def write_adapter(directory: Path, seed: int) -> Path:
+    directory.mkdir()
+    config = {
+        "peft_type": "LORA",
+        "base_model_name_or_path": BASE.fingerprint,
+        "r": 2,
+        "lora_alpha": 4,
+        "target_modules": ["q_proj", "up_proj"],
+    }
+    (directory / "adapter_config.json").write_text(json.dumps(config))
+    save_file(plain_tensors(seed), directory / "adapter_model.safetensors")
+    return directory
 
 
 def plain_tensors(seed: int) -> dict[str, np.ndarray]:
@@ -178,3 +196,54 @@ def publish(registry, make_adapter):
         return registry.publish(name, made[seed], base=BASE, **description)
 
     return published
+
+
+@pytest.fixture(scope="session")
+def shim(tmp_path_factory):
+    """crash.c, compiled."""
+    compiler = shutil.which("cc") or shutil.which("gcc")
+    if compiler is None:
+        pytest.skip("no C compiler for the crash shim")
+    library = tmp_path_factory.mktemp("shim") / "crash.so"
+    subprocess.run(
+        [compiler, "-O1", "-Wall", "-shared", "-fPIC", "-o", library, HERE / "crash.c", "-ldl"],
+        check=True,
+    )
+    return library
+
+
+@pytest.fixture
+def crash(shim, tmp_path, base_file):
+    """Kills an action at each of its calls; the directories left behind, each call in order."""
+
+    def at_every_call(action, adapter, writes):
+        done = subprocess.run(
+            [sys.executable, HERE / "crash_every_call.py", tmp_path, action, adapter, writes],
+            env={**os.environ, "LD_PRELOAD": str(shim)},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        count = int(done.stdout)
+        return [tmp_path / str(number) for number in range(count)]
+
+    return at_every_call
+
+
+@pytest.fixture
+def prepared(tmp_path, base, make_adapter):
+    """A registry with one version, to be copied for each crash; the directory of that version."""
+    adapter = make_adapter(1)
+    with Registry.open(tmp_path / "prepared" / "registry") as registry:
+        registry.publish("spelling", adapter, base=base)
+    return adapter
+
+
+@pytest.fixture
+def garbage(tmp_path, prepared, make_adapter):
+    """The prepared registry with something to collect: a deleted version beside one in use."""
+    with Registry.open(tmp_path / "prepared" / "registry") as registry:
+        registry.publish("spelling", make_adapter(2), base=BASE)
+        registry.set_alias("spelling", "production", 2)
+        registry.delete("spelling@1")
+    return prepared

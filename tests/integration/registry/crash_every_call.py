@@ -2,7 +2,8 @@
 
 Run with crash.c preloaded: `crash_every_call.py DIRECTORY ACTION ADAPTER torn|whole|unkilled`.
 Copies DIRECTORY/prepared, where there is one, to DIRECTORY/0, 1, …; prints how many died. The last
-one, DIRECTORY/survivor, was not killed. The calls each made are in N.calls beside it.
+one, DIRECTORY/survivor, was not killed. The calls each made are in N.calls beside it, and what
+they did to the disk in N.calls.trace.
 """
 
 import ctypes
@@ -11,6 +12,7 @@ import os
 import shutil
 import signal
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import alembic.command  # noqa: F401  (imported once here and not again by every child)
@@ -28,7 +30,8 @@ def act(place: Path, arm) -> None:
     base = BaseModelIdentity(
         record["fingerprint"], {name: tuple(shape) for name, shape in record["tensors"].items()}
     )
-    if ACTION == "first publish":
+    if ACTION == "first publish" or sys.argv[4] == "unkilled":
+        # A trace begins with the disk as it was prepared.
         arm()
     with registry.Registry.open(place / "registry") as opened:
         arm()
@@ -38,6 +41,8 @@ def act(place: Path, arm) -> None:
             opened.set_alias("spelling", "production", 2, expect=1)
         elif ACTION == "materialize":
             opened.materialize(opened.find("spelling@1"), place / "cache")
+        elif ACTION == "gc":
+            opened.collect_garbage(grace=timedelta(0))
 
 
 def run(place: Path, calls: int) -> bool:
@@ -71,5 +76,6 @@ count = 1_000_000 if sys.argv[4] == "unkilled" else 0
 while not run(DIRECTORY / str(count), count):
     count += 1
 (DIRECTORY / str(count)).rename(DIRECTORY / "survivor")
-(DIRECTORY / f"{count}.calls").rename(DIRECTORY / "survivor.calls")
+for ending in ("calls", "calls.trace"):
+    (DIRECTORY / f"{count}.{ending}").rename(DIRECTORY / f"survivor.{ending}")
 print(count)

@@ -1,57 +1,11 @@
 """Promise 5: a version is whole or absent, whenever the process is killed."""
 
-import os
-import shutil
-import subprocess
-import sys
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 
 from manylora_registry import Registry
-
-HERE = Path(__file__).parent
-
-
-@pytest.fixture(scope="module")
-def shim(tmp_path_factory):
-    """crash.c, compiled."""
-    compiler = shutil.which("cc") or shutil.which("gcc")
-    if compiler is None:
-        pytest.skip("no C compiler for the crash shim")
-    library = tmp_path_factory.mktemp("shim") / "crash.so"
-    subprocess.run(
-        [compiler, "-O1", "-Wall", "-shared", "-fPIC", "-o", library, HERE / "crash.c", "-ldl"],
-        check=True,
-    )
-    return library
-
-
-@pytest.fixture
-def crash(shim, tmp_path, base_file):
-    """Kills an action at each of its calls; the directories left behind, each call in order."""
-
-    def at_every_call(action, adapter, writes):
-        done = subprocess.run(
-            [sys.executable, HERE / "crash_every_call.py", tmp_path, action, adapter, writes],
-            env={**os.environ, "LD_PRELOAD": str(shim)},
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stderr
-        count = int(done.stdout)
-        return [tmp_path / str(number) for number in range(count)]
-
-    return at_every_call
-
-
-@pytest.fixture
-def prepared(tmp_path, base, make_adapter):
-    """A registry with one version, to be copied for each crash; the directory of that version."""
-    adapter = make_adapter(1)
-    with Registry.open(tmp_path / "prepared" / "registry") as registry:
-        registry.publish("spelling", adapter, base=base)
-    return adapter
 
 
 def content(directory):
@@ -150,7 +104,6 @@ def test_bytes_are_on_disk_before_the_name_and_names_before_the_commit(
     # The survivor was renamed after its run; its log has the name it ran under.
     place = calls[0].split()[1].split("/registry/")[0]
     blobs = f"{place}/registry/blobs/sha256"
-    commit = next(n for n, call in enumerate(calls) if call.startswith("write") and "-wal" in call)
     renamed = [
         (n, *call.removeprefix("rename ").split(" -> "))
         for n, call in enumerate(calls)
@@ -158,11 +111,35 @@ def test_bytes_are_on_disk_before_the_name_and_names_before_the_commit(
     ]
 
     assert len(renamed) == 3
+    stored = renamed[-1][0]
+    # The lease is taken before the first blob is stored, the version is added after the last.
+    wal = [n for n, call in enumerate(calls) if call.startswith("write") and "-wal" in call]
+    assert wal[0] < renamed[0][0]
+    commit = next(n for n in wal if n > stored)
     for n, source, target in renamed:
         assert f"fsync {source}" in calls[:n]
         last_write = max(i for i, call in enumerate(calls) if call == f"write {source}")
         assert last_write < calls.index(f"fsync {source}")
-        for directory in (str(Path(target).parent), blobs, f"{place}/registry/blobs"):
+        above = (blobs, f"{place}/registry/blobs", f"{place}/registry")
+        for directory in (str(Path(target).parent), *above):
             assert f"fsync {directory}" in calls[n:commit]
     after_commit = [call for call in calls[commit:] if "-wal" in call]
     assert f"fsync {place}/registry/registry.sqlite-wal" in after_commit
+
+
+@pytest.mark.parametrize("writes", ["whole", "torn"])
+def test_a_collection_killed_anywhere_loses_nothing_that_is_needed(crash, garbage, writes):
+    places = crash("gc", garbage, writes)
+
+    left = []
+    for place in places:
+        with Registry.open(place / "registry") as registry:
+            assert registry.verify().problems == ()
+            assert registry.resolve("spelling").number == 2
+            left.append(registry.find("spelling@1").collected)
+            registry.collect_garbage(grace=timedelta(0))
+            assert registry.find("spelling@1").collected
+            report = registry.verify()
+            assert (report.problems, report.unreferenced) == ((), ())
+    assert sorted(left) == left
+    assert set(left) == {False, True}

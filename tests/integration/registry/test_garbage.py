@@ -1,12 +1,16 @@
 """Deleting, leases and garbage collection: nothing that is needed goes, nothing else stays."""
 
 import hashlib
-import threading
 from datetime import timedelta
+from typing import cast
 
 import pytest
+import sqlalchemy as sa
+from sqlalchemy.engine import make_url
 
-from manylora_registry.blobs import open_blob_store
+from manylora_registry import Registry, schema
+from manylora_registry.blobs import BlobStore, open_blob_store
+from manylora_registry.database import Database
 from manylora_registry.errors import (
     DeletedError,
     LeaseExpiredError,
@@ -146,31 +150,58 @@ def test_a_dry_run_changes_nothing(registry, publish, blobs):
     assert not registry.find("spelling@1").collected
 
 
-def test_an_upload_under_way_is_not_collected(registry, publish, place, blobs, tmp_path):
-    """Every blob of a publication is there when it commits, however often it is collected."""
-    stop = threading.Event()
-    failures = []
+class _CollectedMeanwhile:
+    """A store of blobs whose registry is collected by somebody else after each blob."""
 
+    def __init__(self, store, collect):
+        self._store = store
+        self._collect = collect
+
+    def __getattr__(self, name):
+        return getattr(self._store, name)
+
+    def put(self, file, digest):
+        self._store.put(file, digest)
+        self._collect()
+
+
+def collected_meanwhile(store, collect) -> BlobStore:
+    return cast("BlobStore", _CollectedMeanwhile(store, collect))
+
+
+def test_an_upload_under_way_is_not_collected(registry, place, blobs, base, make_adapter, tmp_path):
     def collect():
-        try:
-            with place.open() as other:
-                while not stop.is_set():
-                    other.collect_garbage(grace=NOW)
-        except Exception as error:
-            failures.append(error)
+        registry.collect_garbage(grace=NOW)
 
-    collector = threading.Thread(target=collect)
-    collector.start()
-    try:
-        for seed in range(8):
-            version = publish(seed)
+    database = Database(make_url(place.database))
+    with Registry(collected_meanwhile(blobs, collect), database) as publisher:
+        adapter = make_adapter(1)
+        for _ in range(2):
+            version = publisher.publish("spelling", adapter, base=base)
+            registry.materialize(registry.resolve("spelling@1"), tmp_path / "cache")
+            assert registry.verify().problems == ()
             registry.delete(version)
-            assert publish(seed).digest == version.digest
-            registry.materialize(registry.resolve(f"spelling@{version.number}"), tmp_path / "cache")
-    finally:
-        stop.set()
-        collector.join()
-    assert failures == []
+
+
+def test_an_upload_whose_lease_was_collected_publishes_nothing(
+    registry, place, blobs, base, make_adapter
+):
+    def a_day_later():
+        engine = sa.create_engine(place.database)
+        with engine.begin() as raw:
+            raw.execute(sa.update(schema.leases).values(expires_at=0))
+        engine.dispose()
+        registry.collect_garbage(grace=NOW)
+
+    database = Database(make_url(place.database))
+    adapter = make_adapter(1)
+    with (
+        Registry(collected_meanwhile(blobs, a_day_later), database) as publisher,
+        pytest.raises(LeaseExpiredError),
+    ):
+        publisher.publish("spelling", adapter, base=base)
+    assert registry.adapters() == []
+    registry.publish("spelling", adapter, base=base)
     assert registry.verify().problems == ()
 
 

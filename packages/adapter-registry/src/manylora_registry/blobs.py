@@ -232,7 +232,7 @@ class LocalBlobStore:
         sync(file)
         file.replace(target)
         # Every level, every time: one who made a directory may have died before syncing it.
-        for directory in (target.parent, self._blobs, self._blobs.parent):
+        for directory in (target.parent, *target.parent.parents[:3]):
             sync(directory)
 
     def open(self, digest: str) -> BufferedIOBase:
