@@ -9,7 +9,7 @@ import math
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
-from io import BufferedIOBase
+from io import FileIO
 from pathlib import Path
 from typing import Any, cast
 
@@ -92,20 +92,23 @@ def read_tensor(path: Path, tensor: Tensor) -> NDArray[np.floating[Any]]:
 
 def find_non_finite(path: Path, tensors: Sequence[Tensor]) -> list[Problem]:
     """Names the tensors that hold a NaN or an infinity; reads every weight, in constant memory."""
-    with path.open("rb") as file:
+    # One buffer for all: fresh memory for each piece costs as much as reading it.
+    buffer = memoryview(bytearray(SCAN_BYTES))
+    with path.open("rb", buffering=0) as file:
         return [
             Problem(tensor.name, "holds a NaN or an infinity")
             for tensor in tensors
-            if _has_non_finite(file, tensor)
+            if _has_non_finite(file, tensor, buffer)
         ]
 
 
-def _has_non_finite(file: BufferedIOBase, tensor: Tensor) -> bool:
+def _has_non_finite(file: FileIO, tensor: Tensor, buffer: memoryview) -> bool:
     file.seek(tensor.start)
     left = tensor.end - tensor.start
     while left:
-        chunk = file.read(min(left, SCAN_BYTES))
-        left -= len(chunk)
+        count = file.readinto(buffer[: min(left, SCAN_BYTES)])
+        chunk = buffer[:count]
+        left -= count
         if tensor.dtype == "F32":
             finite = np.isfinite(np.frombuffer(chunk, "<f4")).all()
         else:
@@ -162,7 +165,11 @@ def _is_metadata(value: Any) -> bool:
 
 def _is_unicode(text: str) -> bool:
     """Whether it is more than Python's idea of a text: JSON can write halves of characters."""
-    return not any("\ud800" <= letter <= "\udfff" for letter in text)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
