@@ -255,7 +255,7 @@ class TestHostileSources:
         (layout / "blobs/sha256" / digest_of(content)[7:]).write_bytes(content)
         (layout / "index.json").write_text(json.dumps(index))
 
-        refused(layout)
+        refused(layout, "is not the manifest of an adapter")
 
     @pytest.mark.parametrize("kind", ["link", "hard link", "device", "twice", "sparse", "climbing"])
     def test_a_tar_of_anything_but_plain_files_is_refused(

@@ -204,6 +204,8 @@ class LocalBlobStore:
         self._blobs = root / "blobs" / "sha256"
         self._incoming = root / "incoming"
         self._damaged = root / "damaged"
+        self._durable: set[Path] = set()
+        """Directories of blobs that this process knows to survive a power cut."""
 
     @contextlib.contextmanager
     def staging(self) -> Generator[Path]:
@@ -231,9 +233,13 @@ class LocalBlobStore:
         file.chmod(stat.S_IRUSR | stat.S_IRGRP | stat.S_IROTH)
         sync(file)
         file.replace(target)
-        # Every level, every time: one who made a directory may have died before syncing it.
-        for directory in (target.parent, *target.parent.parents[:3]):
-            sync(directory)
+        sync(target.parent)
+        # The levels above up to the registry's root, even if the directory was there: who made it
+        # may have died before syncing it. Directories are never removed, so once is enough.
+        if target.parent not in self._durable:
+            for directory in target.parent.parents[:3]:
+                sync(directory)
+            self._durable.add(target.parent)
 
     def open(self, digest: str) -> BufferedIOBase:
         """See `BlobStore`."""

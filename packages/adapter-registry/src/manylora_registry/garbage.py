@@ -33,6 +33,7 @@ from manylora_registry.schema import (
     condemned,
     lease_blobs,
     leases,
+    signatures,
     version_blobs,
     version_parents,
     versions,
@@ -110,6 +111,7 @@ def _collect_versions(
         needed = version_blobs.c.version_id == row.id
         freed.update(connection.scalars(sa.select(version_blobs.c.digest).where(needed)))
         connection.execute(sa.delete(version_blobs).where(needed))
+        connection.execute(sa.delete(signatures).where(signatures.c.version_id == row.id))
         change_version(connection, row.id, collected_at=now)
         record(connection, "collected", row.adapter_id, row.number, now)
         collected.append(name)

@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
@@ -449,7 +449,8 @@ class Registry:
                 ) from error
             raise
 
-    def hold(self, version: Version, cache: Cache) -> AbstractContextManager[Path]:
+    @contextmanager
+    def hold(self, version: Version, cache: Cache) -> Generator[Path]:
         """The version's directory in a cache, which keeps it until the block ends.
 
         Raises:
@@ -458,7 +459,8 @@ class Registry:
             UnsignedError: a signature is required, and it has none of a trusted key.
         """
         self._require_signature(version)
-        return cache.hold(self._blobs, version.digest)
+        with self._telling_of_deletion(version), cache.hold(self._blobs, version.digest) as path:
+            yield path
 
     def sign_published_with(self, private_key: Path) -> None:
         """Signs every version published from now on; an elliptic-curve key in PEM."""

@@ -34,10 +34,12 @@ def publish(
     """Publish the adapters of a finished run as new, immutable versions."""
     import json
 
+    from rich.console import Console
+
     from manylora_registry import Registry
     from manylora_trainer.publish import is_sweep, publish_best_trial, publish_run
 
-    with Registry.open(registry) as opened:
+    with Console(stderr=True).status("publishing"), Registry.open(registry) as opened:
         if sign_key is not None:
             opened.sign_published_with(sign_key)
         if not is_sweep(run_dir):
