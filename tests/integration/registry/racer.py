@@ -1,7 +1,7 @@
 """One of several processes that publish, move aliases and materialize at the same time.
 
-`racer.py REGISTRY CACHE BASE.JSON MOVES ADAPTER...`; starts at a line on stdin, then prints what
-it did as JSON.
+`racer.py DATABASE BLOBS CACHE BASE.JSON MOVES ADAPTER...`; starts at a line on stdin, then prints
+what it did as JSON.
 """
 
 import json
@@ -11,7 +11,7 @@ from pathlib import Path
 from manylora_registry import BaseModelIdentity, Registry
 from manylora_registry.errors import AliasConflictError
 
-registry_directory, cache, base_file, moves, *directories = sys.argv[1:]
+database, blobs, cache, base_file, moves, *directories = sys.argv[1:]
 record = json.loads(Path(base_file).read_text())
 base = BaseModelIdentity(
     record["fingerprint"], {name: tuple(shape) for name, shape in record["tensors"].items()}
@@ -40,7 +40,7 @@ print("ready", flush=True)
 sys.stdin.readline()
 published = {}
 conflicts = 0
-with Registry.open(registry_directory) as registry:
+with Registry.open(database=database, blobs=blobs) as registry:
     for directory in directories:
         version = registry.publish("spelling", Path(directory), base=base)
         published[directory] = version.number

@@ -5,8 +5,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-from manylora_registry import Registry
-
 RACER = Path(__file__).parent / "racer.py"
 RACERS = 4
 ADAPTERS = 5
@@ -36,13 +34,14 @@ def race(commands):
     return results
 
 
-def test_many_publishers_and_movers_lose_nothing(tmp_path, make_adapter, base_file):
+def test_many_publishers_and_movers_lose_nothing(place, tmp_path, make_adapter, base_file):
     shared = make_adapter(0)
     own = [[make_adapter(100 * n + i + 1) for i in range(ADAPTERS)] for n in range(RACERS)]
-    place = tmp_path / "registry"
+    cache = tmp_path / "cache"
 
     results = race(
-        [place, tmp_path / "cache", base_file, MOVES, shared, *directories] for directories in own
+        [place.database, place.blobs, cache, base_file, MOVES, shared, *directories]
+        for directories in own
     )
 
     numbers = [
@@ -56,7 +55,7 @@ def test_many_publishers_and_movers_lose_nothing(tmp_path, make_adapter, base_fi
     assert len({result["published"][str(shared)] for result in results}) == 1
     assert sorted({*numbers, results[0]["published"][str(shared)]}) == list(range(1, total + 1))
     assert len(numbers) == len(set(numbers))
-    with Registry.open(place) as registry:
+    with place.open() as registry:
         report = registry.verify()
         assert report.problems == ()
         assert (report.versions, report.moves) == (total, RACERS * MOVES)
@@ -66,16 +65,15 @@ def test_many_publishers_and_movers_lose_nothing(tmp_path, make_adapter, base_fi
         assert [event.sequence for event in events] == list(range(1, len(events) + 1))
         assert len(events) == total + RACERS * MOVES
         for version in registry.versions("spelling"):
-            target = tmp_path / "cache" / version.digest.removeprefix("sha256:")
-            assert registry.materialize(version, tmp_path / "cache") == target
-    assert list((tmp_path / "cache").glob(".*.partial")) == []
-    assert list((place / "incoming").iterdir()) == []
+            target = cache / version.digest.removeprefix("sha256:")
+            assert registry.materialize(version, cache) == target
+    assert list(cache.glob(".*.partial")) == []
 
 
-def test_a_watcher_in_another_process_misses_nothing(tmp_path, make_adapter, base_file):
-    place = tmp_path / "registry"
-    with Registry.open(place) as registry:
-        command = [place, tmp_path / "cache", base_file, 10, make_adapter(1), make_adapter(2)]
+def test_a_watcher_in_another_process_misses_nothing(place, tmp_path, make_adapter, base_file):
+    with place.open() as registry:
+        adapters = [make_adapter(1), make_adapter(2)]
+        command = [place.database, place.blobs, tmp_path / "cache", base_file, 10, *adapters]
         watched = registry.watch(0, poll_seconds=0.001)
 
         race([command])

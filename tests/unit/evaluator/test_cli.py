@@ -20,7 +20,7 @@ def manylora(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
         [sys.executable, "-m", "manylora_cli", *map(str, arguments)],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
         check=False,
     )
 

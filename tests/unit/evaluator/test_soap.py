@@ -1,7 +1,6 @@
 """The synthetic SOAP visits: repeatable, varied, labelled, and true to what is said."""
 
 import json
-import sys
 from collections import Counter
 from importlib.util import module_from_spec, spec_from_file_location
 from itertools import islice
@@ -28,8 +27,6 @@ def soap() -> ModuleType:
     assert spec is not None
     assert spec.loader is not None
     module = module_from_spec(spec)
-    # Where a dataclass looks its own module up.
-    sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
 
@@ -60,12 +57,12 @@ def test_what_the_note_states_was_said(soap: ModuleType, visits: list[dict[str, 
         term: said
         for complaint in soap.COMPLAINTS
         for condition in complaint.conditions
-        for term, said in condition.findings
+        for term, said in condition.findings.items()
     }
     symptoms = {
         (complaint.name, term): words
         for complaint in soap.COMPLAINTS
-        for term, words in complaint.symptoms
+        for term, words in complaint.symptoms.items()
     }
     for visit in visits:
         said = visit["dialogue"]

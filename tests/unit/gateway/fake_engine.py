@@ -53,6 +53,8 @@ class FakeEngine:
         """Every load that was asked for, in order."""
         self.refused: set[str] = set()
         """Names that `load` refuses."""
+        self.broken: set[str] = set()
+        """Beginnings of names whose generations fail."""
         self.running: list[str] = []
         """Adapter of every generation under way, "base" for none."""
         self.prompts: list[list[int]] = []
@@ -129,6 +131,8 @@ class FakeEngine:
         if sampling.constraint == IMPOSSIBLE:
             violation = Violation("sampling.structured_output", "cannot be held")
             raise InvalidRequestError([violation])
+        if adapter is not None and adapter.startswith(tuple(self.broken)):
+            raise ReplicaLostError("This adapter breaks.")
         async with self._run(adapter or "base"):
             for index in range(1, sampling.max_tokens + 1):
                 self.check_health()

@@ -2,7 +2,8 @@
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, AsyncIterator
+import math
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,11 +25,16 @@ from manylora_gateway.config import (
     TlsConfig,
 )
 from manylora_gateway.engine import Delta, Prompt, Sampling
+from manylora_gateway.errors import ReplicaLostError
 from manylora_gateway.fair import EVERYBODY, Share
+from manylora_gateway.fleet import Fleet
 from manylora_gateway.front import Front
 from manylora_gateway.inference import Inference
 from manylora_gateway.limits import Limits
+from manylora_gateway.metrics import Metrics
+from manylora_gateway.operations import Operations
 from manylora_gateway.replicas import ReplicaState
+from manylora_gateway.rollouts import Rollouts
 from manylora_gateway.routes import Routes
 from manylora_gateway.swaps import Swaps
 from manylora_gateway.tls import ServerTls
@@ -77,8 +83,25 @@ def publish(
 class LocalReplicas:
     """Workers of this process; a request goes to the least busy one."""
 
-    def __init__(self, workers: list[Worker]) -> None:
-        self._workers = workers
+    def __init__(self, make: Callable[[int], tuple[FakeEngine, Worker]], count: int) -> None:
+        self._make = make
+        made = [make(index) for index in range(count)]
+        self.engines = [engine for engine, _ in made]
+        self._workers = [worker for _, worker in made]
+        self.lost = False
+        """Nobody answers."""
+        self.traceparents: list[str] = []
+
+    async def restart(self, index: int) -> FakeEngine:
+        """Puts a new replica in the place of one."""
+        await self._workers[index].close()
+        number = len(self._workers) + index
+        self.engines[index], self._workers[index] = self._make(number)
+        return self.engines[index]
+
+    async def close(self) -> None:
+        for worker in self._workers:
+            await worker.close()
 
     async def generate(
         self,
@@ -87,7 +110,9 @@ class LocalReplicas:
         sampling: Sampling,
         version: Version | None,
         share: Share = EVERYBODY,
+        traceparent: str = "",
     ) -> AsyncGenerator[Delta, None]:
+        self.traceparents.append(traceparent)
         worker = min(self._workers, key=lambda worker: worker.state().requests)
         deltas = worker.generate(request_id, prompt, sampling, version, share)
         async with aclosing(deltas):
@@ -110,6 +135,8 @@ class LocalReplicas:
         return sum(worker.retire(version) for worker in self._workers)
 
     async def states(self) -> list[ReplicaState]:
+        if self.lost:
+            raise ReplicaLostError("Nobody answers.")
         return [worker.state() for worker in self._workers]
 
 
@@ -123,6 +150,12 @@ class RunningGateway:
     admin: "admin_pb2_grpc.AdminServiceAsyncStub"
     front: Front
     admission: Admission
+    metrics: Metrics
+    fleet: Fleet
+    replicas: LocalReplicas
+    core: Inference
+    routes: Routes
+    registry_location: Path
 
     @property
     def http(self) -> str:
@@ -167,46 +200,58 @@ async def running_gateway(
     replicas: int = 1,
     tls: TlsConfig | None = None,
     tenants: Path | None = None,
+    max_stale_s: float = math.inf,
 ) -> AsyncGenerator[RunningGateway, None]:
     """Serves `registry` on free ports while the context lasts."""
     config = engine or EngineConfig(slots=2, host_adapters=4, max_concurrent=8, turn_s=0)
     limits = limits or LimitsConfig(default_max_tokens=4)
     servable = Servable(BASE.fingerprint, MAX_RANK)
-    engines = [FakeEngine(config.slots + 1) for _ in range(replicas)]
-    workers = [
-        Worker(f"replica-{index}", fake, registry, directory / "cache", servable, config)
-        for index, fake in enumerate(engines)
-    ]
-    local = LocalReplicas(workers)
-    routes = Routes(registry, servable)
-    swaps = Swaps(registry, routes, local, FollowConfig(poll_s=0.01))
+    cache = directory / "cache"
+
+    def make(index: int) -> tuple[FakeEngine, Worker]:
+        fake = FakeEngine(config.slots + 1)
+        return fake, Worker(f"replica-{index}", fake, registry, cache, servable, config)
+
+    local = LocalReplicas(make, replicas)
+    metrics, rollouts = Metrics(), Rollouts(directory / "state")
+    routes = Routes(registry, servable, rollouts, max_stale_s)
+    swaps = Swaps(registry, routes, local, FollowConfig(poll_s=0.01), metrics)
     admission = Admission(limits)
-    inference = Inference(registry, routes, local, admission)
     front = Front(
         ListenConfig(inference="127.0.0.1:0", admin="127.0.0.1:0"),
         None if tls is None else ServerTls(tls),
         None if tenants is None else Access(tenants),
     )
+    fleet = Fleet(local, routes, admission, metrics, front.announce, warm=config.slots)
+    inference = Inference(registry, routes, local, admission, metrics)
+    operations = Operations(routes, local, rollouts, admission, fleet, metrics, drain_s=5)
     await swaps.begin(warm=config.slots)
-    await front.start(inference, Limits(limits, MAX_CONTEXT), BASE_NAME)
+    await operations.restore_rollouts()
+    await front.start(inference, operations, Limits(limits, MAX_CONTEXT), BASE_NAME)
     channel = grpc.aio.insecure_channel(front.inference_address)
     admin_channel = grpc.aio.insecure_channel(front.admin_address)
     try:
         yield RunningGateway(
             registry,
-            engines,
+            local.engines,
             inference_pb2_grpc.InferenceServiceStub(channel),
             admin_pb2_grpc.AdminServiceStub(admin_channel),
             front,
             admission,
+            metrics,
+            fleet,
+            local,
+            inference,
+            routes,
+            directory / "registry",
         )
     finally:
-        for fake in engines:
+        for fake in local.engines:
             fake.let_load()
             fake.let_answer()
         await channel.close()
         await admin_channel.close()
+        await inference.shadows.close()
         await swaps.close()
         await front.stop()
-        for worker in workers:
-            await worker.close()
+        await local.close()

@@ -2,10 +2,14 @@
 
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args
 
 import pytest
+from pydantic import BaseModel
 
+from manylora_gateway.access import AccessConfig
 from manylora_gateway.config import GatewayConfig
 from manylora_registry.config import load_config
 from manylora_registry.errors import ConfigError
@@ -66,3 +70,18 @@ def test_reading_a_config_imports_nothing_heavy() -> None:
     heavy = "{'torch', 'ray', 'vllm', 'transformers', 'grpc'}"
     code = f"import sys, manylora_gateway.config; sys.exit(bool({heavy} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("file", [GatewayConfig, AccessConfig])
+def test_every_setting_is_described(file: type[BaseModel]) -> None:
+    assert list(undescribed(file)) == []
+
+
+def undescribed(section: type[BaseModel]) -> Iterator[str]:
+    """Settings of `section`, and of those in it, without a docstring."""
+    for name, field in section.model_fields.items():
+        if not field.description:
+            yield f"{section.__name__}.{name}"
+        for kind in (field.annotation, *get_args(field.annotation)):
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                yield from undescribed(kind)

@@ -377,13 +377,15 @@ async def test_a_request_bears_its_clients_name(client: AsyncOpenAI) -> None:
     answer = await client.chat.completions.create(model="", messages=ASK, extra_headers=named)
     assert answer.id == "chatcmpl-mine-1"
     assert answer._request_id == "mine-1"
-    with pytest.raises(openai.NotFoundError) as caught:
-        await client.chat.completions.create(model="nobody", messages=ASK, extra_headers=named)
-    assert caught.value.request_id == "mine-1"
+    for wrong in ({"model": "nobody", "messages": ASK}, {"model": "", "messages": []}):
+        options: Any = {**wrong, "extra_headers": named}
+        with pytest.raises(openai.APIStatusError) as caught:
+            await client.chat.completions.create(**options)
+        assert caught.value.request_id == "mine-1"
 
 
 async def test_health_turns_when_new_requests_are_not_wanted(gateway: RunningGateway) -> None:
     async with httpx.AsyncClient(base_url=gateway.http) as http:
         assert (await http.get("/health")).status_code == 200
-        await gateway.front.announce_end()
+        await gateway.front.announce(serving=False)
         assert (await http.get("/health")).status_code == 503

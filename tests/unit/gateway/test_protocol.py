@@ -79,14 +79,14 @@ async def test_a_client_without_stubs_learns_all_it_needs(gateway: RunningGatewa
             request.sampling.max_tokens = 2
             call = channel.unary_unary(
                 f"/{SERVICE}/Generate",
-                request_serializer=lambda message: message.SerializeToString(),
+                request_serializer=request_class.SerializeToString,
                 response_deserializer=reply_class.FromString,
             )
             reply = call(request)
             assert (reply.adapter.name, reply.usage.completion_tokens) == ("red", 2)
             stream = channel.unary_stream(
                 f"/{SERVICE}/GenerateStream",
-                request_serializer=lambda message: message.SerializeToString(),
+                request_serializer=request_class.SerializeToString,
                 response_deserializer=message_factory.GetMessageClass(
                     service.methods_by_name["GenerateStream"].output_type
                 ).FromString,

@@ -1,22 +1,28 @@
 """The verbs of `manylora registry`, as scripts use them."""
 
 import json
+import re
 
 import pytest
 from typer.testing import CliRunner
 
 from manylora_cli.registry import app
 from manylora_registry import Registry, identify_base
+from manylora_registry.errors import AliasProtectedError, QueryError
 
 
 @pytest.fixture
 def run(tmp_path):
     """Runs a verb on the registry; its JSON where it was asked for, else its text."""
 
-    def ran(*words, code=0):
+    def ran(*words, code=0, fails=False, lines=False):
         result = CliRunner().invoke(app, [*words, "--registry", str(tmp_path / "registry")])
+        if fails:
+            return result.exception
         assert result.exit_code == code, result.output
-        return json.loads(result.stdout) if "--json" in words else result.stdout
+        if lines:
+            return result.stdout.splitlines()
+        return json.loads(result.stdout) if "--json" in words else result.output
 
     return ran
 
@@ -35,7 +41,7 @@ def test_aliases_are_moved_and_shown(run, version):
     assert (shown["digest"], shown["aliases"]) == (version.digest, ["production"])
     assert shown["metrics"] == {"loss": 0.5}
     (listed,) = run("list", "--json")
-    assert listed["aliases"] == {"production": {"version": 1, "generation": 1}}
+    assert listed["aliases"] == {"production": {"version": 1, "generation": 1, "protected": False}}
 
 
 def test_piped_tables_have_one_line_an_adapter(run, version):
@@ -114,3 +120,76 @@ def test_a_registry_is_copied_and_verified(version, tmp_path):
     assert "1 versions, 3 blobs" in again.stdout
     with Registry.open(tmp_path / "there", create=False) as there:
         assert there.find("spelling@1") == version
+
+
+def test_versions_are_listed_by_filter_and_order(run, registry, base, make_adapter):
+    for seed in (1, 2, 3):
+        registry.publish("spelling", make_adapter(seed), base=base)
+        run("tag", f"spelling@{seed}", "lang=en", f"seed={seed}", "--json")
+        run("metric", f"spelling@{seed}", f"f1={seed / 10}")
+
+    found = run(
+        "list", "--where", "tag.lang=en and metric.f1>0.1", "--sort", "-metric.f1", "--json"
+    )
+    assert [version["number"] for version in found] == [3, 2]
+    assert found[0]["tags"] == {"lang": "en", "seed": "3"}
+    assert "spelling@3\tlang=en seed=3\tf1=0.3" in run("list", "--versions")
+    assert run("tag", "spelling@3", "--remove", "seed").strip() == "spelling@3: lang=en"
+    page = run("list", "--versions", "--limit", "2")
+    (key,) = re.findall(r"more: --after (\S+)", page)
+    assert "spelling@3" in run("list", "--versions", "--limit", "2", "--after", key)
+    assert isinstance(run("list", "--where", "colour=red", fails=True), QueryError)
+    run("tag", "spelling@1", "nothing", code=2)
+    run("metric", "spelling@1", "f1=high", code=2)
+
+
+def test_a_protected_alias_needs_a_gate_or_a_reason(run, version, registry, tmp_path):
+    run("protect", "spelling", "production", "--suite", "nightly")
+    assert isinstance(run("alias", "spelling", "production", "1", fails=True), AliasProtectedError)
+    report = tmp_path / "report.json"
+    report.write_text('{"f1": 0.9}')
+    run("gate", "spelling@1", "nightly", "--failed")
+    run("gate", "spelling@1", "nightly", "--passed", "--result", str(report))
+    assert run("alias", "spelling", "production", "1", "--json")["override"] is False
+    shown = run("show", "spelling", "--json")
+    assert [(each["passed"], each["result"]) for each in shown["evaluations"]] == [
+        (False, {}),
+        (True, {"f1": 0.9}),
+    ]
+    assert shown["protections"][0]["suite"] == "nightly"
+    assert "evaluation nightly  passed" in run("show", "spelling")
+    run("protect", "spelling", "production", "--off", "--why", "retired")
+
+
+def test_an_alias_is_rolled_back(run, version, registry, base, make_adapter):
+    registry.publish("spelling", make_adapter(2), base=base)
+    for number in ("1", "2"):
+        run("alias", "spelling", "production", number)
+
+    move = run("rollback", "spelling", "production", "--why", "worse", "--json")
+
+    assert (move["version"], move["previous"], move["why"]) == (1, 2, "worse")
+
+
+def test_a_deleted_version_is_collected(run, version):
+    assert run("delete", "spelling@1", "--json")["deleted"]
+    assert "(deleted)" in run("show", "spelling@1")
+    assert run("gc", "--json")["collected"] == []
+    dry = run("gc", "--grace", "0", "--dry-run", "--json")
+    assert dry["collected"] == ["spelling@1"]
+    assert run("gc", "--grace", "0s", "--json") == {**dry, "dry_run": False}
+    run("gc", "--grace", "soon", code=2)
+    kinds = [json.loads(line)["kind"] for line in run("events", "--json", lines=True)]
+    assert kinds == ["published", "deleted", "collected"]
+    assert "collected\tspelling@1" in run("events", "--since", "2")
+
+
+def test_verify_repairs_and_says_what_is_affected(run, version, tmp_path):
+    for blob in (tmp_path / "registry" / "blobs").rglob(version.digest[7:]):
+        blob.chmod(0o644)
+        blob.write_bytes(b"{}")
+
+    report = run("verify", "--repair", "--json", code=1)
+
+    assert (report["affected"], report["set_aside"]) == (["spelling@1"], [version.digest])
+    assert "affected: spelling@1" in run("verify", code=1)

@@ -6,6 +6,7 @@ import sqlalchemy as sa
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
+from sqlalchemy.engine import URL
 
 from manylora_registry import Registry, migrations, schema
 from manylora_registry.database import Database
@@ -13,7 +14,7 @@ from manylora_registry.errors import SchemaTooNewError
 
 
 def test_the_migrations_lead_to_the_tables_in_use(tmp_path):
-    database = Database(tmp_path / "registry.sqlite")
+    database = Database(URL.create("sqlite", database=str(tmp_path / "registry.sqlite")))
 
     with database.read() as connection:
         context = MigrationContext.configure(connection, opts={"compare_server_default": True})
@@ -40,7 +41,7 @@ def test_a_newer_schema_is_refused_and_left_alone(tmp_path):
 
 
 def test_writers_exclude_each_other_and_readers_do_not_wait(tmp_path):
-    database = Database(tmp_path / "registry.sqlite")
+    database = Database(URL.create("sqlite", database=str(tmp_path / "registry.sqlite")))
     with sqlite3.connect(tmp_path / "registry.sqlite", timeout=0) as other:
         other.isolation_level = None
         with database.write():
@@ -50,7 +51,7 @@ def test_writers_exclude_each_other_and_readers_do_not_wait(tmp_path):
 
 
 def test_the_database_is_set_to_lose_nothing(tmp_path):
-    database = Database(tmp_path / "registry.sqlite")
+    database = Database(URL.create("sqlite", database=str(tmp_path / "registry.sqlite")))
 
     with database.read() as connection:
         settings = [
@@ -61,7 +62,7 @@ def test_the_database_is_set_to_lose_nothing(tmp_path):
 
 
 def test_a_failed_transaction_leaves_nothing(tmp_path):
-    database = Database(tmp_path / "registry.sqlite")
+    database = Database(URL.create("sqlite", database=str(tmp_path / "registry.sqlite")))
 
     def write_and_fail():
         with database.write() as connection:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from manylora_trainer.data_settings import ChatFormat, PromptCompletionFormat, TemplateFormat
-from manylora_trainer.errors import RowError, UnsupportedBaseError
+from manylora_trainer.errors import DataError, RowError, UnsupportedBaseError
 from manylora_trainer.formats import Message, Rendered, render
 from manylora_trainer.sources import Row
 from manylora_trainer.tokenization import ChatTokenizer
@@ -219,6 +219,17 @@ def test_the_example_is_the_whole_conversation_as_rendered(tokenizer, tiny_base)
     whole = AutoTokenizer.from_pretrained(tiny_base).apply_chat_template(turns, tokenize=False)
     # The template goes on after the stop token; a server does not.
     assert tokenizer.decode(example.tokens) == whole.rstrip("\n")
+
+
+def test_a_conversation_the_template_refuses_is_told(tiny_base, tmp_path):
+    base = tmp_path / "strict"
+    shutil.copytree(tiny_base, base)
+    file = base / "chat_template.jinja"
+    refusal = "{% if messages | length > 3 %}{{ raise_exception('too long') }}{% endif %}"
+    file.write_text(refusal + file.read_text())
+    rendered = render(ChatFormat(kind="chat"), Row(1, {"messages": [*TALK[:2], *TALK]}))
+    with pytest.raises(DataError, match=r"refuses a conversation of user.*'hi': too long"):
+        ChatTokenizer(base).encode([rendered])
 
 
 def test_a_base_without_a_chat_template_is_refused(tiny_base, tmp_path):

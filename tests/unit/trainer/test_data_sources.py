@@ -200,6 +200,27 @@ def test_an_empty_part_of_a_mix_is_told(tmp_path):
         list(opened(settings).rows())
 
 
+def test_a_large_source_is_read_at_several_places_at_once(tmp_path):
+    """So that rows sorted by something do not stay together."""
+    rows = [{"id": i} for i in range(8000)]
+    pyarrow.parquet.write_table(
+        pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet", row_group_size=500
+    )
+    for part in range(8):
+        (tmp_path / f"{part}.jsonl").write_bytes(lines(rows[part * 1000 : part * 1000 + 1000]))
+    for kind in ("parquet", "jsonl"):
+        settings = {"kind": kind, "path": str(tmp_path / f"*.{kind}")}
+        source = opened(settings)
+        found = [row.columns["id"] for row in source.rows()]
+        assert sorted(found) == list(range(8000))
+        firsts = found[:800]
+        assert all(60 < sum(i // 1000 == part for i in firsts) < 140 for part in range(8))
+        assert found == [row.columns["id"] for row in opened(settings).rows()]
+        assert found != [row.columns["id"] for row in opened(settings, "other").rows()]
+        middle = list(source.rows())[4321].after
+        assert [row.columns["id"] for row in source.rows(middle)] == found[4322:]
+
+
 # What is wrong with a row
 
 
@@ -295,7 +316,7 @@ def test_a_missing_split_is_told(tmp_path):
     [
         ({"key": "nr"}, "nr"),
         ({"table": "absent"}, "no such table: absent"),
-        ({"url": "sqlite:////nowhere/rows.db"}, "unable to open database file"),
+        ({"url": "sqlite:////nowhere/rows.db"}, "/nowhere/rows.db does not exist"),
         (
             {"url": "sqlite:///${MANYLORA_NOT_SET}"},
             "MANYLORA_NOT_SET, of a database URL, is not set",

@@ -1,6 +1,7 @@
 """The stream of one task: who trains, in what order, how much of it, and exact to resume."""
 
 import json
+import sqlite3
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
@@ -383,7 +384,7 @@ def losses(run: Path):
 
 def test_a_source_that_fails_midway_keeps_what_was_trained(make_task, write_recipe, tmp_path):
     """Once the source works again the run goes on to the same adapter."""
-    good = make_task("good")
+    done, going = make_task("done", steps=2), make_task("going", steps=12)
     (tmp_path / "rows.py").write_text(
         "import pathlib\n"
         "def rows():\n"
@@ -398,21 +399,38 @@ def test_a_source_that_fails_midway_keeps_what_was_trained(make_task, write_reci
         "split": {**ALL, "scan_rows": 30},
         "shuffle_buffer": 5,
     }
-    # A batch of the good task is drawn before the other one fails.
-    recipe = write_recipe(good, failing, checkpoint_every=100)
+    # A batch of the task that is going is drawn before the other one fails.
+    recipe = write_recipe(done, going, failing, checkpoint_every=100)
     manylora_trainer.train(recipe, tmp_path / "whole")
     (tmp_path / "down").touch()
     with pytest.raises(SourceError, match="failed after 40 rows: ConnectionError: the database"):
         manylora_trainer.train(recipe, tmp_path / "run")
-    assert (tmp_path / "run" / "adapters" / "good" / "adapter_model.safetensors").exists()
+    assert (tmp_path / "run" / "adapters" / "done" / "adapter_model.safetensors").exists()
     (tmp_path / "down").unlink()
     manylora_trainer.train(recipe, tmp_path / "run", resume=True)
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")
-    for name in ("good", "failing"):
+    for name in ("done", "going", "failing"):
         weights = Path("adapters") / name / "adapter_model.safetensors"
         assert (tmp_path / "run" / weights).read_bytes() == (
             tmp_path / "whole" / weights
         ).read_bytes()
+
+
+def test_what_the_environment_holds_stays_out_of_the_run_directory(
+    make_task, write_recipe, tmp_path, monkeypatch
+):
+    with sqlite3.connect(tmp_path / "hunter2.db") as connection:
+        connection.execute("create table words (id integer primary key, wrong text, right text)")
+        connection.executemany(
+            "insert into words values (?, ?, ?)", [(i, f"w{i}", f"r{i}") for i in range(40)]
+        )
+    monkeypatch.setenv("WORDS", str(tmp_path / "hunter2.db"))
+    source = {"kind": "sql", "url": "sqlite:///${WORDS}", "table": "words", "key": "id"}
+    recipe = write_recipe({**make_task("a"), "source": source})
+    manylora_trainer.train(recipe, tmp_path / "run")
+    files = [file for file in (tmp_path / "run").rglob("*") if file.is_file()]
+    assert len(files) > 8
+    assert not [file for file in files if b"hunter2" in file.read_bytes()]
 
 
 def test_epochs_and_overlong_examples_are_in_the_result(make_task, write_recipe, tmp_path):

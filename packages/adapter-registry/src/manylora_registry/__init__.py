@@ -10,7 +10,18 @@ from typing import TYPE_CHECKING, Any
 
 from manylora_registry.base import BaseModelIdentity, identify_base
 from manylora_registry.reference import AdapterReference
-from manylora_registry.version import Adapter, Alias, AliasMove, Event, VerifyReport, Version
+from manylora_registry.version import (
+    Adapter,
+    Alias,
+    AliasMove,
+    Evaluation,
+    Event,
+    GarbageReport,
+    Protection,
+    VerifyReport,
+    Version,
+    VersionPage,
+)
 
 if TYPE_CHECKING:
     from manylora_registry.cache import Cache
@@ -23,10 +34,14 @@ __all__ = [
     "AliasMove",
     "BaseModelIdentity",
     "Cache",
+    "Evaluation",
     "Event",
+    "GarbageReport",
+    "Protection",
     "Registry",
     "VerifyReport",
     "Version",
+    "VersionPage",
     "identify_base",
 ]
 

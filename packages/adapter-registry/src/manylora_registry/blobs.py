@@ -107,11 +107,11 @@ def open_blob_store(url: str) -> BlobStore:
             from manylora_registry.s3_store import S3BlobStore
         except ModuleNotFoundError as error:
             raise RegistryLocationError(
-                f"{url} needs boto3: install manylora-registry[s3]"
+                "blobs in a bucket need boto3: install manylora-registry[s3]"
             ) from error
         return S3BlobStore(parts.netloc, parts.path.strip("/"))
     raise RegistryLocationError(
-        f"{url!r} is no store of blobs: give file:///DIRECTORY or s3://BUCKET/PREFIX"
+        "the URL of the registry's blobs must be file:///DIRECTORY or s3://BUCKET/PREFIX"
     )
 
 

@@ -1,60 +1,43 @@
-"""What the database knows: versions by name, aliases, events. All SQL but the history's is here."""
+"""What the database knows of versions: their numbers, descriptions, states and events."""
 
-import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy.engine import Connection
+from sqlalchemy.engine import Connection, Row
 
 from manylora_registry.database import Database
-from manylora_registry.errors import (
-    AdapterNotFoundError,
-    AliasConflictError,
-    AliasNotFoundError,
-    VersionNotFoundError,
-    YankedError,
-)
-from manylora_registry.history import MOVES, last_link, link
+from manylora_registry.description import check_description
+from manylora_registry.errors import DescriptionError, VersionInUseError
+from manylora_registry.leases import end_upload
 from manylora_registry.manifest import Manifest
 from manylora_registry.reference import AdapterReference
+from manylora_registry.rows import (
+    adapter_id,
+    change_version,
+    find_row,
+    insert,
+    insert_all,
+    now,
+    read_versions,
+    record,
+    time,
+)
 from manylora_registry.schema import (
     adapters,
-    alias_moves,
     aliases,
     events,
+    protections,
     version_blobs,
     version_labels,
     version_metrics,
+    version_parents,
     versions,
 )
-from manylora_registry.version import Adapter, Alias, AliasMove, Event, EventKind, Version
+from manylora_registry.version import Adapter, Alias, Event, Version
 
 CACHED_VERSIONS = 4096
-_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-
-_of_adapter = (
-    sa.select(versions.c.id, versions.c.yanked_at)
-    .join_from(adapters, versions)
-    .where(adapters.c.name == sa.bindparam("name"))
-)
-_BY_NUMBER = _of_adapter.where(versions.c.number == sa.bindparam("number"))
-_BY_DIGEST = _of_adapter.where(
-    # A range of the index instead of LIKE: 'g' follows every hexadecimal digit.
-    versions.c.digest >= sa.bindparam("digest"),
-    versions.c.digest < sa.bindparam("digest") + "g",
-).limit(2)
-_BY_ALIAS = (
-    sa.select(versions.c.id, versions.c.yanked_at)
-    .select_from(
-        adapters.join(aliases, aliases.c.adapter_id == adapters.c.id).join(
-            versions, versions.c.id == aliases.c.version_id
-        )
-    )
-    .where(adapters.c.name == sa.bindparam("name"), aliases.c.alias == sa.bindparam("alias"))
-)
-_ADAPTER_ID = sa.select(adapters.c.id).where(adapters.c.name == sa.bindparam("name"))
 
 
 @dataclass(frozen=True)
@@ -64,170 +47,149 @@ class Description:
     metrics: Mapping[str, float]
     tags: Mapping[str, str]
     lineage: Mapping[str, str]
+    parent: AdapterReference | None = None
 
 
 class Catalog:
-    """Versions, aliases and events of one registry; thread-safe."""
+    """Versions and events of one registry; thread-safe."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
-        self._seen: dict[int, Version] = {}
-        """Versions read before, as not yanked: all else of a version never changes."""
+        self._seen: dict[int, tuple[int, Version]] = {}
+        """Versions read before, with the revision they had: it counts their changes."""
 
-    def add(self, name: str, digest: str, manifest: Manifest, description: Description) -> Version:
-        """Makes a version visible; the commit point of publishing.
+    def add(
+        self, name: str, digest: str, manifest: Manifest, description: Description, lease: str
+    ) -> Version:
+        """Makes a version visible and ends its upload lease; the commit point of publishing.
 
-        The blobs must be durable. An adapter that has this digest already keeps its version.
+        The blobs must be durable. An adapter that has this digest already keeps its version, and
+        one that was deleted is restored.
+
+        Raises:
+            LeaseExpiredError: the upload's lease ran out and was collected.
+            NotFoundError: there is no such parent.
         """
-        now = _now()
+        at = now()
         with self._database.write() as connection:
-            adapter = connection.execute(_ADAPTER_ID, {"name": name}).scalar()
+            end_upload(connection, lease)
+            adapter = connection.scalar(sa.select(adapters.c.id).where(adapters.c.name == name))
             if adapter is None:
-                adapter = _insert(connection, adapters, name=name, created_at=now)
-            same = sa.select(versions.c.id).where(
-                versions.c.adapter_id == adapter, versions.c.digest == digest
-            )
-            version = connection.execute(same).scalar()
-            if version is None:
-                last = sa.select(sa.func.max(versions.c.number)).where(
-                    versions.c.adapter_id == adapter
+                adapter = insert(connection, adapters, name=name, created_at=at)
+            known = connection.execute(
+                sa.select(versions).where(
+                    versions.c.adapter_id == adapter, versions.c.digest == digest
                 )
-                number = (connection.execute(last).scalar() or 0) + 1
-                version = _insert(
-                    connection,
-                    versions,
-                    adapter_id=adapter,
-                    number=number,
-                    digest=digest,
-                    base_fingerprint=manifest.base_fingerprint,
-                    rank=manifest.rank,
-                    size=manifest.size,
-                    created_at=now,
-                )
-                blobs = {digest, *(file.digest for file in manifest.files)}
-                _insert_details(connection, version, blobs, description)
-                _record(connection, "published", adapter, number, now)
-            (added,) = _read_versions(connection, versions.c.id == version)
+            ).first()
+            blobs = {digest, *(file.digest for file in manifest.files)}
+            if known is None:
+                version = self._insert(connection, adapter, digest, manifest, description, at)
+                _insert_blobs(connection, version, blobs)
+            else:
+                version = known.id
+                if known.deleted_at is not None:
+                    _restore(connection, known, blobs, at)
+            (added,) = read_versions(connection, [version])
         return added
 
     def find(self, reference: AdapterReference) -> Version:
-        """The version meant, yanked or not.
+        """The version meant, served or not.
 
         Raises:
             NotFoundError: one of its three kinds, for what is missing.
         """
         with self._database.read() as connection:
-            return self._find(connection, reference)
+            row = find_row(connection, reference)
+            revision, version = self._seen.get(row.id, (-1, None))
+            if version is None or revision != row.revision:
+                (version,) = read_versions(connection, [row.id])
+                if len(self._seen) >= CACHED_VERSIONS:
+                    self._seen.clear()
+                self._seen[row.id] = (row.revision, version)
+            return version
 
-    def adapters(self) -> list[Adapter]:
-        """Every adapter, by name."""
+    def adapters(self, limit: int | None, after: str | None) -> list[Adapter]:
+        """Adapters by name, at most `limit`, those behind the name `after`."""
         newest = versions.alias()
-        is_latest = versions.c.number == (
+        latest = (
             sa.select(sa.func.max(newest.c.number))
-            .where(newest.c.adapter_id == versions.c.adapter_id)
+            .where(newest.c.adapter_id == adapters.c.id, newest.c.deleted_at.is_(None))
             .scalar_subquery()
         )
-        pointing = (
-            sa.select(adapters.c.name, aliases.c.alias, versions.c.number, aliases.c.generation)
-            .select_from(
-                aliases.join(adapters, adapters.c.id == aliases.c.adapter_id).join(
-                    versions, versions.c.id == aliases.c.version_id
-                )
-            )
-            .order_by(aliases.c.alias)
+        page = (
+            sa.select(adapters.c.id, versions.c.id.label("latest"))
+            .join_from(adapters, versions)
+            .where(versions.c.number == latest, adapters.c.name > (after or ""))
+            .order_by(adapters.c.name)
+            .limit(limit)
         )
         with self._database.read() as connection:
-            latest = _read_versions(connection, is_latest)
-            by_name: dict[str, dict[str, Alias]] = {}
-            for name, alias, number, generation in connection.execute(pointing):
-                by_name.setdefault(name, {})[alias] = Alias(number, generation)
-        return [Adapter(each.name, each, by_name.get(each.name, {})) for each in latest]
+            found = connection.execute(page).all()
+            ids = [row.id for row in found]
+            pointing = _aliases(connection, ids if limit is not None else None)
+            read = read_versions(connection, [row.latest for row in found])
+        return [
+            Adapter(version.name, version, pointing.get(adapter, {}))
+            for adapter, version in zip(ids, read, strict=True)
+        ]
+
+    def aliases(self, name: str) -> Mapping[str, Alias]:
+        """The aliases of one adapter.
+
+        Raises:
+            AdapterNotFoundError: there is no such adapter.
+        """
+        with self._database.read() as connection:
+            adapter = adapter_id(connection, name)
+            return _aliases(connection, [adapter]).get(adapter, {})
 
     def versions(self, name: str) -> list[Version]:
-        """Every version of one adapter, from 1 upwards.
+        """Every version of one adapter, from 1 upwards, deleted ones too.
 
         Raises:
             AdapterNotFoundError: there is no such adapter.
         """
         with self._database.read() as connection:
-            return _read_versions(connection, versions.c.adapter_id == _adapter(connection, name))
-
-    def move(
-        self, name: str, alias: str, selector: str, *, expect: int | None, actor: str, why: str
-    ) -> AliasMove:
-        """Points `alias` at what `selector` selects, if it is still at generation `expect`.
-
-        Raises:
-            AliasConflictError: it is at another generation.
-            NotFoundError: there is no such version.
-            YankedError: the version was withdrawn.
-        """
-        now = _now()
-        with self._database.write() as connection:
-            adapter = _adapter(connection, name)
-            version = self._find(connection, AdapterReference(name, selector))
-            if version.yanked:
-                raise _yanked(version)
-            here = (aliases.c.adapter_id == adapter) & (aliases.c.alias == alias)
-            current = connection.execute(
-                sa.select(aliases.c.generation, versions.c.number)
-                .join_from(aliases, versions)
-                .where(here)
-            ).first()
-            generation = current.generation if current else 0
-            if expect is not None and expect != generation:
-                raise AliasConflictError(f"{name}@{alias}", expect, generation)
-            target = (
+            ids = (
                 sa.select(versions.c.id)
-                .where(versions.c.adapter_id == adapter, versions.c.number == version.number)
-                .scalar_subquery()
+                .where(versions.c.adapter_id == adapter_id(connection, name))
+                .order_by(versions.c.number)
             )
-            moved = {"version_id": target, "generation": generation + 1}
-            if current:
-                connection.execute(sa.update(aliases).where(here).values(moved))
-            else:
-                connection.execute(
-                    sa.insert(aliases).values(adapter_id=adapter, alias=alias, **moved)
-                )
-            move = {
-                "alias": alias,
-                "generation": generation + 1,
-                "version": version.number,
-                "digest": version.digest,
-                "previous": current.number if current else None,
-                "actor": actor,
-                "why": why,
-                "at": now,
-            }
-            chain = link(last_link(connection), {"name": name, **move})
-            _insert(connection, alias_moves, adapter_id=adapter, chain=chain, **move)
-            _record(connection, "alias_moved", adapter, version.number, now, alias)
-        previous = current.number if current else None
-        return AliasMove(
-            name, alias, generation + 1, version.number, previous, actor, why, _time(now)
-        )
+            return read_versions(connection, connection.scalars(ids).all())
 
-    def history(self, name: str) -> list[AliasMove]:
-        """Every move of every alias of one adapter, oldest first.
+    def describe(
+        self,
+        reference: AdapterReference,
+        tags: Mapping[str, str | None],
+        metrics: Mapping[str, float | None],
+    ) -> Version:
+        """Sets tags and metrics of a version, or removes those that are None.
 
         Raises:
-            AdapterNotFoundError: there is no such adapter.
+            NotFoundError: there is no such version.
+            DescriptionError: a key or a value cannot be kept.
         """
-        with self._database.read() as connection:
-            moves = MOVES.where(alias_moves.c.adapter_id == _adapter(connection, name))
-            return [
-                AliasMove(
-                    row.name,
-                    row.alias,
-                    row.generation,
-                    row.version,
-                    row.previous,
-                    row.actor,
-                    row.why,
-                    _time(row.at),
-                )
-                for row in connection.execute(moves)
-            ]
+        given = {key: value for key, value in metrics.items() if value is not None}
+        said = {key: value for key, value in tags.items() if value is not None}
+        if problems := list(check_description(given, said, {})):
+            raise DescriptionError(str(reference), problems)
+        at = now()
+        with self._database.write() as connection:
+            row = find_row(connection, reference)
+            labelled = (version_labels.c.version_id == row.id) & (version_labels.c.kind == "tag")
+            for table, of_version, changed in (
+                (version_labels, labelled, tags),
+                (version_metrics, version_metrics.c.version_id == row.id, metrics),
+            ):
+                connection.execute(sa.delete(table).where(of_version, table.c.key.in_([*changed])))
+            _insert_labels(connection, row.id, "tag", said)
+            _insert_metrics(connection, row.id, given)
+            (version,) = read_versions(connection, [row.id])
+            if problems := list(check_description(version.metrics, version.tags, {})):
+                raise DescriptionError(str(reference), problems)
+            change_version(connection, row.id)
+            record(connection, "described", row.adapter_id, row.number, at)
+        return version
 
     def yank(self, reference: AdapterReference) -> Version:
         """Withdraws a version; one that was withdrawn before stays so.
@@ -235,18 +197,38 @@ class Catalog:
         Raises:
             NotFoundError: there is no such version.
         """
-        now = _now()
+        at = now()
         with self._database.write() as connection:
-            version = self._find(connection, reference)
-            if not version.yanked:
-                adapter = _adapter(connection, version.name)
-                connection.execute(
-                    sa.update(versions)
-                    .where(versions.c.adapter_id == adapter, versions.c.number == version.number)
-                    .values(yanked_at=now)
+            row = find_row(connection, reference)
+            if row.yanked_at is None:
+                change_version(connection, row.id, yanked_at=at)
+                record(connection, "yanked", row.adapter_id, row.number, at)
+            (version,) = read_versions(connection, [row.id])
+        return version
+
+    def delete(self, reference: AdapterReference) -> Version:
+        """Marks a version for garbage collection; from now on it is not served.
+
+        Raises:
+            NotFoundError: there is no such version.
+            VersionInUseError: an alias points at it.
+        """
+        with self._database.write() as connection:
+            row = find_row(connection, reference)
+            pointing = connection.scalars(
+                sa.select(aliases.c.alias).where(aliases.c.version_id == row.id)
+            ).all()
+            if pointing:
+                raise VersionInUseError(
+                    f"{reference.name}@{row.number} is what {', '.join(pointing)} points at: move "
+                    "the alias first (`manylora registry alias`)"
                 )
-                _record(connection, "yanked", adapter, version.number, now)
-        return dataclasses.replace(version, yanked=True)
+            if row.deleted_at is None:
+                at = self._database.clock(connection)
+                change_version(connection, row.id, deleted_at=at)
+                record(connection, "deleted", row.adapter_id, row.number, at)
+            (version,) = read_versions(connection, [row.id])
+        return version
 
     def events(self, since: int, limit: int) -> list[Event]:
         """At most `limit` events after the one numbered `since`, in order."""
@@ -259,144 +241,103 @@ class Catalog:
         )
         with self._database.read() as connection:
             return [
-                Event(row.sequence, row.kind, row.name, row.alias, row.version, _time(row.at))
+                Event(row.sequence, row.kind, row.name, row.alias, row.version, time(row.at))
                 for row in connection.execute(later)
             ]
 
-    def _find(self, connection: Connection, reference: AdapterReference) -> Version:
-        name = reference.name
-        if number := reference.number:
-            found = connection.execute(_BY_NUMBER, {"name": name, "number": number}).all()
-        elif digest := reference.digest:
-            found = connection.execute(_BY_DIGEST, {"name": name, "digest": digest}).all()
-        else:
-            found = connection.execute(_BY_ALIAS, {"name": name, "alias": reference.alias}).all()
-        if len(found) != 1:
-            _adapter(connection, name)
-            raise _missing(reference, ambiguous=bool(found))
-        version_id, yanked_at = found[0]
-        version = self._seen.get(version_id)
-        if version is None:
-            (version,) = _read_versions(connection, versions.c.id == version_id)
-            if len(self._seen) >= CACHED_VERSIONS:
-                self._seen.clear()
-            self._seen[version_id] = dataclasses.replace(version, yanked=False)
-        return version if yanked_at is None else dataclasses.replace(version, yanked=True)
+    def _insert(
+        self,
+        connection: Connection,
+        adapter: int,
+        digest: str,
+        manifest: Manifest,
+        description: Description,
+        at: int,
+    ) -> int:
+        last = sa.select(sa.func.max(versions.c.number)).where(versions.c.adapter_id == adapter)
+        number = (connection.scalar(last) or 0) + 1
+        version = insert(
+            connection,
+            versions,
+            adapter_id=adapter,
+            number=number,
+            digest=digest,
+            base_fingerprint=manifest.base_fingerprint,
+            rank=manifest.rank,
+            size=manifest.size,
+            created_at=at,
+        )
+        _insert_metrics(connection, version, description.metrics)
+        _insert_labels(connection, version, "tag", description.tags)
+        _insert_labels(connection, version, "lineage", description.lineage)
+        if description.parent is not None:
+            parent = find_row(connection, description.parent).id
+            insert_all(connection, version_parents, [{"version_id": version, "parent_id": parent}])
+        record(connection, "published", adapter, number, at)
+        return version
 
 
-def require_served(version: Version) -> None:
-    """Raises YankedError if the version was withdrawn."""
-    if version.yanked:
-        raise _yanked(version)
-
-
-def _yanked(version: Version) -> YankedError:
-    return YankedError(
-        f"{version.name}@{version.number} was withdrawn; choose another version "
-        f"(`manylora registry show {version.name}@{version.number}`)"
+def current_protections() -> sa.Select[Any]:
+    """The newest row of each alias that was ever protected."""
+    newest = sa.select(sa.func.max(protections.c.id)).group_by(
+        protections.c.adapter_id, protections.c.alias
     )
+    return sa.select(protections).where(protections.c.id.in_(newest), protections.c.protected)
 
 
-def _missing(
-    reference: AdapterReference, *, ambiguous: bool
-) -> AliasNotFoundError | VersionNotFoundError:
-    if reference.alias:
-        return AliasNotFoundError(f"{reference.name} has no alias {reference.alias!r}")
-    if ambiguous:
-        return VersionNotFoundError(f"{reference} begins more than one digest: give more digits")
-    return VersionNotFoundError(f"{reference.name} has no version {reference.selector}")
-
-
-def _adapter(connection: Connection, name: str) -> int:
-    found: int | None = connection.execute(_ADAPTER_ID, {"name": name}).scalar()
-    if found is None:
-        raise AdapterNotFoundError(f"there is no adapter {name[:80]!r} in the registry")
+def _aliases(connection: Connection, of: list[int] | None) -> dict[int, dict[str, Alias]]:
+    """The aliases of some adapters, or of all."""
+    protected = current_protections().subquery()
+    pointing = (
+        sa.select(
+            aliases.c.adapter_id,
+            aliases.c.alias,
+            versions.c.number,
+            aliases.c.generation,
+            protected.c.id.label("protection"),
+        )
+        .select_from(
+            aliases.join(versions, versions.c.id == aliases.c.version_id).outerjoin(
+                protected,
+                (protected.c.adapter_id == aliases.c.adapter_id)
+                & (protected.c.alias == aliases.c.alias),
+            )
+        )
+        .order_by(aliases.c.alias)
+    )
+    if of is not None:
+        pointing = pointing.where(aliases.c.adapter_id.in_(of))
+    found: dict[int, dict[str, Alias]] = {}
+    for row in connection.execute(pointing):
+        found.setdefault(row.adapter_id, {})[row.alias] = Alias(
+            row.number, row.generation, row.protection is not None
+        )
     return found
 
 
-def _read_versions(connection: Connection, where: sa.ColumnElement[bool]) -> list[Version]:
-    """The versions that fulfil a condition on the table of versions, by name and number."""
-    rows = connection.execute(
-        sa.select(versions, adapters.c.name)
-        .join_from(versions, adapters)
-        .where(where)
-        .order_by(adapters.c.name, versions.c.number)
-    ).all()
-    metrics: dict[int, dict[str, float]] = {}
-    for row in connection.execute(
-        sa.select(version_metrics).join_from(version_metrics, versions).where(where)
-    ):
-        metrics.setdefault(row.version_id, {})[row.key] = row.value
-    labels: dict[tuple[int, str], dict[str, str]] = {}
-    for row in connection.execute(
-        sa.select(version_labels).join_from(version_labels, versions).where(where)
-    ):
-        labels.setdefault((row.version_id, row.kind), {})[row.key] = row.value
-    return [
-        Version(
-            name=row.name,
-            number=row.number,
-            digest=row.digest,
-            base_fingerprint=row.base_fingerprint,
-            rank=row.rank,
-            size=row.size,
-            created_at=_time(row.created_at),
-            metrics=metrics.get(row.id, {}),
-            tags=labels.get((row.id, "tag"), {}),
-            lineage=labels.get((row.id, "lineage"), {}),
-            yanked=row.yanked_at is not None,
-        )
-        for row in rows
-    ]
+def _restore(connection: Connection, row: Row[Any], blobs: Iterable[str], at: int) -> None:
+    """Takes a version back that was deleted: its bytes have just been published again."""
+    if row.collected_at is not None:
+        _insert_blobs(connection, row.id, blobs)
+    change_version(connection, row.id, deleted_at=None, collected_at=None)
+    record(connection, "restored", row.adapter_id, row.number, at)
 
 
-def _insert(connection: Connection, table: sa.Table, **values: object) -> int:
-    """Adds a row and returns its id."""
-    (identity,) = table.primary_key
-    return connection.execute(sa.insert(table).values(values).returning(identity)).scalar_one()
+def _insert_blobs(connection: Connection, version: int, blobs: Iterable[str]) -> None:
+    rows = [{"version_id": version, "digest": digest} for digest in sorted(blobs)]
+    insert_all(connection, version_blobs, rows)
 
 
-def _insert_details(
-    connection: Connection, version: int, blobs: set[str], description: Description
+def _insert_metrics(connection: Connection, version: int, metrics: Mapping[str, float]) -> None:
+    rows = [{"version_id": version, "key": key, "value": metrics[key]} for key in metrics]
+    insert_all(connection, version_metrics, rows)
+
+
+def _insert_labels(
+    connection: Connection, version: int, kind: str, pairs: Mapping[str, str]
 ) -> None:
-    connection.execute(
-        sa.insert(version_blobs),
-        [{"version_id": version, "digest": digest} for digest in sorted(blobs)],
-    )
-    metrics = [
-        {"version_id": version, "key": key, "value": value}
-        for key, value in description.metrics.items()
-    ]
-    labels = [
+    rows = [
         {"version_id": version, "kind": kind, "key": key, "value": value}
-        for kind, pairs in (("tag", description.tags), ("lineage", description.lineage))
         for key, value in pairs.items()
     ]
-    _insert_all(connection, version_metrics, metrics)
-    _insert_all(connection, version_labels, labels)
-
-
-def _insert_all(
-    connection: Connection, table: sa.Table, rows: Sequence[Mapping[str, object]]
-) -> None:
-    if rows:
-        connection.execute(sa.insert(table), rows)
-
-
-def _record(
-    connection: Connection,
-    kind: EventKind,
-    adapter: int,
-    version: int,
-    at: int,
-    alias: str | None = None,
-) -> None:
-    _insert(connection, events, kind=kind, adapter_id=adapter, alias=alias, version=version, at=at)
-
-
-def _now() -> int:
-    return (datetime.now(UTC) - _EPOCH) // timedelta(microseconds=1)
-
-
-def _time(microseconds: int) -> datetime:
-    return _EPOCH + timedelta(microseconds=microseconds)
+    insert_all(connection, version_labels, rows)

@@ -1,77 +1,193 @@
 """The database: opened, migrated, and used in transactions of two kinds.
 
-A writing transaction takes the write lock when it begins (`BEGIN IMMEDIATE`), so that what it
-reads is still true when it commits; all writers run one after the other. A reading one sees a
-snapshot and waits for nobody (WAL).
+A writing transaction takes the registry's one write lock when it begins, so that what it reads
+is still true when it commits and all writers run one after the other: gapless numbers,
+compare-and-set and the order of events need no retries, on no database. A reading one sees a
+snapshot and waits for nobody. What differs between databases is behind `Backend`.
 """
 
 import contextlib
-import fcntl
+import threading
 from collections.abc import Generator
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 import sqlalchemy as sa
-from sqlalchemy import event
-from sqlalchemy.engine import URL, Connection
+from sqlalchemy.engine import URL, Connection, Engine
+from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
-from manylora_registry.errors import SchemaTooNewError
+from manylora_registry.errors import (
+    DatabaseUnavailableError,
+    RegistryLocationError,
+    SchemaTooNewError,
+)
+from manylora_registry.location import shown
 from manylora_registry.migrations import REVISIONS
 
-BUSY_SECONDS = 60
+WRITES_UNTIDIED = 500
+"""Writing transactions after which a process that goes on and on tidies up."""
 _LATEST = REVISIONS[-1]
 
 
-class Database:
-    """A SQLite file, migrated to the schema of this library.
+class Changes(Protocol):
+    """Tells one watcher that something may have changed; what did, the events say.
 
-    Raises:
-        SchemaTooNewError: it was migrated further by a newer library; nothing is touched.
+    A lost wake-up delays and loses nothing: whoever waits looks at the events again after a while.
     """
 
-    def __init__(self, file: Path) -> None:
-        self._engine = sa.create_engine(
-            URL.create("sqlite", database=str(file)),
-            connect_args={"timeout": BUSY_SECONDS},
-            # Threads of a server read at the same time; none should wait for a connection.
-            max_overflow=-1,
-        )
-        event.listen(self._engine, "connect", _on_connect)
-        event.listen(self._engine, "begin", _on_begin)
+    def wait(self, seconds: float, stop: threading.Event) -> None:
+        """Returns when something may have changed, `seconds` passed, or soon after `stop`."""
+        ...
+
+    def close(self) -> None:
+        """Gives its connection back."""
+        ...
+
+
+class Backend(Protocol):
+    """One kind of database."""
+
+    engine: Engine
+
+    def exists(self) -> bool:
+        """Whether there may be tables; nothing is made by asking."""
+        ...
+
+    def read(self, connection: Connection, /) -> Connection:
+        """The connection, set so that its next transaction sees one state."""
+        ...
+
+    def write(self, connection: Connection, /) -> Connection:
+        """The connection, set for a writing transaction."""
+        ...
+
+    def lock(self, connection: Connection, /) -> None:
+        """Waits until no other transaction writes; called when a writing one has begun."""
+        ...
+
+    def preparing(self) -> AbstractContextManager[None]:
+        """What must hold around the creation of the first tables."""
+        ...
+
+    def clock(self, connection: Connection, /) -> int:
+        """Microseconds since 1970 UTC, by one clock for all processes that share the registry."""
+        ...
+
+    def announce(self, connection: Connection, /) -> None:
+        """Wakes those who wait for changes, once the transaction commits."""
+        ...
+
+    def changes(self) -> Changes:
+        """From now on."""
+        ...
+
+    def check(self, connection: Connection, /) -> list[str]:
+        """What the database finds damaged in itself."""
+        ...
+
+    def tidy(self) -> None:
+        """Renews what the planner of queries knows of the tables, if it must be told."""
+        ...
+
+
+class Database:
+    """A database, migrated to the schema of this library.
+
+    Args:
+        url: of a SQLite file or a Postgres database.
+        create: False to refuse one that holds no registry yet.
+
+    Raises:
+        RegistryLocationError: it holds no registry, and none is to be made.
+        SchemaTooNewError: it was migrated further by a newer library; nothing is touched.
+        DatabaseUnavailableError: it cannot be reached or opened.
+    """
+
+    def __init__(self, url: URL, *, create: bool = True) -> None:
+        self._name = shown(url)
+        self._writes = 0
+        self._backend = _backend(url)
         try:
-            self._migrate(file)
+            self._migrate(create)
         except BaseException:
             self.close()
             raise
 
     @contextlib.contextmanager
     def read(self) -> Generator[Connection]:
-        """A transaction that sees one state of the database."""
-        with self._engine.connect() as connection:
-            yield connection
+        """A transaction that sees one state of the database.
+
+        Raises:
+            DatabaseUnavailableError: the database cannot be reached.
+        """
+        with self._stated(), self._backend.engine.connect() as connection:
+            yield self._backend.read(connection)
 
     @contextlib.contextmanager
-    def write(self) -> Generator[Connection]:
-        """A transaction alone among writers; committed, durably, when the block ends well."""
-        with self._engine.connect() as connection:
-            connection = connection.execution_options(manylora_write=True)
-            with connection.begin():
+    def write(self, *, trial: bool = False) -> Generator[Connection]:
+        """A transaction alone among writers; committed, durably, when the block ends well.
+
+        Args:
+            trial: undo everything at the end of the block instead.
+
+        Raises:
+            DatabaseUnavailableError: the database cannot be reached, or another writer kept the
+                lock too long. If that happens at the commit itself, it may have been done.
+        """
+        with self._stated(), self._backend.engine.connect() as connection:
+            connection = self._backend.write(connection)
+            with connection.begin() as transaction:
+                self._backend.lock(connection)
                 yield connection
+                if trial:
+                    transaction.rollback()
+                else:
+                    self._backend.announce(connection)
+        self._writes += 1
+        if self._writes % WRITES_UNTIDIED == 0:
+            self._backend.tidy()
+
+    def clock(self, connection: Connection) -> int:
+        """Microseconds since 1970 UTC, by one clock for all processes that share the registry."""
+        return self._backend.clock(connection)
+
+    @contextlib.contextmanager
+    def changes(self) -> Generator[Changes]:
+        """Tells of changes from now on.
+
+        Raises:
+            DatabaseUnavailableError: the database cannot be reached.
+        """
+        with self._stated(), contextlib.closing(self._backend.changes()) as changes:
+            yield changes
+
+    def check(self, connection: Connection) -> list[str]:
+        """What the database finds damaged in itself."""
+        return self._backend.check(connection)
 
     def close(self) -> None:
         """Closes all connections."""
-        self._engine.dispose()
+        if self._writes:
+            self._backend.tidy()
+        self._backend.engine.dispose()
 
-    def _migrate(self, file: Path) -> None:
-        if file.exists() and self._revision() == _LATEST:
+    def _migrate(self, create: bool) -> None:
+        revision = self._revision() if self._backend.exists() else None
+        if revision == _LATEST:
             return
-        with file.with_suffix(".lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            with self._engine.connect() as connection:
-                # Stays with the file, and cannot be set while another process does the same.
-                connection.connection.cursor().execute("PRAGMA journal_mode=WAL")
-            if self._revision() != _LATEST:
-                with self.write() as connection:
+        if revision is None and not create:
+            raise RegistryLocationError(
+                f"there is no registry in {self._name}; publishing to it makes one "
+                "(`manylora publish`)"
+            )
+        with self._stated(), self._backend.preparing():
+            if self._revision() == _LATEST:
+                return
+            with self.write() as connection:
+                # Somebody may have done it while this process waited for the lock.
+                if _revision_of(connection) != _LATEST:
                     _upgrade(connection)
 
     def _revision(self) -> str | None:
@@ -79,10 +195,35 @@ class Database:
             revision = _revision_of(connection)
         if revision is not None and revision not in REVISIONS:
             raise SchemaTooNewError(
-                f"the registry {self._engine.url.database} has schema {revision}; this manylora "
+                f"the registry {self._name} has schema {revision}; this manylora "
                 f"knows schemas up to {_LATEST}. Use the newer manylora that wrote it."
             )
         return revision
+
+    @contextlib.contextmanager
+    def _stated(self) -> Generator[None]:
+        """Failures of the database as errors of the registry; they name no password."""
+        try:
+            yield
+        except (OperationalError, InterfaceError, PoolTimeoutError) as error:
+            cause = error.orig if isinstance(error, DBAPIError) else error
+            lines = str(cause).strip().splitlines() or [type(cause).__name__]
+            raise DatabaseUnavailableError(self._name, lines[0]) from error
+
+
+def _backend(url: URL) -> Backend:
+    if url.get_backend_name() == "sqlite":
+        from manylora_registry.sqlite import Sqlite
+
+        return Sqlite(url)
+    from manylora_registry.postgres import Postgres
+
+    try:
+        return Postgres(url)
+    except ImportError as error:
+        raise RegistryLocationError(
+            "a registry in Postgres needs psycopg: pip install 'manylora-registry[postgres]'"
+        ) from error
 
 
 def _revision_of(connection: Connection) -> str | None:
@@ -104,19 +245,3 @@ def _upgrade(connection: Connection) -> None:
     config.set_main_option("path_separator", "os")
     config.attributes["connection"] = connection
     command.upgrade(config, "head")
-
-
-def _on_connect(connection: Any, _record: Any) -> None:
-    # The driver would begin transactions by itself, and later than asked; _on_begin does it.
-    connection.isolation_level = None
-    cursor = connection.cursor()
-    cursor.execute("PRAGMA foreign_keys=ON")
-    # In WAL mode NORMAL could lose the last commits in a power cut: a version said to be
-    # published would be gone.
-    cursor.execute("PRAGMA synchronous=FULL")
-    cursor.close()
-
-
-def _on_begin(connection: Connection) -> None:
-    write = connection.get_execution_options().get("manylora_write")
-    connection.exec_driver_sql("BEGIN IMMEDIATE" if write else "BEGIN")

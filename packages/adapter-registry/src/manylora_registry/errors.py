@@ -4,6 +4,7 @@ RegistryError
 ├── ConfigError                a YAML file is wrong; carries every problem at once
 ├── BaseError                  a directory is not a usable base model
 ├── RegistryLocationError      there is no registry where it was looked for
+├── DatabaseUnavailableError   the registry's database cannot be reached, or is locked too long
 ├── SchemaTooNewError          the registry was written by a newer version of this library
 ├── InvalidReferenceError      a text is not NAME[@SELECTOR]
 ├── InvalidNameError           an adapter or alias may not be called that
@@ -14,9 +15,15 @@ RegistryError
 ├── InvalidAdapterError        an adapter directory cannot be published; every problem at once
 ├── WrongBaseError             an adapter was made for another base model
 ├── YankedError                a version was withdrawn and is not served
+│   └── DeletedError           a version was deleted; its bytes may be gone
 ├── UnsignedError              a signature is required, and no trusted key signed the version
 ├── SigningKeyError            a key to sign or to verify with cannot be used
+├── DescriptionError           tags, metrics or a record cannot be kept; every problem at once
 ├── AliasConflictError         somebody else moved the alias first
+├── AliasProtectedError        the version has not passed the gate of a protected alias
+├── VersionInUseError          a version cannot be deleted while an alias points at it
+├── LeaseExpiredError          a lease ran out before what it protected was done
+├── QueryError                 a filter or an order of `list` cannot be read
 ├── CorruptBlobError           stored bytes are gone or differ from their digest
 ├── BlobStoreError             the store of blobs cannot be reached, or refuses
 ├── SourceError                what is to be imported is no exported version, or damaged
@@ -81,6 +88,15 @@ class RegistryLocationError(RegistryError):
     """No registry was named, or what was named is none."""
 
     reason = "REGISTRY_LOCATION"
+
+
+class DatabaseUnavailableError(RegistryError):
+    """The registry's database does not answer, or another writer kept its lock too long."""
+
+    reason = "REGISTRY_UNAVAILABLE"
+
+    def __init__(self, database: str, cause: str) -> None:
+        super().__init__(f"the registry's database {database} cannot be used: {cause}")
 
 
 class SchemaTooNewError(RegistryError):
@@ -155,6 +171,12 @@ class YankedError(RegistryError):
     reason = "ADAPTER_YANKED"
 
 
+class DeletedError(YankedError):
+    """A version was deleted: it is not served, and garbage collection removes its bytes."""
+
+    reason = "ADAPTER_DELETED"
+
+
 class UnsignedError(RegistryError):
     """A signature is required, and no trusted key signed the version."""
 
@@ -165,6 +187,40 @@ class SigningKeyError(RegistryError):
     """A key to sign or to verify with cannot be used."""
 
     reason = "SIGNING_KEY"
+
+
+class DescriptionError(RegistryError):
+    """Tags, metrics or an evaluation record are wrong; `problems` says everything."""
+
+    reason = "DESCRIPTION_INVALID"
+
+    def __init__(self, what: str, problems: Sequence[Problem]) -> None:
+        self.problems = tuple(problems)
+        super().__init__(f"{what} cannot be described so: {_told(problems)}")
+
+
+class AliasProtectedError(RegistryError):
+    """A protected alias was to move to a version without a passed gate; nothing was changed."""
+
+    reason = "ALIAS_PROTECTED"
+
+
+class VersionInUseError(RegistryError):
+    """A version was to be deleted while an alias points at it; nothing was changed."""
+
+    reason = "VERSION_IN_USE"
+
+
+class LeaseExpiredError(RegistryError):
+    """A lease ran out, and what it protected may have been collected."""
+
+    reason = "LEASE_EXPIRED"
+
+
+class QueryError(RegistryError):
+    """A filter or an order cannot be read; the message points at the place."""
+
+    reason = "QUERY_INVALID"
 
 
 class AliasConflictError(RegistryError):

@@ -35,7 +35,11 @@ def last_link(connection: Connection) -> str:
 
 def link(previous: str, move: Mapping[Any, str | int | None]) -> str:
     """The chain value of `move`, a value for each column but the ids, after `previous`."""
-    content = canonical_json({field: move[field] for field in _FIELDS})
+    told = {field: move[field] for field in _FIELDS}
+    if move.get("override"):
+        # Only where it is set: moves from before there were protected aliases keep their value.
+        told["override"] = True
+    content = canonical_json(told)
     return f"sha256:{hashlib.sha256(previous.encode() + content).hexdigest()}"
 
 

@@ -33,7 +33,7 @@ class AdapterReference:
     """A version number, an alias, or `sha256:` and at least 12 hexadecimal digits."""
 
     def __post_init__(self) -> None:
-        if not _NAME.fullmatch(self.name):
+        if not is_name(self.name):
             raise InvalidReferenceError(
                 f"{self.name[:80]!r} is not an adapter name: up to 64 of a-z, 0-9, '.', '_', '-', "
                 "beginning with a letter or digit"
@@ -74,9 +74,14 @@ class AdapterReference:
         return f"{self.name}@{self.selector}"
 
 
+def is_name(text: str) -> bool:
+    """Whether an adapter or a suite may be called `text`."""
+    return bool(_NAME.fullmatch(text))
+
+
 def check_adapter_name(name: str) -> None:
     """Raises InvalidNameError unless an adapter may be called `name`."""
-    if not _NAME.fullmatch(name):
+    if not is_name(name):
         raise InvalidNameError(
             f"{name[:80]!r} cannot name an adapter: use up to 64 of a-z, 0-9, '.', '_', '-', "
             "beginning with a letter or digit"
@@ -93,4 +98,4 @@ def check_alias_name(alias: str) -> None:
 
 
 def _is_alias(text: str) -> bool:
-    return bool(_NAME.fullmatch(text)) and not text.isdigit() and text != "sha256"
+    return is_name(text) and not text.isdigit() and text != "sha256"

@@ -1,10 +1,14 @@
-"""The tables. Versions, moves and events are only ever added to.
+"""The tables.
+
+Moves, evaluations, protections and events are only ever added to, and no version's row goes away:
+one whose bytes were collected keeps its number and its history.
 
 Times are microseconds since 1970 UTC: exact, ordered, and the same on every database.
 """
 
 from sqlalchemy import (
     BigInteger,
+    Boolean,
     Column,
     Float,
     ForeignKey,
@@ -14,7 +18,10 @@ from sqlalchemy import (
     MetaData,
     String,
     Table,
+    Text,
     UniqueConstraint,
+    false,
+    text,
 )
 
 metadata = MetaData(
@@ -29,11 +36,17 @@ metadata = MetaData(
 # SQLite counts up by itself only in an INTEGER column, elsewhere 32 bits would run out.
 _Id = BigInteger().with_variant(Integer(), "sqlite")
 
+
+def _text(length: int | None = None) -> String:
+    """Text that is ordered by its bytes on every database."""
+    return String(length).with_variant(String(length, collation="C"), "postgresql")
+
+
 adapters = Table(
     "adapters",
     metadata,
     Column("id", _Id, primary_key=True),
-    Column("name", String(64), nullable=False, unique=True),
+    Column("name", _text(64), nullable=False, unique=True),
     Column("created_at", BigInteger, nullable=False),
     sqlite_autoincrement=True,
 )
@@ -44,14 +57,25 @@ versions = Table(
     Column("id", _Id, primary_key=True),
     Column("adapter_id", _Id, ForeignKey("adapters.id"), nullable=False),
     Column("number", Integer, nullable=False),
-    Column("digest", String(71), nullable=False),
+    Column("digest", _text(71), nullable=False),
     Column("base_fingerprint", String(71), nullable=False),
     Column("rank", Integer, nullable=False),
     Column("size", BigInteger, nullable=False),
     Column("created_at", BigInteger, nullable=False),
     Column("yanked_at", BigInteger),
+    Column("revision", Integer, nullable=False, server_default="0"),
+    Column("deleted_at", BigInteger),
+    Column("collected_at", BigInteger),
     UniqueConstraint("adapter_id", "number"),
     UniqueConstraint("adapter_id", "digest"),
+    Index(None, "created_at", "id"),
+    # Of the few that are deleted: one over all would be taken by queries for those that are not.
+    Index(
+        None,
+        "deleted_at",
+        sqlite_where=text("deleted_at IS NOT NULL"),
+        postgresql_where=text("deleted_at IS NOT NULL"),
+    ),
     sqlite_autoincrement=True,
 )
 
@@ -59,9 +83,9 @@ version_metrics = Table(
     "version_metrics",
     metadata,
     Column("version_id", _Id, ForeignKey("versions.id"), primary_key=True),
-    Column("key", String(64), primary_key=True),
+    Column("key", _text(64), primary_key=True),
     Column("value", Float, nullable=False),
-    Index(None, "key", "value"),
+    Index(None, "key", "value", "version_id"),
 )
 
 version_labels = Table(
@@ -69,9 +93,17 @@ version_labels = Table(
     metadata,
     Column("version_id", _Id, ForeignKey("versions.id"), primary_key=True),
     Column("kind", String(16), primary_key=True),
-    Column("key", String(64), primary_key=True),
-    Column("value", String, nullable=False),
-    Index(None, "kind", "key", "value"),
+    Column("key", _text(64), primary_key=True),
+    Column("value", _text(), nullable=False),
+    Index(None, "kind", "key", "value", "version_id"),
+)
+
+version_parents = Table(
+    "version_parents",
+    metadata,
+    Column("version_id", _Id, ForeignKey("versions.id"), primary_key=True),
+    Column("parent_id", _Id, ForeignKey("versions.id"), primary_key=True),
+    Index(None, "parent_id"),
 )
 
 version_blobs = Table(
@@ -86,7 +118,7 @@ aliases = Table(
     "aliases",
     metadata,
     Column("adapter_id", _Id, ForeignKey("adapters.id"), primary_key=True),
-    Column("alias", String(64), primary_key=True),
+    Column("alias", _text(64), primary_key=True),
     Column("version_id", _Id, ForeignKey("versions.id"), nullable=False),
     Column("generation", Integer, nullable=False),
 )
@@ -105,6 +137,7 @@ alias_moves = Table(
     Column("why", String, nullable=False),
     Column("at", BigInteger, nullable=False),
     Column("chain", String(71), nullable=False),
+    Column("override", Boolean, nullable=False, server_default=false()),
     UniqueConstraint("adapter_id", "alias", "generation"),
     ForeignKeyConstraint(["adapter_id", "version"], ["versions.adapter_id", "versions.number"]),
     sqlite_autoincrement=True,
@@ -126,6 +159,61 @@ signatures = Table(
     "signatures",
     metadata,
     Column("version_id", _Id, ForeignKey("versions.id"), primary_key=True),
+    Column("digest", String(71), primary_key=True),
+    Column("at", BigInteger, nullable=False),
+)
+
+evaluations = Table(
+    "evaluations",
+    metadata,
+    Column("id", _Id, primary_key=True),
+    Column("version_id", _Id, ForeignKey("versions.id"), nullable=False),
+    Column("suite", _text(64), nullable=False),
+    Column("passed", Boolean, nullable=False),
+    Column("result", Text, nullable=False),
+    Column("actor", String, nullable=False),
+    Column("at", BigInteger, nullable=False),
+    Index(None, "version_id", "suite"),
+    sqlite_autoincrement=True,
+)
+
+protections = Table(
+    "protections",
+    metadata,
+    Column("id", _Id, primary_key=True),
+    Column("adapter_id", _Id, ForeignKey("adapters.id"), nullable=False),
+    Column("alias", _text(64), nullable=False),
+    Column("suite", _text(64)),
+    Column("protected", Boolean, nullable=False),
+    Column("actor", String, nullable=False),
+    Column("why", String, nullable=False),
+    Column("at", BigInteger, nullable=False),
+    Index(None, "adapter_id", "alias"),
+    sqlite_autoincrement=True,
+)
+
+leases = Table(
+    "leases",
+    metadata,
+    Column("id", String(32), primary_key=True),
+    Column("kind", String(16), nullable=False),
+    Column("holder", String, nullable=False),
+    Column("version_id", _Id, ForeignKey("versions.id")),
+    Column("expires_at", BigInteger, nullable=False),
+    Index(None, "version_id"),
+)
+
+lease_blobs = Table(
+    "lease_blobs",
+    metadata,
+    Column("lease_id", String(32), ForeignKey("leases.id"), primary_key=True),
+    Column("digest", String(71), primary_key=True),
+    Index(None, "digest"),
+)
+
+condemned = Table(
+    "condemned",
+    metadata,
     Column("digest", String(71), primary_key=True),
     Column("at", BigInteger, nullable=False),
 )

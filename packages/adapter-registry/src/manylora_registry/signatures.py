@@ -1,14 +1,15 @@
 """The signatures a registry keeps: blobs that refer to versions."""
 
 from collections.abc import Sequence
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import sqlalchemy as sa
 
+from manylora_registry.aliases import this_user
 from manylora_registry.blobs import BlobStore, read_verified
 from manylora_registry.database import Database
 from manylora_registry.errors import UnsignedError
+from manylora_registry.leases import end_upload, uploading
 from manylora_registry.manifest import MANIFEST_BYTES, digest_of
 from manylora_registry.schema import adapters, signatures, version_blobs, versions
 from manylora_registry.signing import (
@@ -18,8 +19,6 @@ from manylora_registry.signing import (
     sign_manifest,
 )
 from manylora_registry.version import Version
-
-_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 class Signatures:
@@ -44,11 +43,18 @@ class Signatures:
     def add(self, version: Version, content: bytes) -> str:
         """Keeps a signature that was made of the version's manifest; its digest."""
         digest = digest_of(content)
-        with self._blobs.staging() as staging:
+        with (
+            self._blobs.staging() as staging,
+            uploading(self._database, [digest], this_user()) as lease,
+        ):
             (staging / "signature").write_bytes(content)
             self._blobs.put(staging / "signature", digest)
-        now = (datetime.now(UTC) - _EPOCH) // timedelta(microseconds=1)
+            self._record(version, digest, lease)
+        return digest
+
+    def _record(self, version: Version, digest: str, lease: str) -> None:
         with self._database.write() as connection:
+            now = self._database.clock(connection)
             row = (
                 sa.select(versions.c.id)
                 .join_from(versions, adapters)
@@ -60,7 +66,7 @@ class Signatures:
             connection.execute(
                 sa.insert(signatures).values(version_id=identity, digest=digest, at=now)
             )
-        return digest
+            end_upload(connection, lease)
 
     def require(self, version: Version, public_keys: Sequence[Path]) -> Path:
         """The key of those allowed that signed the version.

@@ -12,14 +12,15 @@ from manylora_registry.database import Database
 from manylora_registry.errors import CorruptBlobError, Problem
 from manylora_registry.history import check_history
 from manylora_registry.manifest import load_manifest
-from manylora_registry.schema import adapters, signatures, version_blobs, versions
+from manylora_registry.schema import adapters, lease_blobs, signatures, version_blobs, versions
 from manylora_registry.version import VerifyReport
 
 
-def verify(blobs: BlobStore, database: Database) -> VerifyReport:
+def verify(blobs: BlobStore, database: Database, *, repair: bool = False) -> VerifyReport:
     """Hashes every blob, reads every manifest and follows the chain of alias moves.
 
-    What is published meanwhile is not looked at; nothing is changed or locked.
+    What is published or collected meanwhile is not looked at; nothing is locked. With `repair`,
+    damaged blobs are taken out of the store, and publishing the same files again replaces them.
     """
     # Listed first: a blob that appears later may be one whose version is not committed yet.
     present = set(blobs.digests())
@@ -27,45 +28,44 @@ def verify(blobs: BlobStore, database: Database) -> VerifyReport:
         needed = _needed(connection)
         known = connection.execute(
             sa.select(
-                adapters.c.name, versions.c.number, versions.c.digest, versions.c.base_fingerprint
+                adapters.c.name,
+                versions.c.number,
+                versions.c.digest,
+                versions.c.base_fingerprint,
+                versions.c.collected_at,
             ).join_from(versions, adapters)
         ).all()
         signed = set(connection.scalars(sa.select(signatures.c.digest)))
         moves, problems = check_history(connection)
         problems += _check_numbers((row.name, row.number) for row in known)
-        problems += [
-            Problem("database", str(row[0]))
-            for row in connection.exec_driver_sql("PRAGMA integrity_check")
-            if row[0] != "ok"
-        ]
+        problems += [Problem("database", found) for found in database.check(connection)]
     recorded: dict[str, set[str]] = defaultdict(set)
     for digest, users in needed.items():
         for user in users:
             recorded[user].add(digest)
-    size = 0
-    damaged: set[str] = set()
-    for digest, users in sorted(needed.items()):
-        try:
-            size += _hash(blobs, digest)
-        except CorruptBlobError as error:
-            damaged.add(digest)
-            problems.append(Problem(", ".join(users), str(error)))
+    size, damaged = _hash_all(blobs, needed)
     for row in known:
-        if row.digest in damaged:
+        if row.collected_at is not None or row.digest in damaged:
             continue
+        name = f"{row.name}@{row.number}"
         try:
             manifest = load_manifest(blobs, row.digest)
         except CorruptBlobError as error:
-            problems.append(Problem(f"{row.name}@{row.number}", str(error)))
+            damaged[row.digest] = str(error)
             continue
         listed = {row.digest, *(file.digest for file in manifest.files)}
-        if (
-            listed != recorded[f"{row.name}@{row.number}"] - signed
-            or manifest.base_fingerprint != row.base_fingerprint
-        ):
-            problems.append(
-                Problem(f"{row.name}@{row.number}", "the database differs from the manifest")
-            )
+        if listed != recorded[name] - signed or manifest.base_fingerprint != row.base_fingerprint:
+            problems.append(Problem(name, "the database differs from the manifest"))
+    if damaged:
+        # A version that was collected meanwhile has taken its blobs with it.
+        with database.read() as connection:
+            still = _needed(connection)
+        damaged = {digest: what for digest, what in damaged.items() if digest in still}
+    problems += [
+        Problem(", ".join(needed[digest]), what) for digest, what in sorted(damaged.items())
+    ]
+    affected = {user for digest in damaged for user in needed[digest]}
+    aside = [digest for digest in sorted(damaged) if digest in present] if repair else []
     return VerifyReport(
         versions=len(known),
         blobs=len(needed),
@@ -73,7 +73,38 @@ def verify(blobs: BlobStore, database: Database) -> VerifyReport:
         moves=moves,
         problems=tuple(problems),
         unreferenced=tuple(sorted(present - needed.keys())),
+        affected=tuple(sorted(affected)),
+        set_aside=tuple(digest for digest in aside if _set_aside(blobs, database, digest)),
     )
+
+
+def _hash_all(blobs: BlobStore, digests: Iterable[str]) -> tuple[int, dict[str, str]]:
+    """Bytes that were hashed, and what is wrong with which blob."""
+    size = 0
+    damaged: dict[str, str] = {}
+    for digest in sorted(digests):
+        try:
+            size += _hash(blobs, digest)
+        except CorruptBlobError as error:
+            damaged[digest] = str(error)
+    return size, damaged
+
+
+def _set_aside(blobs: BlobStore, database: Database, digest: str) -> bool:
+    """Takes a blob out of the store unless it has been healed, or is just being.
+
+    Publishers store a blob only under a lease, which they take under this lock.
+    """
+    with database.write() as connection:
+        leased = sa.select(lease_blobs.c.digest).where(lease_blobs.c.digest == digest)
+        if connection.scalar(leased) is not None:
+            return False
+        try:
+            _hash(blobs, digest)
+        except CorruptBlobError:
+            blobs.set_aside(digest)
+            return True
+    return False
 
 
 def _needed(connection: Connection) -> dict[str, list[str]]:

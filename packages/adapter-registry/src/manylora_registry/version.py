@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Literal
+from typing import Any, Literal
 
 from manylora_registry.errors import Problem, WrongBaseError
 
@@ -32,6 +32,12 @@ class Version:
     """Where it came from: run, recipe digest, data fingerprint, parent …"""
     yanked: bool
     """Withdrawn: kept, but not served."""
+    parent: str | None = None
+    """The version it was trained on from, as NAME@NUMBER."""
+    deleted: bool = False
+    """Not served; garbage collection removes its bytes once nothing needs them."""
+    collected: bool = False
+    """Its bytes are gone; number, digest and description stay."""
 
     @property
     def engine_name(self) -> str:
@@ -45,11 +51,22 @@ class Version:
 
 
 @dataclass(frozen=True)
+class VersionPage:
+    """Some of the versions that match."""
+
+    versions: tuple[Version, ...]
+    next: str | None
+    """Where to go on, if there are more."""
+
+
+@dataclass(frozen=True)
 class Alias:
     """Where an alias points, and how many times it was moved to get there."""
 
     version: int
     generation: int
+    protected: bool = False
+    """A move needs a version that has passed its gate."""
 
 
 @dataclass(frozen=True)
@@ -75,9 +92,46 @@ class AliasMove:
     actor: str
     why: str
     at: datetime
+    override: bool = False
+    """The alias was protected and the version had not passed; `why` says why it was done."""
 
 
-EventKind = Literal["published", "alias_moved", "yanked"]
+@dataclass(frozen=True)
+class Evaluation:
+    """What a suite found about a version; kept for ever."""
+
+    suite: str
+    """The suite or gate, by name."""
+    passed: bool
+    result: Mapping[str, Any] = field(hash=False)
+    """Its figures, as JSON."""
+    actor: str
+    at: datetime
+
+
+@dataclass(frozen=True)
+class Protection:
+    """A rule for an alias: it moves only to versions that have passed a gate."""
+
+    alias: str
+    suite: str | None
+    """The suite whose latest record must have passed; None for every suite there is a record of,
+    and at least one."""
+    actor: str
+    why: str
+    at: datetime
+
+
+EventKind = Literal[
+    "published",
+    "alias_moved",
+    "yanked",
+    "described",
+    "evaluated",
+    "deleted",
+    "collected",
+    "restored",
+]
 
 
 @dataclass(frozen=True)
@@ -103,9 +157,29 @@ class VerifyReport:
     moves: int
     problems: tuple[Problem, ...]
     unreferenced: tuple[str, ...]
-    """Digests no version needs: of publications that did not reach their end, harmless."""
+    """Digests no version needs: left for garbage collection, harmless."""
+    affected: tuple[str, ...] = ()
+    """Versions that cannot be trusted or read, as NAME@NUMBER."""
+    set_aside: tuple[str, ...] = ()
+    """Digests of damaged blobs that were taken out of the store."""
 
     @property
     def ok(self) -> bool:
         """Whether every version can be trusted."""
         return not self.problems
+
+
+@dataclass(frozen=True)
+class GarbageReport:
+    """What a garbage collection did, or would do."""
+
+    collected: tuple[str, ...]
+    """Deleted versions that gave up their bytes, as NAME@NUMBER."""
+    kept: tuple[Problem, ...]
+    """Deleted versions that something still needs, and what."""
+    waiting: int
+    """Blobs that are condemned and wait out their grace."""
+    deleted: tuple[str, ...]
+    """Digests of the blobs that were deleted."""
+    freed: int
+    """Bytes of those."""

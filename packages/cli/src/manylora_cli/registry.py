@@ -1,14 +1,15 @@
 """`manylora registry`: look at adapters, move aliases, check and carry versions."""
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from manylora_cli import registry_files
+from manylora_cli import registry_files, registry_manage
 from manylora_cli.registry_output import (
     AsJson,
     Location,
     Name,
+    Override,
     Reference,
     move_json,
     open_registry,
@@ -18,6 +19,9 @@ from manylora_cli.registry_output import (
     time_text,
     version_json,
 )
+
+if TYPE_CHECKING:
+    from manylora_registry import Evaluation, Protection, Registry, Version
 
 app = typer.Typer(
     help="""Adapters, their versions and aliases.
@@ -36,10 +40,50 @@ app = typer.Typer(
 
 
 @app.command("list")
-def list_adapters(registry: Location = None, as_json: AsJson = False) -> None:
-    """List every adapter with its latest version and its aliases."""
+def list_adapters(
+    where: Annotated[
+        str | None,
+        typer.Option(metavar="FILTER", help="Only versions that match, see below."),
+    ] = None,
+    sort: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ORDER",
+            help="name, created, metric.KEY or tag.KEY; -metric.KEY is descending.",
+        ),
+    ] = None,
+    versions: Annotated[
+        bool, typer.Option("--versions", help="Every version; implied by --where and --sort.")
+    ] = False,
+    limit: Annotated[
+        int | None, typer.Option(metavar="N", min=1, max=1000, help="At most so many.")
+    ] = None,
+    after: Annotated[
+        str | None,
+        typer.Option(metavar="KEY", help="Go on behind a page; KEY is what that one ended with."),
+    ] = None,
+    registry: Location = None,
+    as_json: AsJson = False,
+) -> None:
+    r"""List every adapter with its latest version and its aliases, or the versions that match.
+
+    FILTER compares tag.KEY, metric.KEY, lineage.KEY, name, number, digest, base, rank, size,
+    created, yanked, alias and parent by = != < <= > >= or ~ (a pattern with * and ?), joined with
+    and, or, not and parentheses. Quote values with spaces. A version without the tag or metric
+    fulfils no comparison with it. With more versions than --limit, the key to go on from is
+    printed on stderr.
+
+    \b
+    manylora registry list --where 'tag.lang=en and metric.f1>0.8' --sort -metric.f1
+    manylora registry list --where 'name~spell* and not yanked=true' --limit 20
+    """
     with open_registry(registry) as opened:
-        found = opened.adapters()
+        if versions or where is not None or sort is not None:
+            _list_versions(opened, where or "", sort or "name", limit or 100, after, as_json)
+            return
+        found = opened.adapters(limit=limit, after=after)
+    if limit is not None and len(found) == limit:
+        _tell_next(found[-1].name)
     if as_json:
         print_json(
             [
@@ -47,7 +91,11 @@ def list_adapters(registry: Location = None, as_json: AsJson = False) -> None:
                     "name": adapter.name,
                     "latest": version_json(adapter.latest),
                     "aliases": {
-                        name: {"version": alias.version, "generation": alias.generation}
+                        name: {
+                            "version": alias.version,
+                            "generation": alias.generation,
+                            "protected": alias.protected,
+                        }
                         for name, alias in adapter.aliases.items()
                     },
                 }
@@ -60,7 +108,7 @@ def list_adapters(registry: Location = None, as_json: AsJson = False) -> None:
         [
             (
                 adapter.name,
-                f"{adapter.latest.number}{' (yanked)' if adapter.latest.yanked else ''}",
+                f"{adapter.latest.number}{_state(adapter.latest)}",
                 " ".join(f"{name}={at.version}" for name, at in adapter.aliases.items()),
                 str(adapter.latest.rank),
                 size_text(adapter.latest.size),
@@ -72,31 +120,104 @@ def list_adapters(registry: Location = None, as_json: AsJson = False) -> None:
     )
 
 
+def _list_versions(
+    registry: "Registry", where: str, sort: str, limit: int, after: str | None, as_json: bool
+) -> None:
+    page = registry.find_versions(where, sort=sort, limit=limit, after=after)
+    if page.next is not None:
+        _tell_next(page.next)
+    if as_json:
+        print_json([version_json(version) for version in page.versions])
+        return
+    print_table(
+        ("version", "tags", "metrics", "rank", "size", "published"),
+        [
+            (
+                f"{version.name}@{version.number}{_state(version)}",
+                " ".join(f"{key}={value}" for key, value in sorted(version.tags.items())),
+                " ".join(f"{key}={value:.6g}" for key, value in sorted(version.metrics.items())),
+                str(version.rank),
+                size_text(version.size),
+                time_text(version.created_at),
+            )
+            for version in page.versions
+        ],
+        empty="no version matches",
+    )
+
+
+def _tell_next(key: str) -> None:
+    typer.echo(f"more: --after {key}", err=True)
+
+
 @app.command("show")
 def show(reference: Reference, registry: Location = None, as_json: AsJson = False) -> None:
-    """Show one version: digest, lineage, metrics, tags."""
+    """Show one version: what it is, where it came from, how good it was, what gates said."""
     with open_registry(registry) as opened:
         version = opened.find(reference)
-        all_aliases = next(a.aliases for a in opened.adapters() if a.name == version.name)
-    aliases = [name for name, at in all_aliases.items() if at.version == version.number]
+        pointing = opened.aliases(version.name)
+        evaluations = opened.evaluations(version)
+        protections = opened.protections(version.name)
+    aliases = [name for name, at in pointing.items() if at.version == version.number]
     if as_json:
-        print_json({**version_json(version), "aliases": aliases})
+        print_json(
+            {
+                **version_json(version),
+                "aliases": aliases,
+                "evaluations": [_evaluation(each) for each in evaluations],
+                "protections": [_protection(each) for each in protections],
+            }
+        )
         return
     rows = [
-        ("version", f"{version.name}@{version.number}{' (yanked)' if version.yanked else ''}"),
+        ("version", f"{version.name}@{version.number}{_state(version)}"),
         ("digest", version.digest),
         ("aliases", " ".join(aliases)),
         ("base", version.base_fingerprint),
+        ("parent", version.parent or ""),
         ("rank", str(version.rank)),
         ("size", size_text(version.size)),
         ("published", time_text(version.created_at)),
         *((f"metric {key}", f"{value:.6g}") for key, value in sorted(version.metrics.items())),
         *((f"tag {key}", value) for key, value in sorted(version.tags.items())),
         *((f"lineage {key}", value) for key, value in sorted(version.lineage.items())),
+        *(
+            (
+                f"evaluation {each.suite}",
+                f"{'passed' if each.passed else 'FAILED'} {time_text(each.at)} by {each.actor}",
+            )
+            for each in evaluations
+        ),
     ]
     width = max(len(key) for key, _ in rows)
     for key, value in rows:
         print(f"{key:<{width}}  {value}".rstrip())
+
+
+def _state(version: "Version") -> str:
+    if version.deleted:
+        return " (deleted)"
+    return " (yanked)" if version.yanked else ""
+
+
+def _evaluation(evaluation: "Evaluation") -> dict[str, Any]:
+    return {
+        "suite": evaluation.suite,
+        "passed": evaluation.passed,
+        "result": dict(evaluation.result),
+        "actor": evaluation.actor,
+        "at": evaluation.at.isoformat(),
+    }
+
+
+def _protection(protection: "Protection") -> dict[str, Any]:
+    return {
+        "alias": protection.alias,
+        "suite": protection.suite,
+        "actor": protection.actor,
+        "why": protection.why,
+        "at": protection.at.isoformat(),
+    }
 
 
 @app.command("alias")
@@ -117,17 +238,14 @@ def alias(
         ),
     ] = None,
     why: Annotated[str, typer.Option(help="The reason, kept in the history.")] = "",
+    override: Override = False,
     registry: Location = None,
     as_json: AsJson = False,
 ) -> None:
     """Point an alias at a version."""
     with open_registry(registry) as opened:
-        move = opened.set_alias(name, alias, version, expect=expect, why=why)
-    if as_json:
-        print_json(move_json(move))
-    else:
-        before = "nothing" if move.previous is None else f"version {move.previous}"
-        print(f"{name}@{alias}: {before} -> version {move.version} (generation {move.generation})")
+        move = opened.set_alias(name, alias, version, expect=expect, why=why, override=override)
+    registry_manage.print_move(move, as_json)
 
 
 @app.command("history")
@@ -148,7 +266,7 @@ def history(name: Name, registry: Location = None, as_json: AsJson = False) -> N
                 "" if move.previous is None else str(move.previous),
                 str(move.version),
                 move.actor,
-                move.why,
+                f"{'(override) ' if move.override else ''}{move.why}",
             )
             for move in moves
         ],
@@ -157,15 +275,25 @@ def history(name: Name, registry: Location = None, as_json: AsJson = False) -> N
 
 
 @app.command("verify")
-def verify(registry: Location = None, as_json: AsJson = False) -> None:
+def verify(
+    repair: Annotated[
+        bool,
+        typer.Option(
+            "--repair",
+            help="Move damaged blobs aside, so that publishing the same files replaces them.",
+        ),
+    ] = False,
+    registry: Location = None,
+    as_json: AsJson = False,
+) -> None:
     """Hash every stored byte and check every record.
 
-    Exit status 1 if something is wrong.
+    Says which versions are affected. Exit status 1 if something is wrong, repaired or not.
     """
     from rich.console import Console
 
     with open_registry(registry) as opened, Console(stderr=True).status("hashing every blob"):
-        report = opened.verify()
+        report = opened.verify(repair=repair)
     if as_json:
         print_json(
             {
@@ -179,6 +307,8 @@ def verify(registry: Location = None, as_json: AsJson = False) -> None:
                     for problem in report.problems
                 ],
                 "unreferenced": report.unreferenced,
+                "affected": report.affected,
+                "set_aside": report.set_aside,
             }
         )
     else:
@@ -188,8 +318,15 @@ def verify(registry: Location = None, as_json: AsJson = False) -> None:
             f"{report.versions} versions, {report.blobs} blobs ({size_text(report.size)}), "
             f"{report.moves} alias moves: {'all good' if report.ok else 'DAMAGED'}"
         )
+        if report.affected:
+            print(f"affected: {', '.join(report.affected)}; publish the same files again")
+        if report.set_aside:
+            print(f"{len(report.set_aside)} damaged blobs were moved aside")
         if report.unreferenced:
-            print(f"{len(report.unreferenced)} blobs belong to no version; they do no harm")
+            print(
+                f"{len(report.unreferenced)} blobs belong to no version; they do no harm, and "
+                "`manylora registry gc` removes them"
+            )
     if not report.ok:
         raise typer.Exit(1)
 
@@ -211,3 +348,11 @@ app.command("import")(registry_files.import_adapter)
 app.command("copy")(registry_files.copy)
 app.command("sign")(registry_files.sign)
 app.command("verify-signature")(registry_files.verify_signature)
+app.command("rollback")(registry_manage.rollback)
+app.command("protect")(registry_manage.protect)
+app.command("gate")(registry_manage.gate)
+app.command("tag")(registry_manage.tag)
+app.command("metric")(registry_manage.metric)
+app.command("delete")(registry_manage.delete)
+app.command("gc")(registry_manage.collect_garbage)
+app.command("events")(registry_manage.events)

@@ -23,6 +23,10 @@ Location = Annotated[
         "--registry", metavar="DIR", help="The registry's directory; else $MANYLORA_REGISTRY."
     ),
 ]
+Override = Annotated[
+    bool,
+    typer.Option("--override", help="Move a protected alias without a passed gate; needs --why."),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 
 
@@ -46,7 +50,9 @@ def version_json(version: "Version") -> dict[str, Any]:
         "metrics": dict(version.metrics),
         "tags": dict(version.tags),
         "lineage": dict(version.lineage),
+        "parent": version.parent,
         "yanked": version.yanked,
+        "deleted": version.deleted,
     }
 
 
@@ -61,6 +67,7 @@ def move_json(move: "AliasMove") -> dict[str, Any]:
         "actor": move.actor,
         "why": move.why,
         "at": move.at.isoformat(),
+        "override": move.override,
     }
 
 

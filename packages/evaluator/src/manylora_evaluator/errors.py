@@ -5,6 +5,8 @@ EvaluatorError
 ├── FixtureError              the script of a SQL fixture fails
 ├── SuiteError                a suite that reads well asks for what its scorers or rows lack
 ├── JudgeError                a judge cannot be asked at all
+│   ├── AttemptError          one attempt to ask it failed; a caller sees NoVerdictError
+│   └── NoVerdictError        it never answered; counted, and what it was asked about fails
 ├── UnknownTaskError          the suite has no task of that name
 ├── ResultsError              a results.json cannot be read, or holds no such score
 ├── EvaluationFailedError     requests failed; carries the result of those that did not
@@ -55,6 +57,25 @@ class JudgeError(EvaluatorError):
     """A judge cannot be asked at all."""
 
     reason = "JUDGE_UNUSABLE"
+
+
+class AttemptError(JudgeError):
+    """One attempt to ask a judge failed."""
+
+    reason = "JUDGE_ATTEMPT_FAILED"
+
+    def __init__(self, message: str, *, again: bool, after: float | None = None) -> None:
+        self.again = again
+        """Whether another attempt may help."""
+        self.after = after
+        """Seconds the server asks to wait before it."""
+        super().__init__(" ".join(message.split()))
+
+
+class NoVerdictError(JudgeError):
+    """A judge gave no answer, however often it was asked."""
+
+    reason = "JUDGE_SILENT"
 
 
 class UnknownTaskError(EvaluatorError):

@@ -16,6 +16,7 @@ from manylora_gateway.errors import (
     ConcurrencyError,
     DrainingError,
     QueueFullError,
+    ReplicaLostError,
     TokenRateError,
 )
 from manylora_gateway.fair import Flow, Share
@@ -79,6 +80,8 @@ class Admission:
         self._inside = 0
         self._counts: Counter[Flow] = Counter()
         self._buckets: dict[tuple[str, str, float], TokenBucket] = {}
+        self.lost: ReplicaLostError | None = None
+        """Why nobody can be served now, if so."""
         self._draining = False
         self._empty = asyncio.Event()
         self._empty.set()
@@ -106,6 +109,7 @@ class Admission:
 
         Raises:
             DrainingError: nobody is admitted any more.
+            ReplicaLostError: no replica runs.
             QueueFullError: there is no place, or none for another request of this kind.
             ConcurrencyError: the tenant or the adapter has as many requests as it may have.
             TokenRateError: the tenant or the adapter has used up its tokens.
@@ -142,6 +146,8 @@ class Admission:
         """The buckets this request draws from; raises where it may not come in."""
         if self._draining:
             raise DrainingError("The gateway is draining; ask another one.")
+        if self.lost is not None:
+            raise ReplicaLostError(str(self.lost))
         places = self._limits.max_requests
         if self._inside >= places:
             raise QueueFullError(f"{places} requests are running or waiting already.")

@@ -68,11 +68,18 @@ class RayReplicas:
         sampling: Sampling,
         version: Version | None,
         share: Share = EVERYBODY,
+        traceparent: str = "",
     ) -> AsyncGenerator[Delta, None]:
         """Generates on the replica that Serve chooses by `AdapterRouter`."""
         with self._receiver.expect(request_id) as inbox:
             response: Any = self._handle.generate.remote(
-                self._address, request_id, prompt, sampling, version=version, share=share
+                self._address,
+                request_id,
+                prompt,
+                sampling,
+                version=version,
+                share=share,
+                traceparent=traceparent,
             )
             whole = False
             self._watch(response, inbox)

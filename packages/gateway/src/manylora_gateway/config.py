@@ -22,10 +22,12 @@ class ListenConfig(ConfigModel):
     """AdminService, for operators: bind it where only they can reach it."""
     http: Address | None = "127.0.0.1:0"
     """OpenAI's HTTP API over the same adapters; null: none."""
+    metrics: Address | None = None
+    """Prometheus scrapes, over HTTP. Unset: none."""
 
 
 class TlsConfig(ConfigModel):
-    """Certificates of all ports, PEM files."""
+    """Certificates of all ports but that of metrics, PEM files."""
 
     certificate: Path
     """The gateway's, followed by what stands between it and its authority."""
@@ -138,6 +140,33 @@ class FollowConfig(ConfigModel):
     """Aliases prepared as soon as they move, of every adapter; any other from its first request."""
     poll_s: float = Field(default=0.5, gt=0)
     """Seconds between two looks at the registry's events."""
+    max_stale_s: float = Field(default=86_400.0, gt=0)
+    """Seconds that references go on meaning what they last meant while the registry cannot be
+    read; then requests fail with UNAVAILABLE until it can."""
+
+
+class TracingConfig(ConfigModel):
+    """OpenTelemetry."""
+
+    endpoint: str | None = None
+    """Where spans are exported to by OTLP over gRPC, e.g. "http://127.0.0.1:4317". Unset: none."""
+    sample: float = Field(default=1.0, ge=0, le=1)
+    """Share of the traces that begin here; a caller's own decision is followed."""
+
+
+class LogConfig(ConfigModel):
+    """Lines on stderr."""
+
+    format: Literal["text", "json"] = "text"
+    requests: bool = False
+    """One line for each request that ended: ids, tenant, version, code, times and tokens."""
+
+
+class MetricsConfig(ConfigModel):
+    """What Prometheus gets."""
+
+    max_versions: int = Field(default=100, ge=1, le=10_000)
+    """Adapter versions with a label of their own; the others share one."""
 
 
 class GatewayConfig(ConfigModel):
@@ -150,13 +179,25 @@ class GatewayConfig(ConfigModel):
     cache: Path | None = None
     """Directory for verified copies of adapter versions; unset: a temporary one of this run."""
     listen: ListenConfig = ListenConfig()
+    """Where clients reach it."""
     tls: TlsConfig | None = None
     """Unset: plain text on every port."""
     tenants: Path | None = None
     """YAML file of who may call; see docs/serving-api.md. Unset: everybody, with every right."""
     engine: EngineConfig = EngineConfig()
+    """The engine replicas."""
     limits: LimitsConfig = LimitsConfig()
+    """What clients may ask for."""
     follow: FollowConfig = FollowConfig()
+    """How it keeps up with the registry."""
+    tracing: TracingConfig = TracingConfig()
+    """Where traces go."""
+    log: LogConfig = LogConfig()
+    """What is logged, and how."""
+    metrics: MetricsConfig = MetricsConfig()
+    """What is counted for Prometheus."""
+    state: Path | None = None
+    """Directory for what must survive a restart: rollouts. Unset: they end with the gateway."""
     drain_s: float = Field(default=30.0, ge=0)
     """Seconds that running requests may take to end after SIGTERM."""
     ray_address: str | None = None
@@ -171,5 +212,6 @@ class GatewayConfig(ConfigModel):
                 "cache": None if self.cache is None else directory / self.cache,
                 "tenants": None if self.tenants is None else directory / self.tenants,
                 "tls": None if self.tls is None else self.tls.relative_to(directory),
+                "state": None if self.state is None else directory / self.state,
             }
         )

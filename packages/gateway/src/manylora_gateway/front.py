@@ -13,6 +13,7 @@ from grpc_reflection.v1alpha import reflection
 from manylora.admin.v1 import admin_pb2, admin_pb2_grpc
 from manylora.inference.v1 import inference_pb2, inference_pb2_grpc
 from manylora_gateway.access import Access
+from manylora_gateway.calls import CallInterceptor
 from manylora_gateway.config import GatewayConfig, LimitsConfig, ListenConfig
 from manylora_gateway.errors import StartError
 from manylora_gateway.guard import Guard, HttpAuthentication
@@ -21,6 +22,7 @@ from manylora_gateway.limits import Limits
 from manylora_gateway.openai_http.app import application
 from manylora_gateway.openai_http.reading import Reading
 from manylora_gateway.openai_http.server import HttpServer
+from manylora_gateway.operations import Operations
 from manylora_gateway.requests import Requests
 from manylora_gateway.servicers import AdminServicer, InferenceServicer
 from manylora_gateway.tls import ServerTls
@@ -78,23 +80,26 @@ class Front:
         addresses = {"grpc": self.inference_address, "admin": self.admin_address}
         return addresses if self._http is None else addresses | {"http": self._http.address}
 
-    async def start(self, inference: Inference, limits: Limits, base: str) -> None:
+    async def start(
+        self, inference: Inference, operations: Operations, limits: Limits, base: str
+    ) -> None:
         """Answers from here on.
 
         Args:
             inference: answers.
+            operations: what operators ask for.
             limits: what a request may ask for.
             base: what HTTP clients call the bare base.
         """
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(
             InferenceServicer(inference, Requests(limits)), self._inference
         )
-        admin_pb2_grpc.add_AdminServiceServicer_to_server(AdminServicer(inference), self._admin)
+        admin_pb2_grpc.add_AdminServiceServicer_to_server(AdminServicer(operations), self._admin)
         for server, service in ((self._inference, INFERENCE_SERVICE), (self._admin, ADMIN_SERVICE)):
             health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
             names = (service, health.SERVICE_NAME, reflection.SERVICE_NAME)
             reflection.enable_server_reflection(names, server)
-        await self._set_health(health_pb2.HealthCheckResponse.SERVING)
+        await self.announce(serving=True)
         await self._inference.start()
         await self._admin.start()
         if self._http is not None:
@@ -103,12 +108,12 @@ class Front:
             if self._access is not None:
                 app = HttpAuthentication(app, self._access)
             await self._http.start(app)
-        self._serving = True
 
-    async def announce_end(self) -> None:
-        """Tells health checks that no new requests are wanted; answers go on."""
-        self._serving = False
-        await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+    async def announce(self, serving: bool) -> None:
+        """Tells health checks whether new requests are wanted; answers go on."""
+        self._serving = serving
+        status = health_pb2.HealthCheckResponse
+        await self._set_health(status.SERVING if serving else status.NOT_SERVING)
 
     async def stop(self) -> None:
         """Closes all ports; what still runs is cut off."""
@@ -130,7 +135,7 @@ def _bound(
     max_message_bytes: int,
 ) -> tuple[grpc.aio.Server, str]:
     server = grpc.aio.server(
-        interceptors=[guard],
+        interceptors=[guard, CallInterceptor()],
         options=[
             # Without this two gateways would share a port and each get half of the requests.
             ("grpc.so_reuseport", 0),

@@ -12,16 +12,20 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-from manylora_gateway import cluster
+from manylora_gateway import cluster, tracing
 from manylora_gateway.admission import Admission
 from manylora_gateway.config import GatewayConfig
 from manylora_gateway.deltas import DeltaReceiver
+from manylora_gateway.fleet import Fleet
 from manylora_gateway.front import Front
 from manylora_gateway.inference import Inference
 from manylora_gateway.limits import Limits
+from manylora_gateway.metrics import Metrics
+from manylora_gateway.operations import Operations
 from manylora_gateway.processes import end_marked
 from manylora_gateway.replica import MakeEngine
 from manylora_gateway.replicas import Replicas
+from manylora_gateway.rollouts import Rollouts
 from manylora_gateway.routes import Routes
 from manylora_gateway.swaps import Swaps
 from manylora_gateway.worker import Servable
@@ -55,24 +59,35 @@ async def run(
     async with _cluster(config, servable, scratch, stop, make_engine) as replicas:
         if replicas is None:
             return False
-        routes = Routes(registry, servable)
-        swaps = Swaps(registry, routes, replicas, config.follow)
+        tracing.configure(config.tracing, "manylora-gateway")
+        metrics = Metrics(config.metrics.max_versions)
+        rollouts = Rollouts(config.state)
+        routes = Routes(registry, servable, rollouts, config.follow.max_stale_s)
+        swaps = Swaps(registry, routes, replicas, config.follow, metrics)
         admission = Admission(config.limits)
-        inference = Inference(registry, routes, replicas, admission)
+        warm = config.engine.slots
+        fleet = Fleet(replicas, routes, admission, metrics, front.announce, warm)
+        inference = Inference(registry, routes, replicas, admission, metrics)
+        operations = Operations(
+            routes, replicas, rollouts, admission, fleet, metrics, config.drain_s
+        )
         logger.info("loading the adapters that are served now")
-        await swaps.begin(warm=config.engine.slots)
+        await swaps.begin(warm)
+        await operations.restore_rollouts()
+        await fleet.begin()
         limits = Limits(config.limits, config.engine.max_context)
-        await front.start(inference, limits, config.base.resolve().name)
-        addresses = (f"{name}={address}" for name, address in front.addresses.items())
-        print("ready", *addresses, flush=True)
+        await front.start(inference, operations, limits, config.base.resolve().name)
+        addresses = dict(front.addresses)
+        if config.listen.metrics is not None:
+            host, port = metrics.serve(config.listen.metrics)
+            addresses["metrics"] = f"{host}:{port}"
+        print("ready", *(f"{name}={at}" for name, at in addresses.items()), flush=True)
         await stop.wait()
         logger.info("draining; running requests have %g s", config.drain_s)
-        await front.announce_end()
-        try:
-            async with asyncio.timeout(config.drain_s):
-                await admission.drain()
-        except TimeoutError:
-            logger.warning("requests still running after %g s are cut off", config.drain_s)
+        if left := await operations.drain(config.drain_s):
+            logger.warning("%d requests still running after %g s are cut off", left, config.drain_s)
+        await inference.shadows.close()
+        await fleet.close()
         await swaps.close()
         await front.stop()
     logger.info("stopped")

@@ -11,7 +11,9 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass
 
+from manylora_gateway import tracing
 from manylora_gateway.admission import Admission, Ticket
+from manylora_gateway.calls import current_call
 from manylora_gateway.engine import Delta, Prompt
 from manylora_gateway.errors import (
     GatewayError,
@@ -25,8 +27,10 @@ from manylora_gateway.generation import (
     collect,
     with_queue_time,
 )
-from manylora_gateway.replicas import Replicas, ReplicaState
+from manylora_gateway.metrics import Metrics, Observation
+from manylora_gateway.replicas import Replicas
 from manylora_gateway.routes import Route, Routes
+from manylora_gateway.shadow import Shadows
 from manylora_gateway.tenants import ANONYMOUS, Tenant
 from manylora_registry import Adapter, AdapterReference, Registry, Version
 from manylora_registry.errors import RegistryError
@@ -59,8 +63,15 @@ class Inference:
     """
 
     def __init__(
-        self, registry: Registry, routes: Routes, replicas: Replicas, admission: Admission
+        self,
+        registry: Registry,
+        routes: Routes,
+        replicas: Replicas,
+        admission: Admission,
+        metrics: Metrics | None = None,
     ) -> None:
+        self.metrics = metrics or Metrics()
+        self.shadows = Shadows(routes, replicas, self.metrics)
         self._registry = registry
         self._routes = routes
         self._replicas = replicas
@@ -81,18 +92,54 @@ class Inference:
         tenant.require_adapter(request.adapter)
         name = request.adapter.partition("@")[0]
         sampling = request.sampling
-        with self._admission.enter(tenant, name, sampling.max_tokens * sampling.n) as ticket:
-            async with self._routes.use(request.adapter) as version:
-                started = Started(request.request_id or uuid.uuid4().hex, version)
-                yield started
-                queued_s = time.monotonic() - began
-                answer = self._answer(request, started, ticket, whole=whole)
-                async with aclosing(answer) as deltas:
-                    async for delta in deltas:
-                        yield with_queue_time(delta, queued_s)
+        call = current_call()
+        span = tracing.begin("manylora.generate", call.traceparent)
+        tokens: list[int] = []
+        request_id = request.request_id or uuid.uuid4().hex
+        seen = self.metrics.observation(request_id, tenant.name)
+        try:
+            with (
+                self.metrics.follow(seen),
+                self._admission.enter(tenant, name, sampling.max_tokens * sampling.n) as ticket,
+            ):
+                sticky = call.session or repr((request.prompt, sampling))
+                async with self._routes.use(request.adapter, sticky) as version:
+                    seen.resolve(version)
+                    tracing.describe(span, request_id, version)
+                    started = Started(request_id, version)
+                    yield started
+                    queued_s = time.monotonic() - began
+                    traceparent = tracing.traceparent_of(span)
+                    answer = self._answer(request, started, ticket, seen, traceparent, whole=whole)
+                    async with aclosing(answer) as deltas:
+                        async for delta in deltas:
+                            if not delta.choice:
+                                tokens.extend(delta.token_ids)
+                            yield with_queue_time(delta, queued_s)
+            self._copy(request, request_id, tokens)
+        except BaseException as error:
+            tracing.failed(span, getattr(error, "reason", type(error).__name__))
+            raise
+        finally:
+            span.end()
+
+    def _copy(self, request: GenerationRequest, request_id: str, tokens: list[int]) -> None:
+        """Has a copy of an answered request made where its alias is shadowed."""
+        if (found := self._routes.rollout(request.adapter)) is None:
+            return
+        key, rollout = found
+        if (version := rollout.copies(key, request_id)) is not None:
+            self.shadows.copy(rollout, version, request.prompt, request.sampling, tokens)
 
     async def _answer(
-        self, request: GenerationRequest, started: Started, ticket: Ticket, *, whole: bool
+        self,
+        request: GenerationRequest,
+        started: Started,
+        ticket: Ticket,
+        seen: Observation,
+        traceparent: str,
+        *,
+        whole: bool,
     ) -> AsyncGenerator[Delta, None]:
         for attempt in (1, 2):
             held: list[Delta] = []
@@ -104,6 +151,7 @@ class Inference:
                 request.sampling,
                 started.version,
                 ticket.share,
+                traceparent,
             )
             try:
                 async with aclosing(deltas):
@@ -111,6 +159,7 @@ class Inference:
                         ticket.used += len(delta.token_ids)
                         if delta.finish is not None and not delta.choice:
                             ticket.used += delta.finish.prompt_tokens
+                        seen.delta(delta)
                         if whole:
                             held.append(delta)
                         else:
@@ -119,6 +168,7 @@ class Inference:
             except ReplicaLostError:
                 if left or attempt == 2:
                     raise
+                self.metrics.retries.inc()
                 continue
             for delta in held:
                 yield delta
@@ -170,30 +220,6 @@ class Inference:
         """
         tenant.require_adapter(reference)
         return await self._routes.resolve(reference)
-
-    async def load(self, reference: str) -> Version:
-        """Loads what `reference` means on every replica.
-
-        Raises:
-            GatewayError: it names nothing, or cannot be loaded.
-        """
-        async with self._routes.use(reference) as version:
-            assert version is not None
-            await self._replicas.prepare(version)
-            return version
-
-    async def unload(self, reference: str) -> tuple[Version, int]:
-        """Unloads what `reference` means once drained; says on how many replicas it was.
-
-        Raises:
-            GatewayError: it names nothing.
-        """
-        version = await self._routes.resolve(reference)
-        return version, await self._replicas.retire(version)
-
-    async def states(self) -> list[ReplicaState]:
-        """Every replica and what it holds."""
-        return list(await self._replicas.states())
 
     async def _alias(self, adapter: Adapter, alias: str) -> AliasState:
         route = self._routes.get((adapter.name, alias))

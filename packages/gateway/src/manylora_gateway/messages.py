@@ -132,9 +132,12 @@ def replicas_response(states: Sequence[ReplicaState]) -> admin_pb2.ListReplicasR
                 replica_id=state.replica_id,
                 slots=state.slots,
                 requests=state.requests,
+                waiting=state.waiting,
                 adapters=[
                     admin_pb2.LoadedAdapter(
-                        adapter=adapter_version(resident.version), requests=resident.requests
+                        adapter=adapter_version(resident.version),
+                        requests=resident.requests,
+                        pinned=resident.pinned,
                     )
                     for resident in state.residents
                 ],

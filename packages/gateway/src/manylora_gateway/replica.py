@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ray import serve
 
+from manylora_gateway import tracing
 from manylora_gateway.config import EngineConfig, GatewayConfig
 from manylora_gateway.deltas import DeltaSender, FrontAddress
 from manylora_gateway.engine import Engine, Prompt, Sampling
@@ -49,6 +50,7 @@ class EngineReplica:
         make_engine: MakeEngine,
     ) -> None:
         os.environ.update(engine_environment(config.engine))
+        tracing.configure(config.tracing, "manylora-replica")
         self._registry = Registry.open(config.registry)
         engine = make_engine(config.base, config.engine, gpus)
         replica_id = serve.get_replica_context().replica_id.unique_id
@@ -65,14 +67,20 @@ class EngineReplica:
         *,
         version: Version | None,
         share: Share,
+        traceparent: str,
     ) -> None:
         """See Worker; the deltas go to the front that asks."""
         sender = await self._sender(to)
+        span = tracing.begin("manylora.replica.generate", traceparent)
+        tracing.describe(span, request_id, version)
         deltas = self._worker.generate(request_id, prompt, sampling, version, share)
-        async with aclosing(deltas):
-            async for delta in deltas:
-                await sender.send(request_id, delta)
-        await sender.send(request_id, None)
+        try:
+            async with aclosing(deltas):
+                async for delta in deltas:
+                    await sender.send(request_id, delta)
+            await sender.send(request_id, None)
+        finally:
+            span.end()
 
     async def _sender(self, to: FrontAddress) -> DeltaSender:
         async with self._connecting:

@@ -23,6 +23,8 @@ class ReplicaState:
     waiting: int = 0
     """Of `requests`, those that have no seat yet."""
     counts: PoolCounts = field(default_factory=PoolCounts)
+    on_disk: int = 0
+    """Verified copies of versions in the cache directory that it shares with its neighbours."""
 
 
 class Replicas(Protocol):
@@ -35,6 +37,7 @@ class Replicas(Protocol):
         sampling: Sampling,
         version: Version | None,
         share: Share = EVERYBODY,
+        traceparent: str = "",
     ) -> AsyncGenerator[Delta, None]:
         """Generates on the replica that suits best; closing the generator frees its seat."""
         ...

@@ -6,20 +6,20 @@ it goes on meaning the version that was served until its successor is ready.
 """
 
 import asyncio
+import math
+import time
 from collections import OrderedDict
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
-from manylora_gateway.errors import from_registry
+from manylora_gateway.errors import RegistryLostError, from_registry
+from manylora_gateway.rollouts import AliasKey, Rollout, Rollouts
 from manylora_gateway.worker import Servable
 from manylora_registry import AdapterReference, Registry, Version
 from manylora_registry.errors import RegistryError
 
 FIXED_REFERENCES_KEPT = 4096
-
-AliasKey = tuple[str, str]
-"""Adapter name and alias."""
 
 
 @dataclass
@@ -37,9 +37,20 @@ class Route:
 class Routes:
     """The table of followed aliases and the count of uses. Lives on one event loop."""
 
-    def __init__(self, registry: Registry, servable: Servable) -> None:
+    def __init__(
+        self,
+        registry: Registry,
+        servable: Servable,
+        rollouts: Rollouts | None = None,
+        max_stale_s: float = math.inf,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.drained: asyncio.Queue[Version] = asyncio.Queue()
         """Versions that no alias serves any more and whose last use has ended."""
+        self.rollouts = rollouts or Rollouts()
+        self._max_stale_s = max_stale_s
+        self._clock = clock
+        self._read_at = clock()
         self._registry = registry
         self._servable = servable
         self._routes: dict[AliasKey, Route] = {}
@@ -48,11 +59,21 @@ class Routes:
         # Numbers and digests never change their meaning; a busy client costs one look-up.
         self._fixed: OrderedDict[str, Version] = OrderedDict()
 
+    @property
+    def registry_age_s(self) -> float:
+        """Seconds since the registry was last read."""
+        return self._clock() - self._read_at
+
+    def registry_was_read(self) -> None:
+        """What references mean is up to date."""
+        self._read_at = self._clock()
+
     @asynccontextmanager
-    async def use(self, reference: str) -> AsyncGenerator[Version | None, None]:
+    async def use(self, reference: str, sticky: str = "") -> AsyncGenerator[Version | None, None]:
         """The version `reference` means, counted as used while the context lasts.
 
-        None for the empty reference, the bare base.
+        None for the empty reference, the bare base. In a rollout, requests with equal `sticky`
+        get the same version.
 
         Raises:
             GatewayError: it names nothing, or a version that cannot be served.
@@ -60,7 +81,7 @@ class Routes:
         if not reference:
             yield None
             return
-        version = await self.resolve(reference)
+        version = await self.resolve(reference, sticky)
         # No await between the look-up in the table and this count: a swap sees the use.
         self._uses[version.digest] = self._uses.get(version.digest, 0) + 1
         try:
@@ -72,7 +93,7 @@ class Routes:
                 if self._displaced.pop(version.digest, None) is not None:
                     self.drained.put_nowait(version)
 
-    async def resolve(self, reference: str) -> Version:
+    async def resolve(self, reference: str, sticky: str = "") -> Version:
         """The servable version `reference` means now; its alias, if any, is followed from here on.
 
         Raises:
@@ -82,12 +103,27 @@ class Routes:
             parsed = AdapterReference.parse(reference)
         except RegistryError as error:
             raise from_registry(error) from error
+        if self.registry_age_s > self._max_stale_s:
+            raise RegistryLostError(
+                f"The registry has not been read for {self.registry_age_s:.0f} s; what references "
+                "mean may have changed."
+            )
         if parsed.alias is None:
             return await self._resolve_fixed(parsed)
         key = (parsed.name, parsed.alias)
+        serving = await self.serving(key)
+        rollout = self.rollouts.get(key, serving)
+        return serving if rollout is None else rollout.choose(serving, key, sticky)
+
+    async def serving(self, key: AliasKey) -> Version:
+        """What an alias means here by itself; it is followed from here on.
+
+        Raises:
+            GatewayError: it is not there, or what it points at cannot be served.
+        """
         route = self._routes.get(key)
         if route is None:
-            version = await self._ask_registry(parsed)
+            version = await self._ask_registry(AdapterReference(*key))
             # A move may have been quicker, and its version is the newer one.
             route = self._routes.setdefault(key, Route(serving=version))
         if route.serving is not None:
@@ -96,6 +132,28 @@ class Routes:
             raise route.pending_error
         assert route.pending is not None
         return route.pending
+
+    def rollout(self, reference: str) -> tuple[AliasKey, Rollout] | None:
+        """The rollout of the alias that `reference` names, if there is one."""
+        if not reference:
+            return None
+        parsed = AdapterReference.parse(reference)
+        if parsed.alias is None:
+            return None
+        key = (parsed.name, parsed.alias)
+        route = self._routes.get(key)
+        found = None if route is None else self.rollouts.get(key, route.serving)
+        return None if found is None else (key, found)
+
+    def served(self) -> list[Version]:
+        """The versions that aliases and rollouts serve, each once."""
+        found: dict[str, Version] = {}
+        for key, route in self._routes.items():
+            if route.serving is not None:
+                found[route.serving.digest] = route.serving
+                if (rollout := self.rollouts.get(key, route.serving)) is not None:
+                    found.update((version.digest, version) for version in rollout.versions)
+        return list(found.values())
 
     async def _resolve_fixed(self, reference: AdapterReference) -> Version:
         text = str(reference)
@@ -157,7 +215,7 @@ class Routes:
 
         Says False, and does nothing, where an alias serves it.
         """
-        if any(
+        if self.rollouts.serve(version.digest) or any(
             route.serving is not None and route.serving.digest == version.digest
             for route in self._routes.values()
         ):

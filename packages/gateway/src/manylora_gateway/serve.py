@@ -1,18 +1,17 @@
 """From a config file to a running gateway, and to nothing left of it."""
 
 import asyncio
-import logging
 import os
 import shutil
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from manylora_gateway.config import GatewayConfig
 from manylora_gateway.environment import cluster_environment
+from manylora_gateway.logs import log_to_stderr
 from manylora_gateway.processes import end_marked, mark_descendants
 from manylora_gateway.worker import Servable
 from manylora_registry import Registry, identify_base
@@ -40,7 +39,7 @@ def serve(
     """
     config = load_config(config_path, GatewayConfig, overrides)
     config = config.relative_to(config_path.resolve().parent)
-    _log_to_stderr()
+    log_to_stderr(config.log.format, requests=config.log.requests)
     identity = identify_base(config.base)
     servable = Servable(identity.fingerprint, config.engine.max_rank)
     os.environ.update(cluster_environment())
@@ -61,17 +60,3 @@ def serve(
         # A start was cut off: Ray's own exit would wait for the cluster it was starting.
         sys.stderr.flush()
         os._exit(0)
-
-
-def _log_to_stderr() -> None:
-    began = time.monotonic()
-
-    class Elapsed(logging.Formatter):
-        def format(self, record: logging.LogRecord) -> str:
-            return f"[{time.monotonic() - began:7.1f} s] {super().format(record)}"
-
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(Elapsed("%(message)s"))
-    ours = logging.getLogger("manylora_gateway")
-    ours.addHandler(handler)
-    ours.setLevel(logging.INFO)

@@ -16,10 +16,11 @@ import grpc
 from manylora.admin.v1 import admin_pb2, admin_pb2_grpc
 from manylora.inference.v1 import inference_pb2 as pb
 from manylora.inference.v1 import inference_pb2_grpc
-from manylora_gateway import messages
+from manylora_gateway import messages, rollout_messages
 from manylora_gateway.errors import DeadlineError, InvalidRequestError, Violation
 from manylora_gateway.inference import Inference
 from manylora_gateway.limits import check_request_id
+from manylora_gateway.operations import Operations
 from manylora_gateway.requests import Requests
 from manylora_gateway.status import CODES, DETAILS_KEY, to_status
 from manylora_gateway.tenants import caller
@@ -35,6 +36,14 @@ ReplicasContext = grpc.aio.ServicerContext[
     admin_pb2.ListReplicasRequest, admin_pb2.ListReplicasResponse
 ]
 LoadContext = grpc.aio.ServicerContext[admin_pb2.LoadRequest, admin_pb2.LoadResponse]
+PinContext = grpc.aio.ServicerContext[admin_pb2.PinRequest, admin_pb2.PinResponse]
+DrainContext = grpc.aio.ServicerContext[admin_pb2.DrainRequest, admin_pb2.DrainResponse]
+SetRolloutContext = grpc.aio.ServicerContext[
+    admin_pb2.SetRolloutRequest, admin_pb2.SetRolloutResponse
+]
+GetRolloutContext = grpc.aio.ServicerContext[
+    admin_pb2.GetRolloutRequest, admin_pb2.GetRolloutResponse
+]
 UnloadContext = grpc.aio.ServicerContext[admin_pb2.UnloadRequest, admin_pb2.UnloadResponse]
 
 
@@ -146,8 +155,8 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
 class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
     """manylora.admin.v1.AdminService."""
 
-    def __init__(self, inference: Inference) -> None:
-        self._inference = inference
+    def __init__(self, operations: Operations) -> None:
+        self._operations = operations
 
     async def ListReplicas(
         self, request: admin_pb2.ListReplicasRequest, context: ReplicasContext
@@ -155,14 +164,14 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
         """Lists the engine replicas."""
         del request
         async with _answering(context):
-            return messages.replicas_response(await self._inference.states())
+            return messages.replicas_response(await self._operations.states())
 
     async def Load(
         self, request: admin_pb2.LoadRequest, context: LoadContext
     ) -> admin_pb2.LoadResponse:
         """Loads a version everywhere."""
         async with _answering(context):
-            version = await self._inference.load(_named(request.adapter))
+            version = await self._operations.load(_named(request.adapter))
             return admin_pb2.LoadResponse(adapter=messages.adapter_version(version))
 
     async def Unload(
@@ -170,10 +179,53 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
     ) -> admin_pb2.UnloadResponse:
         """Unloads a version everywhere."""
         async with _answering(context):
-            version, replicas = await self._inference.unload(_named(request.adapter))
+            version, replicas = await self._operations.unload(_named(request.adapter))
             return admin_pb2.UnloadResponse(
                 adapter=messages.adapter_version(version), replicas=replicas
             )
+
+    async def Pin(
+        self, request: admin_pb2.PinRequest, context: PinContext
+    ) -> admin_pb2.PinResponse:
+        """Keeps a version loaded everywhere, or lets it go."""
+        async with _answering(context):
+            reference = _named(request.adapter)
+            version = await self._operations.pin(reference, release=request.release)
+            return admin_pb2.PinResponse(adapter=messages.adapter_version(version))
+
+    async def Drain(
+        self, request: admin_pb2.DrainRequest, context: DrainContext
+    ) -> admin_pb2.DrainResponse:
+        """Takes no new requests and waits for those that run."""
+        async with _answering(context):
+            asked = request.HasField("timeout")
+            timeout_s = request.timeout.ToMilliseconds() / 1000 if asked else None
+            return admin_pb2.DrainResponse(requests=await self._operations.drain(timeout_s))
+
+    async def SetRollout(
+        self, request: admin_pb2.SetRolloutRequest, context: SetRolloutContext
+    ) -> admin_pb2.SetRolloutResponse:
+        """Divides the requests for an alias among versions."""
+        async with _answering(context):
+            shares = [(share.version, share.percent) for share in request.shares]
+            shadow = (request.shadow.version, request.shadow.percent)
+            state = await self._operations.set_rollout(
+                rollout_messages.alias_key(request.adapter, request.alias),
+                shares,
+                shadow if request.HasField("shadow") else None,
+            )
+            rollout = rollout_messages.rollout(state, self._operations)
+            return admin_pb2.SetRolloutResponse(rollout=rollout)
+
+    async def GetRollout(
+        self, request: admin_pb2.GetRolloutRequest, context: GetRolloutContext
+    ) -> admin_pb2.GetRolloutResponse:
+        """Tells how the requests for an alias are divided."""
+        async with _answering(context):
+            key = rollout_messages.alias_key(request.adapter, request.alias)
+            state = await self._operations.rollout(key)
+            rollout = rollout_messages.rollout(state, self._operations)
+            return admin_pb2.GetRolloutResponse(rollout=rollout)
 
 
 def _named(reference: str) -> str:

@@ -11,8 +11,10 @@ from collections.abc import Coroutine
 
 from manylora_gateway.config import FollowConfig
 from manylora_gateway.errors import GatewayError
+from manylora_gateway.metrics import Metrics
 from manylora_gateway.replicas import Replicas
-from manylora_gateway.routes import AliasKey, Routes
+from manylora_gateway.rollouts import AliasKey
+from manylora_gateway.routes import Routes
 from manylora_registry import AdapterReference, Event, Registry, Version
 
 FIRST_RETRY_S = 1.0
@@ -25,8 +27,14 @@ class Swaps:
     """Keeps `routes` in step with the registry. Lives on one event loop."""
 
     def __init__(
-        self, registry: Registry, routes: Routes, replicas: Replicas, config: FollowConfig
+        self,
+        registry: Registry,
+        routes: Routes,
+        replicas: Replicas,
+        config: FollowConfig,
+        metrics: Metrics | None = None,
     ) -> None:
+        self._metrics = metrics or Metrics()
         self._registry = registry
         self._routes = routes
         self._replicas = replicas
@@ -82,6 +90,7 @@ class Swaps:
                 readable, events = False, []
             else:
                 readable = True
+                self._routes.registry_was_read()
             for event in events:
                 self._note(event)
                 self._sequence = event.sequence
@@ -149,12 +158,16 @@ class Swaps:
                     error,
                     exc_info=None if known else error,
                 )
+            self._metrics.swaps.labels("failed").inc()
             route.pending_error = error
             return False
         old = self._routes.flip(key, target)
+        ended = self._routes.rollouts.end(key)
+        self._metrics.swaps.labels("served").inc()
         logger.info("%s serves version %d", label, target.number)
-        if old is not None:
-            await self._retire_unserved(old)
+        replaced = [*([] if old is None else [old]), *([] if ended is None else ended.versions)]
+        for version in replaced:
+            await self._retire_unserved(version)
         return True
 
     async def _retire_unserved(self, version: Version) -> None:
@@ -164,6 +177,7 @@ class Swaps:
         is reported drained and retired for good.
         """
         if self._routes.displace(version):
+            self._metrics.forget(version)
             await self._retire(version)
 
     async def _retire_drained(self) -> None:

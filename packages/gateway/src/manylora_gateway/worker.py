@@ -27,6 +27,9 @@ from manylora_registry.errors import RegistryError
 TRIAL = TextPrompt("Hello")
 """Every version answers this once before it may serve."""
 
+DIGEST_DIGITS = 64
+"""A verified copy is a directory named after its version's digest."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -143,7 +146,13 @@ class Worker:
             tuple(self._pool.residents()),
             self._pool.waiting,
             self._pool.counts,
+            self._on_disk(),
         )
+
+    def _on_disk(self) -> int:
+        if not self._directory.is_dir():
+            return 0
+        return sum(len(entry.name) == DIGEST_DIGITS for entry in self._directory.iterdir())
 
     def check_health(self) -> None:
         """Raises once the engine cannot recover."""

@@ -9,7 +9,7 @@ import heapq
 import json
 import math
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Literal, cast
 
@@ -23,6 +23,8 @@ from manylora_trainer.sources import Row, Source, open_source
 from manylora_trainer.tokenization import ChatPreparation, ChatTokenizer
 
 Part = Literal["train", "validation", "held_out"]
+TOLD_EVERY = 250_000
+"""Rows between two lines about a long reading."""
 COUNTED_AT_ONCE = 256
 """Rows tokenised in one call while they are counted."""
 
@@ -92,20 +94,30 @@ def preparation_of(task: Task, tokenizer: ChatTokenizer) -> Preparation[Rendered
 
 
 def load_task(
-    task: Task, tokenizer: ChatTokenizer, seed: int, *, source: Source | None = None
+    task: Task,
+    tokenizer: ChatTokenizer,
+    seed: int,
+    *,
+    source: Source | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> TaskData[Rendered, Any]:
     """Looks through the rows of one task; see `survey`."""
     source = source or open_source(task.source, f"{seed}/{task.seed_name}")
-    return survey(task, source, preparation_of(task, tokenizer))
+    return survey(task, source, preparation_of(task, tokenizer), say)
 
 
-def survey(task: Task, source: Source, preparation: Preparation[R, I]) -> TaskData[R, I]:
+def survey(
+    task: Task,
+    source: Source,
+    preparation: Preparation[R, I],
+    say: Callable[[str], None] | None = None,
+) -> TaskData[R, I]:
     """Reads a task's rows once: counts them, and keeps those it is measured on.
 
     Of each evaluation part the rows with the smallest hashes are kept, once each, so memory does
     not grow with the source. A run counted in epochs reads and tokenises all rows, because its
     learning rate depends on how many steps they are; one counted in steps reads
-    `split.scan_rows` at most.
+    `split.scan_rows` at most. `say` is told now and then how far a long reading is.
 
     Raises:
         RowError: a row is malformed.
@@ -122,6 +134,8 @@ def survey(task: Task, source: Source, preparation: Preparation[R, I]) -> TaskDa
         if task.epochs is None and rows_read == task.split.scan_rows:
             break
         rows_read += 1
+        if say is not None and rows_read % TOLD_EVERY == 0:
+            say(f"{task.name}: {rows_read:,} rows looked through")
         rendered = rendered_or_skipped(task, preparation, row, rows_skipped)
         if rendered is None:
             rows_skipped += 1

@@ -182,7 +182,8 @@ def _flagged(
     trained: list[int] = []
     for index, (entry, message) in enumerate(zip(entries, messages, strict=True)):
         field = f"{column}.{index}.train"
-        flag = entry.get("train", False)
+        # In Parquet every message has the field, and null where nothing was written.
+        flag = entry.get("train") or False
         if not isinstance(flag, bool):
             raise reader.error(field, f"must be true or false, is {flag!r}")
         if flag and message.role != "assistant":

@@ -88,7 +88,7 @@ def train_run(
     tokenizer = ChatTokenizer(recipe.base)
     data: dict[str, TaskData[Rendered, Any]] = {}
     for task in recipe.tasks:
-        data[task.name] = load_task(task, tokenizer, recipe.seed)
+        data[task.name] = load_task(task, tokenizer, recipe.seed, say=watch.say)
         watch.say(_describe(task, data[task.name]))
         if task.early_stopping and not data[task.name].validation:
             raise NoExamplesError(

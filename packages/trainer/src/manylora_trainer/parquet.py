@@ -4,7 +4,8 @@
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
 # pyright: reportUnknownArgumentType=false, reportMissingTypeStubs=false
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,20 +14,34 @@ import pyarrow.parquet
 
 from manylora_trainer.errors import SourceError
 from manylora_trainer.files import find_files, open_seekable, why
-from manylora_trainer.sources import Place, Row, bad_row
+from manylora_trainer.mix import Part
+from manylora_trainer.sources import Place, Row, bad_row, runs
 
 BATCH_ROWS = 1024
 """Rows decoded at once."""
+BUFFER_BYTES = 4 * 1024 * 1024
+"""Of a column read at once; without it a row group's whole column is."""
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Row groups `start:end` of one file; all from `start` on where there is no end."""
+
+    file: str
+    start: int = 0
+    end: int | None = None
 
 
 @dataclass(frozen=True)
 class ParquetFiles:
     """Parquet files, read one row group at a time.
 
-    A place is the file, the row group and the number of rows of the file before it.
+    A place is the file and the number of its rows before the next one.
     """
 
     locations: Sequence[str]
+    groups: Sequence[Groups] | None = None
+    """Only these."""
 
     @property
     def name(self) -> str:
@@ -35,21 +50,64 @@ class ParquetFiles:
 
     def rows(self, after: Place | None = None) -> Iterator[Row]:
         """Streams the rows of all files."""
-        files = find_files(self.locations)
+        groups = self.groups or [Groups(file) for file in find_files(self.locations)]
         first = 0 if after is None else int(after["file"])
-        for index in range(first, len(files)):
-            yield from _rows(files[index], index, 0 if after is None else int(after["row"]))
+        for index in range(first, len(groups)):
+            yield from _rows(groups[index], index, 0 if after is None else int(after["row"]))
             after = None
 
+    def divided(self, most: int) -> Sequence[Part]:
+        """Several runs of files, or of row groups where there are few files."""
+        units = [Groups(file) for file in find_files(self.locations)]
+        if len(units) < most:
+            units = [
+                Groups(unit.file, group, group + 1)
+                for unit in units
+                for group in range(_number_of_groups(unit.file))
+            ] or units
+        return [
+            Part(ParquetFiles(self.locations, _joined(run)), float(len(run)))
+            for run in runs(units, most)
+        ]
 
-def _rows(name: str, index: int, passed: int) -> Iterator[Row]:
-    """Streams one file behind its first `passed` rows; whole row groups are skipped unread."""
-    number = 0
+
+def _joined(run: Sequence[Groups]) -> list[Groups]:
+    """The same with neighbouring row groups of a file as one."""
+    joined: list[Groups] = []
+    for unit in run:
+        if joined and joined[-1].file == unit.file and joined[-1].end == unit.start:
+            joined[-1] = Groups(unit.file, joined[-1].start, unit.end)
+        else:
+            joined.append(unit)
+    return joined
+
+
+def _number_of_groups(name: str) -> int:
     try:
-        with open_seekable(name) as raw, pyarrow.parquet.ParquetFile(raw) as file:
-            for group in range(file.num_row_groups):
+        with _opened(name) as file:
+            return file.num_row_groups
+    except (OSError, pyarrow.ArrowException) as error:
+        raise SourceError(f"{name} cannot be read: {why(error)}") from error
+
+
+@contextmanager
+def _opened(name: str) -> Generator[Any]:
+    with (
+        open_seekable(name) as raw,
+        pyarrow.parquet.ParquetFile(raw, buffer_size=BUFFER_BYTES) as file,
+    ):
+        yield file
+
+
+def _rows(groups: Groups, index: int, passed: int) -> Iterator[Row]:
+    """Streams some row groups behind the file's first `passed` rows, skipping groups unread."""
+    name, number = groups.file, 0
+    try:
+        with _opened(name) as file:
+            end = file.num_row_groups if groups.end is None else groups.end
+            for group in range(end):
                 size: int = file.metadata.row_group(group).num_rows
-                if number + size <= passed:
+                if group < groups.start or number + size <= passed:
                     number += size
                     continue
                 for batch in file.iter_batches(BATCH_ROWS, row_groups=[group]):

@@ -14,6 +14,8 @@ from manylora_trainer.errors import SourceError
 from manylora_trainer.source_settings import RaySource
 from manylora_trainer.sources import Place, Row, row_of
 
+BATCH_ROWS = 1024
+"""Rows taken at once."""
 RAISED = re.compile(r"^((?!ray\.)[\w.]+(?:Error|Exception)(?:: .*)?)$", re.MULTILINE)
 """A line of a traceback that names an error of the user's code."""
 
@@ -39,8 +41,14 @@ class RayDataset:
         passed = 0 if after is None else int(after["row"])
         number = 0
         try:
-            for number, value in enumerate(self._dataset().iter_rows(), start=1):
-                if number > passed:
+            for batch in self._dataset().iter_batches(
+                batch_size=BATCH_ROWS, batch_format="pyarrow"
+            ):
+                unread = batch.slice(min(max(0, passed - number), len(batch)))
+                number += len(batch) - len(unread)
+                # Ray's own rows hold numpy values; these are plain lists, numbers and text.
+                for value in unread.to_pylist():
+                    number += 1
                     yield row_of(self.name, number, value, {"row": number})
         except (GeneratorExit, SourceError):
             raise

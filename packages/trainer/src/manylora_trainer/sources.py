@@ -10,8 +10,9 @@ import io
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
 from manylora_trainer.errors import RowError, SourceError
 from manylora_trainer.files import find_files, open_file, why
@@ -26,6 +27,10 @@ from manylora_trainer.source_settings import (
     SqlSource,
 )
 
+if TYPE_CHECKING:
+    from manylora_trainer.mix import Part
+
+T = TypeVar("T")
 MAX_LINE_BYTES = 4 * 1024 * 1024
 """A longer line is a mistake (a file without line ends), not an example."""
 
@@ -68,17 +73,20 @@ class Source(Protocol):
 def open_source(settings: SourceSettings, seed: str = "") -> Source:
     """The source that a recipe describes; nothing is read yet.
 
-    `seed` decides the order in which a mix draws from its sources, and nothing else.
+    `seed` decides the order in which sources and parts of them are drawn from, and nothing else.
     """
     match settings:
         case JsonlSource():
-            return JsonLines(settings.locations)
+            from manylora_trainer.mix import Spread
+
+            return Spread(JsonLines(settings.locations), seed)
         case PythonSource():
             return PythonFunction(settings.file, settings.function)
         case ParquetSource():
+            from manylora_trainer.mix import Spread
             from manylora_trainer.parquet import ParquetFiles
 
-            return ParquetFiles(settings.locations)
+            return Spread(ParquetFiles(settings.locations), seed)
         case SqlSource():
             from manylora_trainer.sql import SqlRows
 
@@ -123,6 +131,15 @@ class JsonLines:
             yield from _lines(files[index], index, offset, number)
             offset = number = 0
 
+    def divided(self, most: int) -> "Sequence[Part]":
+        """Several runs of files; one file is one part, as lines are counted from its start."""
+        from manylora_trainer.mix import Part
+
+        return [
+            Part(JsonLines(files), float(len(files)))
+            for files in runs(find_files(self.locations), most)
+        ]
+
 
 @dataclass(frozen=True)
 class PythonFunction:
@@ -154,6 +171,13 @@ class PythonFunction:
             raise SourceError(
                 f"{self.name} failed after {number} rows: {type(error).__name__}: {error}"
             ) from error
+
+
+def runs(units: Sequence[T], most: int) -> list[Sequence[T]]:
+    """Divides units into up to `most` runs of almost equal length, in order."""
+    count = min(most, len(units))
+    bounds = [len(units) * i // count for i in range(count + 1)]
+    return [units[start:end] for start, end in pairwise(bounds)]
 
 
 def row_of(source: str, number: int, value: Any, after: Place) -> Row:

@@ -7,6 +7,7 @@ import re
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 from sqlalchemy import (
@@ -150,12 +151,17 @@ def _connect(settings: SqlSource) -> Engine:
     else:
         url = ENVIRONMENT_VARIABLE.sub(lambda name: _variable(name[1]), settings.url or "")
     try:
-        return create_engine(url)
+        engine = create_engine(url)
     except (SQLAlchemyError, ImportError, ValueError) as error:
         # Never the error's own text: it may hold the URL, and the URL a password.
         driver = getattr(error, "name", None)
         hint = f": the driver {driver} is not installed" if driver else " such as sqlite:///rows.db"
         raise SourceError(f"the database URL is not one SQLAlchemy can open{hint}") from error
+    file = engine.url.database
+    if engine.dialect.name == "sqlite" and file and file != ":memory:" and not Path(file).exists():
+        # SQLite would make an empty one.
+        raise SourceError(f"{file} does not exist")
+    return engine
 
 
 def _variable(name: str) -> str:

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jinja2 import TemplateError
 from numpy.typing import NDArray
 
 from manylora_trainer.data_settings import FormatSettings
-from manylora_trainer.errors import UnsupportedBaseError
+from manylora_trainer.errors import DataError, UnsupportedBaseError
 from manylora_trainer.formats import Message, Rendered, render
 from manylora_trainer.sources import Row
 
@@ -135,9 +136,17 @@ class ChatTokenizer:
 
     def _render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
         turns = [{"role": message.role, "content": message.content} for message in messages]
-        return self._tokenizer.apply_chat_template(
-            turns, add_generation_prompt=add_generation_prompt, tokenize=False
-        )
+        try:
+            return self._tokenizer.apply_chat_template(
+                turns, add_generation_prompt=add_generation_prompt, tokenize=False
+            )
+        except TemplateError as error:
+            # Templates refuse what their model was not trained on, such as two user turns in a row.
+            roles = ", ".join(message.role for message in messages)
+            raise DataError(
+                f"{self._base}: its chat template refuses a conversation of {roles} that begins "
+                f"{messages[0].content[:60]!r}: {error}"
+            ) from error
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
         # The template has already written the special tokens. One call at a time: a call sets its

@@ -8,16 +8,13 @@ from typing import Any
 
 import numpy as np
 
+from manylora_evaluator.errors import AttemptError, NoVerdictError
 from manylora_evaluator.judge.cache import Cache, content_key
-from manylora_evaluator.judge.model import AttemptError, Chat, Completion, Model
+from manylora_evaluator.judge.model import Chat, Completion, Model
 from manylora_evaluator.judge.settings import JudgeModel
 from manylora_evaluator.judgements import JudgeUsage
 
 LONGEST_WAIT_S = 60.0
-
-
-class NoVerdictError(Exception):
-    """The judge gave no answer, however often it was asked."""
 
 
 @dataclass

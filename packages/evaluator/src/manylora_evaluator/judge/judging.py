@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias, TypeVar, cast
 
 from manylora_evaluator.asking import Replies, in_parallel
+from manylora_evaluator.errors import NoVerdictError
 from manylora_evaluator.judge import verdict
 from manylora_evaluator.judge.agreement import agreement
-from manylora_evaluator.judge.caller import Caller, NoVerdictError
+from manylora_evaluator.judge.caller import Caller
 from manylora_evaluator.judge.labels import LabelledAnswer
 from manylora_evaluator.judge.verdict import majority
 from manylora_evaluator.judgements import Agreement, Judgement

@@ -17,6 +17,7 @@ from manylora_client import (
     ResourceExhaustedError,
     UnavailableError,
 )
+from manylora_evaluator.errors import AttemptError
 from manylora_evaluator.judge.settings import GatewayModel, JudgeModel, OpenAIModel
 
 Chat: TypeAlias = Sequence[Mapping[str, str]]
@@ -32,17 +33,6 @@ class Completion:
     text: str
     prompt_tokens: int
     completion_tokens: int
-
-
-class AttemptError(Exception):
-    """One attempt failed."""
-
-    def __init__(self, message: str, *, again: bool, after: float | None = None) -> None:
-        super().__init__(" ".join(message.split()))
-        self.again = again
-        """Whether another attempt may help."""
-        self.after = after
-        """Seconds the server asks to wait before it."""
 
 
 class Model(Protocol):

@@ -3,7 +3,7 @@
     POST /v1/chat/completions   POST /v1/completions   GET /v1/models   GET /v1/models/{reference}
     GET /health
 
-Every answer bears `x-request-id`: the client's own, or one that is made here.
+Every completion bears `x-request-id`: the client's own, or one that is made here.
 """
 
 import asyncio
@@ -20,8 +20,9 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from manylora_gateway.calls import MAX_SESSION, SESSION_KEY, TRACEPARENT_KEY, Call, set_call
 from manylora_gateway.engine import Delta
-from manylora_gateway.errors import InvalidRequestError, Violation
+from manylora_gateway.errors import GatewayError, InvalidRequestError, Violation
 from manylora_gateway.generation import GenerationRequest, Started
 from manylora_gateway.inference import Inference
 from manylora_gateway.limits import check_request_id
@@ -65,7 +66,12 @@ def application(
         Route("/v1/models", _list_models(inference, reading), methods=["GET"]),
         Route("/v1/models/{reference:path}", _show_model(inference, reading), methods=["GET"]),
     ]
-    handlers: dict[Any, Any] = {HTTPException: _http_error, Exception: _error}
+    # Starlette raises again, for the server to log, what has a handler as Exception alone.
+    handlers: dict[Any, Any] = {
+        HTTPException: _http_error,
+        GatewayError: _error,
+        Exception: _error,
+    }
     return Starlette(routes=routes, exception_handlers=handlers)
 
 
@@ -80,12 +86,15 @@ class _Completions:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers one request; what it held is freed as soon as its client is gone."""
         request = Request(scope, receive)
+        request_id = uuid.uuid4().hex
         try:
-            asked, request_id = await self._read(request)
+            named = check_request_id(request.headers.get(REQUEST_ID_HEADER, ""))
+            request_id = named or request_id
+            asked = await self._read(request, request_id)
         except ClientDisconnect:
             return
         except Exception as error:
-            await tell(problem_of(error), "")(scope, receive, send)
+            await tell(problem_of(error), request_id)(scope, receive, send)
             return
         answering = asyncio.create_task(self._answer(asked, request_id, scope, receive, send))
         leaving = asyncio.create_task(_until_gone(receive))
@@ -96,13 +105,13 @@ class _Completions:
             answering.cancel()
             await asyncio.gather(answering, leaving, return_exceptions=True)
 
-    async def _read(self, request: Request) -> tuple[Asked, str]:
-        request_id = check_request_id(request.headers.get(REQUEST_ID_HEADER, ""))
-        request_id = request_id or uuid.uuid4().hex
+    async def _read(self, request: Request, request_id: str) -> Asked:
+        headers = request.headers
+        set_call(Call(headers.get(SESSION_KEY, "")[:MAX_SESSION], headers.get(TRACEPARENT_KEY, "")))
         data = await _json(request, self._reading.limits.config.max_request_bytes)
         if self._kind == "chat":
-            return self._reading.chat(read_body(ChatBody, data), request_id), request_id
-        return self._reading.completion(read_body(CompletionBody, data), request_id), request_id
+            return self._reading.chat(read_body(ChatBody, data), request_id)
+        return self._reading.completion(read_body(CompletionBody, data), request_id)
 
     async def _answer(
         self, asked: Asked, request_id: str, scope: Scope, receive: Receive, send: Send

@@ -22,32 +22,61 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 from manylora.registry.v1 import adapter_pb2 as manylora_dot_registry_dot_v1_dot_adapter__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dmanylora/admin/v1/admin.proto\x12\x11manylora.admin.v1\x1a\"manylora/registry/v1/adapter.proto\"\x15\n\x13ListReplicasRequest\"D\n\x14ListReplicasResponse\x12,\n\x08replicas\x18\x01 \x03(\x0b\x32\x1a.manylora.admin.v1.Replica\"r\n\x07Replica\x12\x12\n\nreplica_id\x18\x01 \x01(\t\x12\r\n\x05slots\x18\x02 \x01(\r\x12\x10\n\x08requests\x18\x03 \x01(\r\x12\x32\n\x08\x61\x64\x61pters\x18\x04 \x03(\x0b\x32 .manylora.admin.v1.LoadedAdapter\"X\n\rLoadedAdapter\x12\x35\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32$.manylora.registry.v1.AdapterVersion\x12\x10\n\x08requests\x18\x02 \x01(\r\"\x1e\n\x0bLoadRequest\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\"E\n\x0cLoadResponse\x12\x35\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32$.manylora.registry.v1.AdapterVersion\" \n\rUnloadRequest\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\"Y\n\x0eUnloadResponse\x12\x35\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32$.manylora.registry.v1.AdapterVersion\x12\x10\n\x08replicas\x18\x02 \x01(\r2\x87\x02\n\x0c\x41\x64minService\x12_\n\x0cListReplicas\x12&.manylora.admin.v1.ListReplicasRequest\x1a\'.manylora.admin.v1.ListReplicasResponse\x12G\n\x04Load\x12\x1e.manylora.admin.v1.LoadRequest\x1a\x1f.manylora.admin.v1.LoadResponse\x12M\n\x06Unload\x12 .manylora.admin.v1.UnloadRequest\x1a!.manylora.admin.v1.UnloadResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dmanylora/admin/v1/admin.proto\x12\x11manylora.admin.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\"manylora/registry/v1/adapter.proto\"\x15\n\x13ListReplicasRequest\"D\n\x14ListReplicasResponse\x12,\n\x08replicas\x18\x01 \x03(\x0b\x32\x1a.manylora.admin.v1.Replica\"\x83\x01\n\x07Replica\x12\x12\n\nreplica_id\x18\x01 \x01(\t\x12\r\n\x05slots\x18\x02 \x01(\r\x12\x10\n\x08requests\x18\x03 \x01(\r\x12\x32\n\x08\x61\x64\x61pters\x18\x04 \x03(\x0b\x32 .manylora.admin.v1.LoadedAdapter\x12\x0f\n\x07waiting\x18\x05 \x01(\r\"h\n\rLoadedAdapter\x12\x35\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32$.manylora.registry.v1.AdapterVersion\x12\x10\n\x08requests\x18\x02 \x01(\r\x12\x0e\n\x06pinned\x18\x03 \x01(\x08\"\x1e\n\x0bLoadRequest\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\"E\n\x0cLoadResponse\x12\x35\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32$.manylora.registry.v1.AdapterVersion\" \n\rUnloadRequest\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\"Y\n\x0eUnloadResponse\x12\x35\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32$.manylora.registry.v1.AdapterVersion\x12\x10\n\x08replicas\x18\x02 \x01(\r\".\n\nPinRequest\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\x12\x0f\n\x07release\x18\x02 \x01(\x08\"D\n\x0bPinResponse\x12\x35\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32$.manylora.registry.v1.AdapterVersion\":\n\x0c\x44rainRequest\x12*\n\x07timeout\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\"!\n\rDrainResponse\x12\x10\n\x08requests\x18\x01 \x01(\r\"0\n\x0cRolloutShare\x12\x0f\n\x07version\x18\x01 \x01(\r\x12\x0f\n\x07percent\x18\x02 \x01(\r\"1\n\rRolloutShadow\x12\x0f\n\x07version\x18\x01 \x01(\r\x12\x0f\n\x07percent\x18\x02 \x01(\r\"\x96\x01\n\x11SetRolloutRequest\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\x12\r\n\x05\x61lias\x18\x02 \x01(\t\x12/\n\x06shares\x18\x03 \x03(\x0b\x32\x1f.manylora.admin.v1.RolloutShare\x12\x30\n\x06shadow\x18\x04 \x01(\x0b\x32 .manylora.admin.v1.RolloutShadow\"A\n\x12SetRolloutResponse\x12+\n\x07rollout\x18\x01 \x01(\x0b\x32\x1a.manylora.admin.v1.Rollout\"3\n\x11GetRolloutRequest\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\x12\r\n\x05\x61lias\x18\x02 \x01(\t\"A\n\x12GetRolloutResponse\x12+\n\x07rollout\x18\x01 \x01(\x0b\x32\x1a.manylora.admin.v1.Rollout\"\x9c\x01\n\x07Rollout\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\x12\r\n\x05\x61lias\x18\x02 \x01(\t\x12/\n\x06shares\x18\x03 \x03(\x0b\x32\x1f.manylora.admin.v1.VersionShare\x12/\n\x06shadow\x18\x04 \x01(\x0b\x32\x1f.manylora.admin.v1.ShadowReport\x12\x0f\n\x07\x64urable\x18\x05 \x01(\x08\"\x8a\x01\n\x0cVersionShare\x12\x35\n\x07version\x18\x01 \x01(\x0b\x32$.manylora.registry.v1.AdapterVersion\x12\x0f\n\x07percent\x18\x02 \x01(\r\x12\x32\n\x07\x66igures\x18\x03 \x01(\x0b\x32!.manylora.admin.v1.VersionFigures\"j\n\x0eVersionFigures\x12\x10\n\x08requests\x18\x01 \x01(\x04\x12\x0e\n\x06\x65rrors\x18\x02 \x01(\x04\x12\x0e\n\x06tokens\x18\x03 \x01(\x04\x12\x12\n\nttft_p50_s\x18\x04 \x01(\x01\x12\x12\n\nttft_p95_s\x18\x05 \x01(\x01\"\xd9\x01\n\x0cShadowReport\x12\x35\n\x07version\x18\x01 \x01(\x0b\x32$.manylora.registry.v1.AdapterVersion\x12\x0f\n\x07percent\x18\x02 \x01(\r\x12\x0c\n\x04same\x18\x03 \x01(\x04\x12\x11\n\tdifferent\x18\x04 \x01(\x04\x12\x0e\n\x06\x66\x61iled\x18\x05 \x01(\x04\x12\x0f\n\x07skipped\x18\x06 \x01(\x04\x12\x12\n\nttft_p50_s\x18\x07 \x01(\x01\x12\x12\n\nttft_p95_s\x18\x08 \x01(\x01\x12\x17\n\x0f\x61greeing_tokens\x18\t \x01(\x01\x32\xcf\x04\n\x0c\x41\x64minService\x12_\n\x0cListReplicas\x12&.manylora.admin.v1.ListReplicasRequest\x1a\'.manylora.admin.v1.ListReplicasResponse\x12G\n\x04Load\x12\x1e.manylora.admin.v1.LoadRequest\x1a\x1f.manylora.admin.v1.LoadResponse\x12M\n\x06Unload\x12 .manylora.admin.v1.UnloadRequest\x1a!.manylora.admin.v1.UnloadResponse\x12\x44\n\x03Pin\x12\x1d.manylora.admin.v1.PinRequest\x1a\x1e.manylora.admin.v1.PinResponse\x12J\n\x05\x44rain\x12\x1f.manylora.admin.v1.DrainRequest\x1a .manylora.admin.v1.DrainResponse\x12Y\n\nSetRollout\x12$.manylora.admin.v1.SetRolloutRequest\x1a%.manylora.admin.v1.SetRolloutResponse\x12Y\n\nGetRollout\x12$.manylora.admin.v1.GetRolloutRequest\x1a%.manylora.admin.v1.GetRolloutResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'manylora.admin.v1.admin_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_LISTREPLICASREQUEST']._serialized_start=88
-  _globals['_LISTREPLICASREQUEST']._serialized_end=109
-  _globals['_LISTREPLICASRESPONSE']._serialized_start=111
-  _globals['_LISTREPLICASRESPONSE']._serialized_end=179
-  _globals['_REPLICA']._serialized_start=181
-  _globals['_REPLICA']._serialized_end=295
-  _globals['_LOADEDADAPTER']._serialized_start=297
-  _globals['_LOADEDADAPTER']._serialized_end=385
-  _globals['_LOADREQUEST']._serialized_start=387
-  _globals['_LOADREQUEST']._serialized_end=417
-  _globals['_LOADRESPONSE']._serialized_start=419
-  _globals['_LOADRESPONSE']._serialized_end=488
-  _globals['_UNLOADREQUEST']._serialized_start=490
-  _globals['_UNLOADREQUEST']._serialized_end=522
-  _globals['_UNLOADRESPONSE']._serialized_start=524
-  _globals['_UNLOADRESPONSE']._serialized_end=613
-  _globals['_ADMINSERVICE']._serialized_start=616
-  _globals['_ADMINSERVICE']._serialized_end=879
+  _globals['_LISTREPLICASREQUEST']._serialized_start=120
+  _globals['_LISTREPLICASREQUEST']._serialized_end=141
+  _globals['_LISTREPLICASRESPONSE']._serialized_start=143
+  _globals['_LISTREPLICASRESPONSE']._serialized_end=211
+  _globals['_REPLICA']._serialized_start=214
+  _globals['_REPLICA']._serialized_end=345
+  _globals['_LOADEDADAPTER']._serialized_start=347
+  _globals['_LOADEDADAPTER']._serialized_end=451
+  _globals['_LOADREQUEST']._serialized_start=453
+  _globals['_LOADREQUEST']._serialized_end=483
+  _globals['_LOADRESPONSE']._serialized_start=485
+  _globals['_LOADRESPONSE']._serialized_end=554
+  _globals['_UNLOADREQUEST']._serialized_start=556
+  _globals['_UNLOADREQUEST']._serialized_end=588
+  _globals['_UNLOADRESPONSE']._serialized_start=590
+  _globals['_UNLOADRESPONSE']._serialized_end=679
+  _globals['_PINREQUEST']._serialized_start=681
+  _globals['_PINREQUEST']._serialized_end=727
+  _globals['_PINRESPONSE']._serialized_start=729
+  _globals['_PINRESPONSE']._serialized_end=797
+  _globals['_DRAINREQUEST']._serialized_start=799
+  _globals['_DRAINREQUEST']._serialized_end=857
+  _globals['_DRAINRESPONSE']._serialized_start=859
+  _globals['_DRAINRESPONSE']._serialized_end=892
+  _globals['_ROLLOUTSHARE']._serialized_start=894
+  _globals['_ROLLOUTSHARE']._serialized_end=942
+  _globals['_ROLLOUTSHADOW']._serialized_start=944
+  _globals['_ROLLOUTSHADOW']._serialized_end=993
+  _globals['_SETROLLOUTREQUEST']._serialized_start=996
+  _globals['_SETROLLOUTREQUEST']._serialized_end=1146
+  _globals['_SETROLLOUTRESPONSE']._serialized_start=1148
+  _globals['_SETROLLOUTRESPONSE']._serialized_end=1213
+  _globals['_GETROLLOUTREQUEST']._serialized_start=1215
+  _globals['_GETROLLOUTREQUEST']._serialized_end=1266
+  _globals['_GETROLLOUTRESPONSE']._serialized_start=1268
+  _globals['_GETROLLOUTRESPONSE']._serialized_end=1333
+  _globals['_ROLLOUT']._serialized_start=1336
+  _globals['_ROLLOUT']._serialized_end=1492
+  _globals['_VERSIONSHARE']._serialized_start=1495
+  _globals['_VERSIONSHARE']._serialized_end=1633
+  _globals['_VERSIONFIGURES']._serialized_start=1635
+  _globals['_VERSIONFIGURES']._serialized_end=1741
+  _globals['_SHADOWREPORT']._serialized_start=1744
+  _globals['_SHADOWREPORT']._serialized_end=1961
+  _globals['_ADMINSERVICE']._serialized_start=1964
+  _globals['_ADMINSERVICE']._serialized_end=2555
 # @@protoc_insertion_point(module_scope)

@@ -50,6 +50,26 @@ class AdminServiceStub:
                 request_serializer=manylora_dot_admin_dot_v1_dot_admin__pb2.UnloadRequest.SerializeToString,
                 response_deserializer=manylora_dot_admin_dot_v1_dot_admin__pb2.UnloadResponse.FromString,
                 _registered_method=True)
+        self.Pin = channel.unary_unary(
+                '/manylora.admin.v1.AdminService/Pin',
+                request_serializer=manylora_dot_admin_dot_v1_dot_admin__pb2.PinRequest.SerializeToString,
+                response_deserializer=manylora_dot_admin_dot_v1_dot_admin__pb2.PinResponse.FromString,
+                _registered_method=True)
+        self.Drain = channel.unary_unary(
+                '/manylora.admin.v1.AdminService/Drain',
+                request_serializer=manylora_dot_admin_dot_v1_dot_admin__pb2.DrainRequest.SerializeToString,
+                response_deserializer=manylora_dot_admin_dot_v1_dot_admin__pb2.DrainResponse.FromString,
+                _registered_method=True)
+        self.SetRollout = channel.unary_unary(
+                '/manylora.admin.v1.AdminService/SetRollout',
+                request_serializer=manylora_dot_admin_dot_v1_dot_admin__pb2.SetRolloutRequest.SerializeToString,
+                response_deserializer=manylora_dot_admin_dot_v1_dot_admin__pb2.SetRolloutResponse.FromString,
+                _registered_method=True)
+        self.GetRollout = channel.unary_unary(
+                '/manylora.admin.v1.AdminService/GetRollout',
+                request_serializer=manylora_dot_admin_dot_v1_dot_admin__pb2.GetRolloutRequest.SerializeToString,
+                response_deserializer=manylora_dot_admin_dot_v1_dot_admin__pb2.GetRolloutResponse.FromString,
+                _registered_method=True)
 
 
 class AdminServiceServicer:
@@ -77,6 +97,37 @@ class AdminServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Pin(self, request, context):
+        """Keeps a version loaded in every replica, idle or not, or lets it go again. A pin lasts as long
+        as the gateway.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Drain(self, request, context):
+        """Takes no new requests any more, on either port's services, and waits for those that run. The
+        gateway then still answers health checks, NOT_SERVING, until it is stopped.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SetRollout(self, request, context):
+        """Divides the requests for an alias among versions. Answers when every version is loaded in every
+        replica and takes its share; fails without a change where one cannot be.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetRollout(self, request, context):
+        """Tells how the requests for an alias are divided, and how each version does.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AdminServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -94,6 +145,26 @@ def add_AdminServiceServicer_to_server(servicer, server):
                     servicer.Unload,
                     request_deserializer=manylora_dot_admin_dot_v1_dot_admin__pb2.UnloadRequest.FromString,
                     response_serializer=manylora_dot_admin_dot_v1_dot_admin__pb2.UnloadResponse.SerializeToString,
+            ),
+            'Pin': grpc.unary_unary_rpc_method_handler(
+                    servicer.Pin,
+                    request_deserializer=manylora_dot_admin_dot_v1_dot_admin__pb2.PinRequest.FromString,
+                    response_serializer=manylora_dot_admin_dot_v1_dot_admin__pb2.PinResponse.SerializeToString,
+            ),
+            'Drain': grpc.unary_unary_rpc_method_handler(
+                    servicer.Drain,
+                    request_deserializer=manylora_dot_admin_dot_v1_dot_admin__pb2.DrainRequest.FromString,
+                    response_serializer=manylora_dot_admin_dot_v1_dot_admin__pb2.DrainResponse.SerializeToString,
+            ),
+            'SetRollout': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetRollout,
+                    request_deserializer=manylora_dot_admin_dot_v1_dot_admin__pb2.SetRolloutRequest.FromString,
+                    response_serializer=manylora_dot_admin_dot_v1_dot_admin__pb2.SetRolloutResponse.SerializeToString,
+            ),
+            'GetRollout': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetRollout,
+                    request_deserializer=manylora_dot_admin_dot_v1_dot_admin__pb2.GetRolloutRequest.FromString,
+                    response_serializer=manylora_dot_admin_dot_v1_dot_admin__pb2.GetRolloutResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -178,6 +249,114 @@ class AdminService:
             '/manylora.admin.v1.AdminService/Unload',
             manylora_dot_admin_dot_v1_dot_admin__pb2.UnloadRequest.SerializeToString,
             manylora_dot_admin_dot_v1_dot_admin__pb2.UnloadResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Pin(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/manylora.admin.v1.AdminService/Pin',
+            manylora_dot_admin_dot_v1_dot_admin__pb2.PinRequest.SerializeToString,
+            manylora_dot_admin_dot_v1_dot_admin__pb2.PinResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Drain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/manylora.admin.v1.AdminService/Drain',
+            manylora_dot_admin_dot_v1_dot_admin__pb2.DrainRequest.SerializeToString,
+            manylora_dot_admin_dot_v1_dot_admin__pb2.DrainResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetRollout(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/manylora.admin.v1.AdminService/SetRollout',
+            manylora_dot_admin_dot_v1_dot_admin__pb2.SetRolloutRequest.SerializeToString,
+            manylora_dot_admin_dot_v1_dot_admin__pb2.SetRolloutResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetRollout(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/manylora.admin.v1.AdminService/GetRollout',
+            manylora_dot_admin_dot_v1_dot_admin__pb2.GetRolloutRequest.SerializeToString,
+            manylora_dot_admin_dot_v1_dot_admin__pb2.GetRolloutResponse.FromString,
             options,
             channel_credentials,
             insecure,

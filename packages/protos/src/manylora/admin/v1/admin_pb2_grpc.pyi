@@ -39,6 +39,20 @@ class AdminServiceStub:
     """Loads a version into every replica before it is asked for."""
     Unload: _grpc.UnaryUnaryMultiCallable[_admin_pb2.UnloadRequest, _admin_pb2.UnloadResponse]
     """Unloads a version from every replica once its running requests have ended."""
+    Pin: _grpc.UnaryUnaryMultiCallable[_admin_pb2.PinRequest, _admin_pb2.PinResponse]
+    """Keeps a version loaded in every replica, idle or not, or lets it go again. A pin lasts as long
+    as the gateway.
+    """
+    Drain: _grpc.UnaryUnaryMultiCallable[_admin_pb2.DrainRequest, _admin_pb2.DrainResponse]
+    """Takes no new requests any more, on either port's services, and waits for those that run. The
+    gateway then still answers health checks, NOT_SERVING, until it is stopped.
+    """
+    SetRollout: _grpc.UnaryUnaryMultiCallable[_admin_pb2.SetRolloutRequest, _admin_pb2.SetRolloutResponse]
+    """Divides the requests for an alias among versions. Answers when every version is loaded in every
+    replica and takes its share; fails without a change where one cannot be.
+    """
+    GetRollout: _grpc.UnaryUnaryMultiCallable[_admin_pb2.GetRolloutRequest, _admin_pb2.GetRolloutResponse]
+    """Tells how the requests for an alias are divided, and how each version does."""
 
 @_typing.type_check_only
 class AdminServiceAsyncStub(AdminServiceStub):
@@ -51,6 +65,20 @@ class AdminServiceAsyncStub(AdminServiceStub):
     """Loads a version into every replica before it is asked for."""
     Unload: _aio.UnaryUnaryMultiCallable[_admin_pb2.UnloadRequest, _admin_pb2.UnloadResponse]  # type: ignore[assignment]
     """Unloads a version from every replica once its running requests have ended."""
+    Pin: _aio.UnaryUnaryMultiCallable[_admin_pb2.PinRequest, _admin_pb2.PinResponse]  # type: ignore[assignment]
+    """Keeps a version loaded in every replica, idle or not, or lets it go again. A pin lasts as long
+    as the gateway.
+    """
+    Drain: _aio.UnaryUnaryMultiCallable[_admin_pb2.DrainRequest, _admin_pb2.DrainResponse]  # type: ignore[assignment]
+    """Takes no new requests any more, on either port's services, and waits for those that run. The
+    gateway then still answers health checks, NOT_SERVING, until it is stopped.
+    """
+    SetRollout: _aio.UnaryUnaryMultiCallable[_admin_pb2.SetRolloutRequest, _admin_pb2.SetRolloutResponse]  # type: ignore[assignment]
+    """Divides the requests for an alias among versions. Answers when every version is loaded in every
+    replica and takes its share; fails without a change where one cannot be.
+    """
+    GetRollout: _aio.UnaryUnaryMultiCallable[_admin_pb2.GetRolloutRequest, _admin_pb2.GetRolloutResponse]  # type: ignore[assignment]
+    """Tells how the requests for an alias are divided, and how each version does."""
 
 class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
     """Operation of a running gateway, on a port of its own."""
@@ -78,5 +106,43 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_admin_pb2.UnloadResponse, _abc.Awaitable[_admin_pb2.UnloadResponse]]:
         """Unloads a version from every replica once its running requests have ended."""
+
+    @_abc_1.abstractmethod
+    def Pin(
+        self,
+        request: _admin_pb2.PinRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.PinResponse, _abc.Awaitable[_admin_pb2.PinResponse]]:
+        """Keeps a version loaded in every replica, idle or not, or lets it go again. A pin lasts as long
+        as the gateway.
+        """
+
+    @_abc_1.abstractmethod
+    def Drain(
+        self,
+        request: _admin_pb2.DrainRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.DrainResponse, _abc.Awaitable[_admin_pb2.DrainResponse]]:
+        """Takes no new requests any more, on either port's services, and waits for those that run. The
+        gateway then still answers health checks, NOT_SERVING, until it is stopped.
+        """
+
+    @_abc_1.abstractmethod
+    def SetRollout(
+        self,
+        request: _admin_pb2.SetRolloutRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.SetRolloutResponse, _abc.Awaitable[_admin_pb2.SetRolloutResponse]]:
+        """Divides the requests for an alias among versions. Answers when every version is loaded in every
+        replica and takes its share; fails without a change where one cannot be.
+        """
+
+    @_abc_1.abstractmethod
+    def GetRollout(
+        self,
+        request: _admin_pb2.GetRolloutRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.GetRolloutResponse, _abc.Awaitable[_admin_pb2.GetRolloutResponse]]:
+        """Tells how the requests for an alias are divided, and how each version does."""
 
 def add_AdminServiceServicer_to_server(servicer: AdminServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

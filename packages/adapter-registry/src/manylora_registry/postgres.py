@@ -1,0 +1,149 @@
+"""The shared database: Postgres, for the processes of any number of machines.
+
+The write lock is one transaction-level advisory lock. It is taken before anything is read, in
+READ COMMITTED, so that every statement behind it sees what the writer before has committed, and
+it is let go only after the own commit is visible. With one lock, taken first, and isolation levels
+set by every transaction for itself, writers neither deadlock nor fail to serialise: there is
+nothing to retry, whatever the server's defaults are.
+"""
+
+import contextlib
+import threading
+import time
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy import event
+from sqlalchemy.engine import URL, Connection, Engine
+from sqlalchemy.exc import DBAPIError
+
+LOCK = 0x6D616E796C6F7261
+"""Key of the advisory lock: "manylora"."""
+CHANNEL = "manylora_registry"
+"""Where changes are announced."""
+CONNECT_SECONDS = 10
+LOCK_SECONDS = 60
+"""How long a writer waits for the others."""
+STOP_SECONDS = 0.2
+"""How soon one who waits for changes notices that it shall stop."""
+IDLE_SECONDS = 60
+"""After this long without a statement the server ends a transaction: a writer whose machine is
+gone holds up the others no longer."""
+
+
+class Postgres:
+    """See `Backend`."""
+
+    def __init__(self, url: URL) -> None:
+        self.engine = sa.create_engine(
+            url,
+            pool_size=8,
+            max_overflow=24,
+            pool_timeout=LOCK_SECONDS,
+            # A connection that the server or a firewall has dropped is replaced, not handed out.
+            pool_pre_ping=True,
+            connect_args={
+                "connect_timeout": CONNECT_SECONDS,
+                "application_name": "manylora",
+                "keepalives_idle": 30,
+                "keepalives_interval": 10,
+                "keepalives_count": 3,
+            },
+        )
+        event.listen(self.engine, "connect", _on_connect)
+
+    def exists(self) -> bool:
+        """See `Backend`."""
+        return True
+
+    def read(self, connection: Connection) -> Connection:
+        """See `Backend`."""
+        return connection.execution_options(
+            isolation_level="REPEATABLE READ", postgresql_readonly=True
+        )
+
+    def write(self, connection: Connection) -> Connection:
+        """See `Backend`."""
+        return connection.execution_options(isolation_level="READ COMMITTED")
+
+    def lock(self, connection: Connection) -> None:
+        """See `Backend`."""
+        connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({LOCK})")
+
+    def preparing(self) -> contextlib.AbstractContextManager[None]:
+        """See `Backend`: tables are made within a transaction, under the write lock."""
+        return contextlib.nullcontext()
+
+    def clock(self, connection: Connection) -> int:
+        """See `Backend`: the server's."""
+        now = connection.exec_driver_sql(
+            "SELECT (extract(epoch FROM clock_timestamp()) * 1000000)::bigint"
+        )
+        return now.scalar_one()
+
+    def announce(self, connection: Connection) -> None:
+        """See `Backend`."""
+        connection.exec_driver_sql(f"NOTIFY {CHANNEL}")
+
+    def changes(self) -> "_Listener":
+        """See `Backend`."""
+        return _Listener(self.engine)
+
+    def check(self, _connection: Connection) -> list[str]:
+        """See `Backend`: the server watches over its own pages."""
+        return []
+
+    def tidy(self) -> None:
+        """See `Backend`: autovacuum does it."""
+
+
+class _Listener:
+    """See `Changes`: LISTENs on a connection of its own.
+
+    Where notifications do not arrive - behind some poolers, or while the server is away - what is
+    left is a look every `seconds`.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._connection: Connection | None = self._listen()
+
+    def wait(self, seconds: float, stop: threading.Event) -> None:
+        end = time.monotonic() + seconds
+        try:
+            if self._connection is None:
+                # Something may have changed meanwhile: looked at before the first wait.
+                self._connection = self._listen()
+                return
+            driver: Any = self._connection.connection.dbapi_connection
+            while (left := end - time.monotonic()) > 0 and not stop.is_set():
+                if list(driver.notifies(timeout=min(left, STOP_SECONDS), stop_after=1)):
+                    return
+        except (DBAPIError, self._error):
+            self.close()
+            stop.wait(max(0.0, end - time.monotonic()))
+
+    def close(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+        self._connection = None
+
+    @property
+    def _error(self) -> type[Exception]:
+        """What the driver raises; it is an extra, and imported by the engine."""
+        return self._engine.dialect.loaded_dbapi.Error
+
+    def _listen(self) -> Connection:
+        connection = self._engine.connect().execution_options(isolation_level="AUTOCOMMIT")
+        # Out of the pool: it goes on listening and is closed at the end.
+        connection.detach()
+        connection.exec_driver_sql(f"LISTEN {CHANNEL}")
+        return connection
+
+
+def _on_connect(connection: Any, _record: Any) -> None:
+    # By statement and not as a start-up option, which poolers refuse.
+    with connection.cursor() as cursor:
+        cursor.execute(f"SET lock_timeout = '{LOCK_SECONDS}s'")
+        cursor.execute(f"SET idle_in_transaction_session_timeout = '{IDLE_SECONDS}s'")
+    connection.commit()

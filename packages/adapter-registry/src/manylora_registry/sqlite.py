@@ -1,0 +1,150 @@
+"""The embedded database: one SQLite file in WAL mode, for the processes of one machine.
+
+The write lock is SQLite's own, taken by `BEGIN IMMEDIATE`; readers have a snapshot each.
+"""
+
+import contextlib
+import fcntl
+import sqlite3
+import threading
+import time
+from collections.abc import Generator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy import event
+from sqlalchemy.engine import URL, Connection, Engine
+
+from manylora_registry.errors import RegistryLocationError
+
+BUSY_SECONDS = 60
+FEW_ROWS = 500
+POLL_SECONDS = 0.02
+"""Between two looks at the counter of changes; one takes some microseconds."""
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+
+
+class Sqlite:
+    """See `Backend`."""
+
+    def __init__(self, url: URL) -> None:
+        self._file = Path(url.database or "")
+        self.engine = sa.create_engine(
+            url,
+            connect_args={"timeout": BUSY_SECONDS},
+            # Threads of a server read at the same time; none should wait for a connection.
+            max_overflow=-1,
+        )
+        event.listen(self.engine, "connect", _on_connect)
+        event.listen(self.engine, "begin", _on_begin)
+
+    def exists(self) -> bool:
+        """See `Backend`."""
+        return self._file.exists()
+
+    def read(self, connection: Connection) -> Connection:
+        """See `Backend`: every transaction in WAL mode has its snapshot."""
+        return connection
+
+    def write(self, connection: Connection) -> Connection:
+        """See `Backend`."""
+        return connection.execution_options(manylora_write=True)
+
+    def lock(self, _connection: Connection) -> None:
+        """See `Backend`: `BEGIN IMMEDIATE` has it already."""
+
+    @contextlib.contextmanager
+    def preparing(self) -> Generator[None]:
+        """See `Backend`: the journal mode cannot be set while another process does the same."""
+        try:
+            lock = self._file.with_suffix(".lock").open("w")
+        except OSError as error:
+            raise RegistryLocationError(
+                f"no registry can be made in {self._file}: {error.strerror}"
+            ) from error
+        with lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            with self.engine.connect() as connection:
+                # Stays with the file.
+                connection.connection.cursor().execute("PRAGMA journal_mode=WAL")
+            yield
+
+    def clock(self, _connection: Connection) -> int:
+        """See `Backend`: of the one machine."""
+        return (datetime.now(UTC) - _EPOCH) // timedelta(microseconds=1)
+
+    def announce(self, _connection: Connection) -> None:
+        """See `Backend`: a commit moves the counter that waiting processes look at."""
+
+    def changes(self) -> "_DataVersion":
+        """See `Backend`."""
+        return _DataVersion(self.engine)
+
+    def check(self, connection: Connection) -> list[str]:
+        """See `Backend`."""
+        found = connection.exec_driver_sql("PRAGMA integrity_check")
+        return [str(row[0]) for row in found if row[0] != "ok"]
+
+    def tidy(self) -> None:
+        """See `Backend`: counts rows again when there are twice as many as at the last time."""
+        with contextlib.closing(self.engine.raw_connection()) as connection:
+            cursor = connection.cursor()
+            # Seldom needed and never urgent: not worth waiting for a lock.
+            cursor.execute("PRAGMA busy_timeout=0")
+            with contextlib.suppress(sqlite3.OperationalError):
+                if _rows(cursor) > 2 * _rows_known(cursor):
+                    cursor.execute("PRAGMA analysis_limit=400")
+                    cursor.execute("ANALYZE")
+            cursor.execute(f"PRAGMA busy_timeout={BUSY_SECONDS * 1000}")
+
+
+def _rows(cursor: Any) -> int:
+    return cursor.execute("SELECT max(id) FROM versions").fetchone()[0] or 0
+
+
+def _rows_known(cursor: Any) -> int:
+    """Versions that the planner knows of; it plans well without knowing of so few."""
+    if not cursor.execute("SELECT 1 FROM sqlite_master WHERE name = 'sqlite_stat1'").fetchone():
+        return FEW_ROWS
+    found = cursor.execute("SELECT stat FROM sqlite_stat1 WHERE tbl = 'versions'").fetchone()
+    return max(int(found[0].split()[0]), FEW_ROWS) if found else FEW_ROWS
+
+
+class _DataVersion:
+    """See `Changes`: polls SQLite's counter of commits by other connections, without a query."""
+
+    def __init__(self, engine: Engine) -> None:
+        # Not in a transaction: within one it would see the same state for ever.
+        self._connection = engine.raw_connection()
+        self._seen = self._read()
+
+    def wait(self, seconds: float, stop: threading.Event) -> None:
+        end = time.monotonic() + seconds
+        while (left := end - time.monotonic()) > 0 and not stop.wait(min(left, POLL_SECONDS)):
+            if (now := self._read()) != self._seen:
+                self._seen = now
+                return
+
+    def close(self) -> None:
+        self._connection.close()
+
+    def _read(self) -> int:
+        return self._connection.cursor().execute("PRAGMA data_version").fetchone()[0]
+
+
+def _on_connect(connection: Any, _record: Any) -> None:
+    # The driver would begin transactions by itself, and later than asked; _on_begin does it.
+    connection.isolation_level = None
+    cursor = connection.cursor()
+    cursor.execute("PRAGMA foreign_keys=ON")
+    # In WAL mode NORMAL could lose the last commits in a power cut: a version said to be
+    # published would be gone.
+    cursor.execute("PRAGMA synchronous=FULL")
+    cursor.close()
+
+
+def _on_begin(connection: Connection) -> None:
+    write = connection.get_execution_options().get("manylora_write")
+    connection.exec_driver_sql("BEGIN IMMEDIATE" if write else "BEGIN")

@@ -1,0 +1,295 @@
+"""Prometheus metrics of the gateway: of requests as they pass, of replicas as they were last seen.
+
+An adapter and its version are labels of some of them. A gateway serves more versions than a
+time-series database bears, so only the first `max_versions` that are served get a label of their
+own, and the rest share the label "other". A version that nothing serves any more gives its label
+back.
+"""
+
+import time
+from collections.abc import Generator, Iterable, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from manylora_gateway.engine import Delta, Timing
+from manylora_gateway.errors import GatewayError, StartError
+from manylora_gateway.figures import Figures
+from manylora_gateway.logs import log_request
+from manylora_registry import Version
+
+if TYPE_CHECKING:
+    from manylora_gateway.replicas import ReplicaState
+
+OTHER = ("other", "other")
+BASE = ("", "")
+LATENCY_BUCKETS = (
+    *(0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 0.75, 1.0),
+    *(1.5, 2.5, 5.0, 10.0, 30.0, 60.0),
+)
+NOT_OURS = frozenset(
+    {"INVALID_ARGUMENT", "NOT_FOUND", "CANCELLED", "PERMISSION_DENIED", "UNAUTHENTICATED"}
+)
+"""Codes of requests that failed by the client's doing."""
+
+Labels = tuple[str, str]
+"""Adapter and version number."""
+
+
+class Observation:
+    """One request on its way; see `Metrics.follow`."""
+
+    def __init__(self, metrics: "Metrics", request_id: str, tenant: str) -> None:
+        self.request_id = request_id
+        self.tenant = tenant
+        self._metrics = metrics
+        self._began = time.monotonic()
+        self._last: float | None = None
+        self.version: Version | None = None
+        self.resolved = False
+        self.tokens = 0
+        self.prompt_tokens = 0
+        self.first_token_s: float | None = None
+        self.timing: Timing | None = None
+
+    def resolve(self, version: Version | None) -> None:
+        """The request was admitted and is for `version`."""
+        self.version, self.resolved = version, True
+
+    def delta(self, delta: Delta) -> None:
+        """The next part of its answer came."""
+        now = time.monotonic()
+        tokens = len(delta.token_ids)
+        if self._last is None:
+            self.first_token_s = now - self._began
+            self._metrics.first_token.labels(*self._metrics.labels(self.version)).observe(
+                self.first_token_s
+            )
+        elif tokens:
+            self._metrics.inter_token.observe((now - self._last) / tokens)
+        self._last = now
+        self.tokens += tokens
+        if delta.finish is not None:
+            self.prompt_tokens = delta.finish.prompt_tokens
+        self.timing = delta.timing or self.timing
+
+    def told(self, code: str) -> dict[str, object]:
+        """For the log: who and what, never what was said."""
+        version = self.version
+        return {
+            "request_id": self.request_id,
+            "tenant": self.tenant,
+            "adapter": "" if version is None else version.name,
+            "version": None if version is None else version.number,
+            "code": code,
+            "seconds": round(time.monotonic() - self._began, 4),
+            "first_token_seconds": self.first_token_s and round(self.first_token_s, 4),
+            "prompt_tokens": self.prompt_tokens,
+            "tokens": self.tokens,
+        }
+
+
+class Metrics:
+    """All that is counted in the front, and the last known state of the replicas.
+
+    Args:
+        max_versions: adapter versions with a label of their own.
+    """
+
+    def __init__(self, max_versions: int = 100) -> None:
+        self.figures = Figures()
+        self.replicas: Sequence[ReplicaState] = ()
+        """As last seen."""
+        self._max_versions = max_versions
+        self._labelled: dict[str, Labels] = {}
+        self.registry = CollectorRegistry()
+        version = ("adapter", "version")
+        own = self.registry
+        self.requests = Counter(
+            "manylora_requests",
+            "Requests that ended, by gRPC code.",
+            (*version, "code"),
+            registry=own,
+        )
+        self.in_flight = Gauge("manylora_requests_in_flight", "Requests inside.", registry=own)
+        self.rejections = Counter(
+            "manylora_rejections", "Requests that failed, by reason.", ("reason",), registry=own
+        )
+        self.first_token = Histogram(
+            "manylora_time_to_first_token_seconds",
+            "From admission to the first token.",
+            version,
+            buckets=LATENCY_BUCKETS,
+            registry=own,
+        )
+        self.inter_token = Histogram(
+            "manylora_inter_token_seconds",
+            "Between tokens of one stream.",
+            buckets=LATENCY_BUCKETS,
+            registry=own,
+        )
+        self.queue = Histogram(
+            "manylora_queue_seconds",
+            "Waiting for a seat and a slot.",
+            buckets=LATENCY_BUCKETS,
+            registry=own,
+        )
+        self.load_wait = Histogram(
+            "manylora_load_wait_seconds",
+            "Of a request, waiting for its adapter's weights.",
+            buckets=LATENCY_BUCKETS,
+            registry=own,
+        )
+        self.prompt_tokens = Counter(
+            "manylora_prompt_tokens", "Prompt tokens read.", version, registry=own
+        )
+        self.generated_tokens = Counter(
+            "manylora_generated_tokens", "Tokens generated.", version, registry=own
+        )
+        self.swaps = Counter(
+            "manylora_swaps", "Alias moves followed, by outcome.", ("outcome",), registry=own
+        )
+        self.shadows = Counter(
+            "manylora_shadow_requests",
+            "Copies of requests, by outcome.",
+            ("outcome",),
+            registry=own,
+        )
+        self.retries = Counter(
+            "manylora_replica_retries", "Requests tried again on another replica.", registry=own
+        )
+        self.registry_age = Gauge(
+            "manylora_registry_age_seconds", "Since the registry was last read.", registry=own
+        )
+        self.registry.register(_Replicas(self))
+
+    def labels(self, version: Version | None) -> Labels:
+        """The label of a version, bounded in number."""
+        if version is None:
+            return BASE
+        found = self._labelled.get(version.digest)
+        if found is None:
+            if len(self._labelled) >= self._max_versions:
+                return OTHER
+            found = self._labelled[version.digest] = (version.name, str(version.number))
+        return found
+
+    def forget(self, version: Version) -> None:
+        """Nothing serves `version` any more: its label is free."""
+        labels = self._labelled.pop(version.digest, None)
+        if labels is None:
+            return
+        for metric in (self.first_token, self.prompt_tokens, self.generated_tokens):
+            metric.remove_by_labels(dict(zip(("adapter", "version"), labels, strict=True)))
+        self.requests.remove_by_labels(dict(zip(("adapter", "version"), labels, strict=True)))
+
+    def observation(self, request_id: str, tenant: str) -> Observation:
+        """Begins the observation of a request."""
+        return Observation(self, request_id, tenant)
+
+    @contextmanager
+    def follow(self, seen: Observation) -> Generator[None, None, None]:
+        """Follows one request to its end, however it ends."""
+        self.in_flight.inc()
+        code = "OK"
+        try:
+            yield
+        except Exception as error:
+            code = error.status if isinstance(error, GatewayError) else "INTERNAL"
+            reason = error.reason if isinstance(error, GatewayError) else "INTERNAL"
+            self.rejections.labels(reason).inc()
+            raise
+        except BaseException:
+            # The client went away or its deadline passed.
+            code = "CANCELLED"
+            self.rejections.labels("CANCELLED").inc()
+            raise
+        finally:
+            self.in_flight.dec()
+            if seen.resolved:
+                self._count(seen, code)
+            log_request("request ended", seen.told(code))
+
+    def _count(self, seen: Observation, code: str) -> None:
+        labels = self.labels(seen.version)
+        self.requests.labels(*labels, code).inc()
+        self.prompt_tokens.labels(*labels).inc(seen.prompt_tokens)
+        self.generated_tokens.labels(*labels).inc(seen.tokens)
+        if seen.timing is not None:
+            self.queue.observe(seen.timing.queue_s)
+            self.load_wait.observe(seen.timing.load_s)
+        figures = self.figures.of("" if seen.version is None else seen.version.digest)
+        figures.requests += 1
+        figures.errors += code != "OK" and code not in NOT_OURS
+        figures.tokens += seen.tokens
+        if seen.first_token_s is not None:
+            figures.first_token.add(seen.first_token_s)
+
+    def serve(self, address: str) -> tuple[str, int]:
+        """Answers scrapes at `address` (HOST:PORT); says where.
+
+        Raises:
+            StartError: it cannot be listened on.
+        """
+        host, _, port = address.rpartition(":")
+        try:
+            server, _ = start_http_server(int(port), host.strip("[]"), self.registry)
+        except OSError as error:
+            raise StartError(
+                f"listen.metrics: {address} cannot be listened on; is another server there?"
+            ) from error
+        return host, server.server_port
+
+
+class _Replicas(Collector):
+    """The replicas' own counts, which live in their processes."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+
+    def collect(self) -> Iterable[Metric]:
+        states = self._metrics.replicas
+        up = GaugeMetricFamily("manylora_replicas_up", "Engine replicas that answer.")
+        up.add_metric([], len(states))
+        requests = GaugeMetricFamily(
+            "manylora_replica_requests", "Requests in a replica.", labels=["replica", "state"]
+        )
+        resident = GaugeMetricFamily(
+            "manylora_adapters_resident",
+            "Adapters a replica holds: in a slot, in host memory (slots included), on disk.",
+            labels=["replica", "tier"],
+        )
+        pinned = GaugeMetricFamily(
+            "manylora_adapters_pinned", "Adapters kept loaded.", labels=["replica"]
+        )
+        counts = {
+            name: CounterMetricFamily(f"manylora_{name}", text, labels=["replica"])
+            for name, text in {
+                "adapter_loads": "Adapters brought into an engine.",
+                "adapter_load_failures": "Adapters an engine or the registry refused.",
+                "adapter_load_seconds": "Seconds spent loading them.",
+                "adapter_evictions": "Idle adapters that went to make room.",
+                "adapter_retirements": "Versions unloaded because nothing serves them.",
+            }.items()
+        }
+        for state in states:
+            name = state.replica_id
+            requests.add_metric([name, "running"], state.requests - state.waiting)
+            requests.add_metric([name, "waiting"], state.waiting)
+            busy = sum(entry.requests > 0 for entry in state.residents)
+            resident.add_metric([name, "slot"], busy)
+            resident.add_metric([name, "host"], len(state.residents))
+            resident.add_metric([name, "disk"], state.on_disk)
+            pinned.add_metric([name], sum(entry.pinned for entry in state.residents))
+            for metric, value in (
+                ("adapter_loads", state.counts.loads),
+                ("adapter_load_failures", state.counts.load_failures),
+                ("adapter_load_seconds", state.counts.load_seconds),
+                ("adapter_evictions", state.counts.evictions),
+                ("adapter_retirements", state.counts.retirements),
+            ):
+                counts[metric].add_metric([name], value)
+        return [up, requests, resident, pinned, *counts.values()]

@@ -1,0 +1,178 @@
+"""What operators ask for: load, pin, drain, and how requests are divided among versions."""
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from manylora_gateway.admission import Admission
+from manylora_gateway.errors import GatewayError, InvalidRequestError, Violation
+from manylora_gateway.fleet import Fleet
+from manylora_gateway.metrics import Metrics
+from manylora_gateway.replicas import Replicas, ReplicaState
+from manylora_gateway.rollouts import AliasKey, Rollout, Rollouts, Share, check_percents
+from manylora_gateway.routes import Routes
+from manylora_registry import Version
+
+logger = logging.getLogger(__name__)
+
+Division = Sequence[tuple[int, int]]
+"""Version numbers with percentages."""
+
+
+@dataclass(frozen=True)
+class RolloutState:
+    """How the requests for an alias are divided now."""
+
+    key: AliasKey
+    serving: Version
+    rollout: Rollout | None
+
+    @property
+    def shares(self) -> tuple[Share, ...]:
+        """What each version gets."""
+        divided = self.rollout.shares if self.rollout is not None else ()
+        return divided or (Share(self.serving, 100),)
+
+
+class Operations:
+    """Acts on all replicas. Lives on one event loop."""
+
+    def __init__(
+        self,
+        routes: Routes,
+        replicas: Replicas,
+        rollouts: Rollouts,
+        admission: Admission,
+        fleet: Fleet,
+        metrics: Metrics,
+        drain_s: float,
+    ) -> None:
+        self.metrics = metrics
+        self.rollouts = rollouts
+        self._routes = routes
+        self._replicas = replicas
+        self._admission = admission
+        self._fleet = fleet
+        self._drain_s = drain_s
+        self._setting = asyncio.Lock()
+
+    async def states(self) -> list[ReplicaState]:
+        """Every replica and what it holds."""
+        return list(await self._replicas.states())
+
+    async def load(self, reference: str) -> Version:
+        """Loads what `reference` means on every replica.
+
+        Raises:
+            GatewayError: it names nothing, or cannot be loaded.
+        """
+        async with self._routes.use(reference) as version:
+            assert version is not None
+            await self._replicas.prepare(version)
+            return version
+
+    async def unload(self, reference: str) -> tuple[Version, int]:
+        """Unloads what `reference` means once drained; says on how many replicas it was.
+
+        Raises:
+            GatewayError: it names nothing.
+        """
+        version = await self._routes.resolve(reference)
+        return version, await self._replicas.retire(version)
+
+    async def pin(self, reference: str, *, release: bool) -> Version:
+        """Keeps what `reference` means loaded on every replica, or lets it go.
+
+        Raises:
+            GatewayError: it names nothing, cannot be loaded, or too many are pinned.
+        """
+        if release:
+            version = await self._routes.resolve(reference)
+            self._fleet.pinned.pop(version.digest, None)
+            await self._replicas.unpin(version)
+            return version
+        async with self._routes.use(reference) as version:
+            assert version is not None
+            await self._replicas.pin(version)
+            self._fleet.pinned[version.digest] = version
+            return version
+
+    async def drain(self, timeout_s: float | None) -> int:
+        """Takes no new requests and waits for those inside; says how many are left."""
+        await self._fleet.announce_end()
+        try:
+            async with asyncio.timeout(self._drain_s if timeout_s is None else timeout_s):
+                await self._admission.drain()
+        except TimeoutError:
+            logger.warning("%d requests still run", self._admission.inside)
+        return self._admission.inside
+
+    async def rollout(self, key: AliasKey) -> RolloutState:
+        """How requests for an alias are divided.
+
+        Raises:
+            GatewayError: there is no such alias, or nothing of it can be served.
+        """
+        serving = await self._routes.serving(key)
+        return RolloutState(key, serving, self.rollouts.get(key, serving))
+
+    async def set_rollout(
+        self, key: AliasKey, shares: Division, shadow: tuple[int, int] | None
+    ) -> RolloutState:
+        """Divides the requests for an alias, once every version is loaded on every replica.
+
+        Raises:
+            InvalidRequestError: the shares are no division.
+            GatewayError: a version is not there or cannot be served; nothing has changed.
+        """
+        check_percents(
+            [percent for _, percent in shares],
+            [number for number, _ in shares],
+            None if shadow is None else shadow[1],
+        )
+        async with self._setting:
+            serving = await self._routes.serving(key)
+            rollout = Rollout(
+                under=serving.digest,
+                shares=tuple([await self._share(key, *share) for share in shares]),
+                shadow=None if shadow is None else await self._share(key, *shadow),
+            )
+            for version in rollout.versions:
+                await self._replicas.prepare(version)
+            state = await self.rollout(key)
+            if state.serving.digest != serving.digest:
+                text = "moved while the versions were loaded: look at it and set it again"
+                raise InvalidRequestError([Violation("alias", text)])
+            before = self.rollouts.put(key, rollout)
+            logger.info("%s is divided: %s", "@".join(key), _told(rollout))
+            for version in [] if before is None else before.versions:
+                if self._routes.displace(version):
+                    await self._replicas.retire(version)
+            return await self.rollout(key)
+
+    async def restore_rollouts(self) -> None:
+        """Sets the rollouts again that were saved, as far as their aliases have not moved."""
+        for entry in self.rollouts.saved():
+            try:
+                key = (entry["adapter"], entry["alias"])
+                serving = await self._routes.serving(key)
+                if serving.digest != entry["under"]:
+                    logger.info("%s has moved: its rollout is over", "@".join(key))
+                    continue
+                shares = [(share["version"], share["percent"]) for share in entry["shares"]]
+                shadow = entry["shadow"]
+                copied = None if shadow is None else (shadow["version"], shadow["percent"])
+                await self.set_rollout(key, shares, copied)
+            except (GatewayError, KeyError, TypeError) as error:
+                logger.error("a saved rollout cannot be set again: %s: %s", entry, error)
+
+    async def _share(self, key: AliasKey, number: int, percent: int) -> Share:
+        return Share(await self._routes.resolve(f"{key[0]}@{number}"), percent)
+
+
+def _told(rollout: Rollout) -> str:
+    shares = [f"version {share.version.number} {share.percent} %" for share in rollout.shares]
+    if rollout.shadow is not None:
+        shares.append(f"copies to {rollout.shadow.version.number} {rollout.shadow.percent} %")
+    return ", ".join(shares) or "no more"

@@ -1,0 +1,184 @@
+"""Dividing the requests for an alias among versions, so that it survives a restart.
+
+A rollout holds for what its alias pointed at when it was set. When the alias moves, the rollout
+is over: promoting the new version and rolling back to the old one are the same single move.
+"""
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from manylora_gateway.errors import InvalidRequestError, Violation
+from manylora_gateway.figures import ShadowFigures
+from manylora_registry import Version
+
+AliasKey = tuple[str, str]
+BUCKETS = 10_000
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Share:
+    """What a version gets."""
+
+    version: Version
+    percent: int
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """How the requests for one alias are divided."""
+
+    under: str
+    """Digest of what the alias pointed at when this was set."""
+    shares: tuple[Share, ...]
+    """Empty: all get what the alias points at."""
+    shadow: Share | None = None
+    figures: ShadowFigures = field(default_factory=ShadowFigures, compare=False)
+
+    @property
+    def versions(self) -> list[Version]:
+        """All that must be loaded."""
+        shadow = [] if self.shadow is None else [self.shadow.version]
+        return [*(share.version for share in self.shares), *shadow]
+
+    def choose(self, serving: Version, key: AliasKey, sticky: str) -> Version:
+        """The version for a request.
+
+        Requests with equal `sticky` get the same one, and those of a version keep it while its
+        share and those listed before it only grow.
+        """
+        bucket = _bucket("share", key, sticky)
+        for share in self.shares:
+            bucket -= share.percent * BUCKETS // 100
+            if bucket < 0:
+                return share.version
+        return serving
+
+    def copies(self, key: AliasKey, request_id: str) -> Version | None:
+        """The version that answers a copy of a request, if one does."""
+        shadow = self.shadow
+        if shadow is None or _bucket("copy", key, request_id) >= shadow.percent * BUCKETS // 100:
+            return None
+        return shadow.version
+
+
+def check_percents(percents: Sequence[int], versions: Sequence[int], shadow: int | None) -> None:
+    """Refuses a division that is none.
+
+    Raises:
+        InvalidRequestError: with every field that is wrong.
+    """
+    wrong = [
+        Violation(f"shares[{index}].percent", "must be from 1 to 100")
+        for index, percent in enumerate(percents)
+        if not 1 <= percent <= 100
+    ]
+    if percents and sum(percents) != 100:
+        wrong.append(Violation("shares", f"are {sum(percents)} percent together, not 100"))
+    if len(set(versions)) != len(versions):
+        wrong.append(Violation("shares", "name a version twice"))
+    if shadow is not None and not 1 <= shadow <= 100:
+        wrong.append(Violation("shadow.percent", "must be from 1 to 100"))
+    if wrong:
+        raise InvalidRequestError(wrong)
+
+
+class Rollouts:
+    """The rollouts of a gateway, kept in a file if there is a place for it.
+
+    Args:
+        state: directory for what must survive a restart; None keeps rollouts in memory.
+    """
+
+    def __init__(self, state: Path | None = None) -> None:
+        self._file = None if state is None else state / "rollouts.json"
+        self._rollouts: dict[AliasKey, Rollout] = {}
+
+    @property
+    def durable(self) -> bool:
+        """Whether they survive a restart."""
+        return self._file is not None
+
+    def get(self, key: AliasKey, serving: Version | None) -> Rollout | None:
+        """The rollout of an alias that serves `serving`."""
+        rollout = self._rollouts.get(key)
+        holds = rollout is not None and serving is not None and rollout.under == serving.digest
+        return rollout if holds else None
+
+    def put(self, key: AliasKey, rollout: Rollout) -> Rollout | None:
+        """Replaces the rollout of an alias, on disk first; returns the one before."""
+        before = self._rollouts.get(key)
+        entries = {**self._rollouts, key: rollout}
+        if not rollout.versions:
+            del entries[key]
+        self._write(entries)
+        self._rollouts = entries
+        return before
+
+    def end(self, key: AliasKey) -> Rollout | None:
+        """Ends the rollout of an alias that moved; returns it."""
+        ended = self._rollouts.pop(key, None)
+        if ended is not None:
+            self._write(self._rollouts)
+        return ended
+
+    def serve(self, digest: str) -> bool:
+        """Whether a rollout needs the version."""
+        return any(
+            version.digest == digest
+            for rollout in self._rollouts.values()
+            for version in rollout.versions
+        )
+
+    def saved(self) -> list[dict[str, Any]]:
+        """What the file says, unchecked; a gateway sets it again when it starts."""
+        if self._file is None or not self._file.is_file():
+            return []
+        try:
+            return json.loads(self._file.read_text("utf-8"))["rollouts"]
+        except (ValueError, KeyError, TypeError) as error:
+            # Half of it would divide traffic as nobody asked for.
+            logger.error("%s is not a list of rollouts and is not used: %s", self._file, error)
+            return []
+
+    def _write(self, rollouts: dict[AliasKey, Rollout]) -> None:
+        if self._file is None:
+            return
+        entries = [
+            {
+                "adapter": name,
+                "alias": alias,
+                "under": rollout.under,
+                "shares": [
+                    {"version": share.version.number, "percent": share.percent}
+                    for share in rollout.shares
+                ],
+                "shadow": rollout.shadow
+                and {"version": rollout.shadow.version.number, "percent": rollout.shadow.percent},
+            }
+            for (name, alias), rollout in sorted(rollouts.items(), key=lambda item: item[0])
+        ]
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        fresh = self._file.with_suffix(".new")
+        with fresh.open("w", encoding="utf-8") as file:
+            json.dump({"rollouts": entries}, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        fresh.replace(self._file)
+        directory = os.open(self._file.parent, os.O_RDONLY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+
+
+def _bucket(purpose: str, key: AliasKey, sticky: str) -> int:
+    text = "\0".join((purpose, *key, sticky)).encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") % BUCKETS

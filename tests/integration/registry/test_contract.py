@@ -1,0 +1,118 @@
+"""What a registry promises, on every kind of database and blob store."""
+
+import pytest
+import sqlalchemy as sa
+
+from manylora_registry import Alias
+from manylora_registry.errors import (
+    AdapterNotFoundError,
+    AliasConflictError,
+    AliasNotFoundError,
+    VersionNotFoundError,
+    YankedError,
+)
+
+
+def content(directory):
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+def test_a_version_comes_out_as_it_went_in(registry, make_adapter, base, tmp_path):
+    adapter = make_adapter(1)
+    version = registry.publish(
+        "spelling",
+        adapter,
+        base=base,
+        metrics={"loss": 0.1, "steps": 60},
+        tags={"lang": "en"},
+        lineage={"run": "r1"},
+    )
+
+    assert (version.number, version.metrics["loss"], version.metrics["steps"]) == (1, 0.1, 60)
+    assert (version.tags, version.lineage) == ({"lang": "en"}, {"run": "r1"})
+    assert content(registry.materialize(version, tmp_path / "cache")) == content(adapter)
+    registry.export(version, tmp_path / "out")
+    assert registry.publish("again", tmp_path / "out", base=base).digest == version.digest
+
+
+def test_every_selector_finds_its_version_and_what_is_missing_is_named(registry, publish):
+    first, second = publish(1), publish(2)
+    registry.set_alias("spelling", "production", 1)
+
+    assert registry.resolve("spelling") == first
+    assert registry.resolve("spelling@2") == second
+    assert registry.resolve(f"spelling@{second.digest[:19]}") == second
+    assert registry.versions("spelling") == [first, second]
+    for reference, error in (
+        ("grammar", AdapterNotFoundError),
+        ("spelling@staging", AliasNotFoundError),
+        ("spelling@999999999999999999", VersionNotFoundError),
+        ("spelling@sha256:000000000000", VersionNotFoundError),
+    ):
+        with pytest.raises(error):
+            registry.resolve(reference)
+
+
+def test_the_same_files_are_the_same_version(registry, base, make_adapter):
+    adapter = make_adapter(1)
+    first = registry.publish("spelling", adapter, base=base)
+
+    assert registry.publish("spelling", adapter, base=base) == first
+    assert len(registry.events()) == 1
+
+
+def test_an_alias_moves_by_compare_and_set_and_remembers(registry, publish):
+    publish(1)
+    publish(2)
+    registry.set_alias("spelling", "production", 1, expect=0, actor="ann", why="first")
+    registry.set_alias("spelling", "production", 2, expect=1, actor="bob")
+    for stale in (0, 1, 3):
+        with pytest.raises(AliasConflictError) as failed:
+            registry.set_alias("spelling", "production", 1, expect=stale)
+        assert failed.value.generation == 2
+
+    assert [
+        (move.alias, move.generation, move.previous, move.version, move.actor, move.why)
+        for move in registry.history("spelling")
+    ] == [("production", 1, None, 1, "ann", "first"), ("production", 2, 1, 2, "bob", "")]
+    (adapter,) = registry.adapters()
+    assert adapter.aliases == {"production": Alias(2, 2)}
+    assert registry.verify().moves == 2
+
+
+def test_a_changed_history_is_noticed(registry, publish, database):
+    publish(1)
+    for _ in range(3):
+        registry.set_alias("spelling", "production", 1, why="because")
+    engine = sa.create_engine(database)
+    with engine.begin() as raw:
+        raw.execute(sa.text("UPDATE alias_moves SET why = 'no' WHERE generation = 2"))
+    engine.dispose()
+
+    assert "generation 2" in str(registry.verify().problems)
+
+
+def test_a_withdrawn_version_is_kept_but_not_served(registry, publish, place, tmp_path):
+    publish(1)
+    registry.set_alias("spelling", "production", 1)
+    with place.open() as other:
+        other.resolve("spelling")
+        withdrawn = registry.yank("spelling@1")
+        for reference in ("spelling", "spelling@1"):
+            with pytest.raises(YankedError):
+                other.resolve(reference)
+
+    assert registry.materialize(withdrawn, tmp_path / "cache").is_dir()
+    assert registry.verify().ok
+
+
+def test_events_are_ordered_and_can_be_resumed(registry, publish):
+    publish(1)
+    registry.set_alias("spelling", "production", 1)
+    registry.yank("spelling@1")
+
+    events = registry.events()
+
+    assert [event.kind for event in events] == ["published", "alias_moved", "yanked"]
+    assert registry.events(events[0].sequence, limit=1) == [events[1]]
+    assert registry.events(events[-1].sequence) == []

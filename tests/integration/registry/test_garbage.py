@@ -1,0 +1,204 @@
+"""Deleting, leases and garbage collection: nothing that is needed goes, nothing else stays."""
+
+import hashlib
+import threading
+from datetime import timedelta
+
+import pytest
+
+from manylora_registry.blobs import open_blob_store
+from manylora_registry.errors import (
+    DeletedError,
+    LeaseExpiredError,
+    VersionInUseError,
+    VersionNotFoundError,
+)
+
+NOW = timedelta(0)
+
+
+@pytest.fixture
+def blobs(place):
+    return open_blob_store(place.blobs)
+
+
+def test_a_deleted_version_gives_up_its_own_bytes_and_keeps_its_record(
+    registry, publish, blobs, tmp_path
+):
+    first, second = publish(1, metrics={"loss": 0.1}), publish(2)
+    registry.set_alias("spelling", "production", 1)
+    registry.set_alias("spelling", "production", 2)
+    before = set(blobs.digests())
+
+    assert registry.delete("spelling@1").deleted
+    with pytest.raises(DeletedError):
+        registry.resolve("spelling@1")
+    assert registry.collect_garbage(grace=timedelta(hours=1)).deleted == ()
+    report = registry.collect_garbage(grace=NOW)
+
+    # Both adapters have the same config, which the second still needs.
+    assert report.collected == ("spelling@1",)
+    assert len(report.deleted) == 2
+    assert report.freed > 0
+    assert set(blobs.digests()) == before - set(report.deleted)
+    gone = registry.find("spelling@1")
+    assert (gone.collected, gone.metrics) == (True, {"loss": 0.1})
+    assert [version.number for version in registry.versions("spelling")] == [1, 2]
+    assert len(registry.history("spelling")) == 2
+    with pytest.raises(DeletedError):
+        registry.materialize(first, tmp_path / "cache")
+    registry.materialize(second, tmp_path / "cache")
+    assert registry.verify().problems == ()
+    kinds = [event.kind for event in registry.events() if event.version == 1]
+    assert kinds == ["published", "alias_moved", "deleted", "collected"]
+
+
+def test_publishing_the_same_files_restores_a_deleted_version(registry, publish, tmp_path):
+    first = publish(1)
+    for collected in (False, True):
+        registry.delete("spelling@1")
+        if collected:
+            registry.collect_garbage(grace=NOW)
+        assert publish(1) == first
+    registry.materialize(registry.resolve("spelling@1"), tmp_path / "cache")
+    assert registry.verify().ok
+    assert [event.kind for event in registry.events()].count("restored") == 2
+
+
+def test_an_alias_keeps_its_version_from_being_deleted(registry, publish):
+    publish(1)
+    publish(2)
+    registry.set_alias("spelling", "production", 1)
+
+    with pytest.raises(VersionInUseError, match="production"):
+        registry.delete("spelling@1")
+    registry.delete("spelling@2")
+    with pytest.raises(DeletedError):
+        registry.set_alias("spelling", "production", 2)
+    registry.collect_garbage(grace=NOW)
+    assert registry.resolve("spelling").number == 1
+
+
+def test_a_child_keeps_its_parent(registry, publish):
+    publish(1)
+    child = publish(2, name="other", parent="spelling@1")
+    assert child.parent == "spelling@1"
+    with pytest.raises(VersionNotFoundError):
+        publish(3, parent="spelling@9")
+
+    registry.delete("spelling@1")
+    report = registry.collect_garbage(grace=NOW)
+    assert report.collected == ()
+    assert "other@1" in str(report.kept[0])
+    registry.delete("other@1")
+    assert registry.collect_garbage(grace=NOW).collected == ("spelling@1", "other@1")
+
+
+def test_a_lease_keeps_a_version_until_it_is_released_or_runs_out(registry, publish, tmp_path):
+    version = publish(1)
+    with registry.lease(version, holder="replica 7") as lease:
+        registry.delete(version)
+        report = registry.collect_garbage(grace=NOW)
+        assert "replica 7" in str(report.kept)
+        registry.materialize(version, tmp_path / "cache")
+        lease.renew()
+    registry.collect_garbage(grace=NOW)
+    with pytest.raises(DeletedError):
+        registry.lease(version)
+
+    publish(1)
+    lease = registry.lease(version, seconds=0)
+    registry.delete(version)
+    assert registry.collect_garbage(grace=NOW).collected == ("spelling@1",)
+    with pytest.raises(LeaseExpiredError):
+        lease.renew()
+    lease.release()
+
+
+def test_blobs_nobody_needs_wait_out_their_grace(registry, publish, blobs, base, make_adapter):
+    publish(1)
+    with blobs.staging() as staging:
+        (staging / "file").write_bytes(b"left over")
+        digest = "sha256:" + hashlib.sha256(b"left over").hexdigest()
+        blobs.put(staging / "file", digest)
+
+    assert registry.verify().unreferenced == (digest,)
+    report = registry.collect_garbage(grace=timedelta(hours=1))
+    assert (report.waiting, report.deleted) == (1, ())
+    dry = registry.collect_garbage(grace=NOW, dry_run=True)
+    assert dry.deleted == (digest,)
+    assert digest in set(blobs.digests())
+    assert registry.collect_garbage(grace=NOW) == dry
+    assert registry.collect_garbage(grace=NOW).deleted == ()
+    assert registry.verify().unreferenced == ()
+
+
+def test_a_dry_run_changes_nothing(registry, publish, blobs):
+    publish(1)
+    registry.delete("spelling@1")
+    before, events = set(blobs.digests()), registry.events()
+
+    report = registry.collect_garbage(grace=NOW, dry_run=True)
+
+    assert report.collected == ("spelling@1",)
+    assert set(report.deleted) == before == set(blobs.digests())
+    assert registry.events() == events
+    assert not registry.find("spelling@1").collected
+
+
+def test_an_upload_under_way_is_not_collected(registry, publish, place, blobs, tmp_path):
+    """Every blob of a publication is there when it commits, however often it is collected."""
+    stop = threading.Event()
+    failures = []
+
+    def collect():
+        try:
+            with place.open() as other:
+                while not stop.is_set():
+                    other.collect_garbage(grace=NOW)
+        except Exception as error:
+            failures.append(error)
+
+    collector = threading.Thread(target=collect)
+    collector.start()
+    try:
+        for seed in range(8):
+            version = publish(seed)
+            registry.delete(version)
+            assert publish(seed).digest == version.digest
+            registry.materialize(registry.resolve(f"spelling@{version.number}"), tmp_path / "cache")
+    finally:
+        stop.set()
+        collector.join()
+    assert failures == []
+    assert registry.verify().problems == ()
+
+
+@pytest.mark.parametrize("place", ["local"], indirect=True)
+def test_staging_that_was_left_over_goes_and_staging_in_use_stays(registry, blobs):
+    with blobs.staging() as used:
+        (used / "file").write_bytes(b"")
+        left = used.parent / "dead"
+        left.mkdir()
+        registry.collect_garbage(grace=timedelta(hours=1))
+        assert left.exists()
+        registry.collect_garbage(grace=NOW)
+        assert (used / "file").exists()
+        assert not left.exists()
+
+
+def test_a_damaged_blob_is_set_aside_and_publishing_again_heals_it(registry, publish, place, blobs):
+    version = publish(1)
+    publish(2)
+    with blobs.staging() as staging:
+        (staging / "file").write_bytes(b"something else")
+        blobs.put(staging / "file", version.digest)
+
+    found = registry.verify()
+    assert (found.affected, found.set_aside) == (("spelling@1",), ())
+    repaired = registry.verify(repair=True)
+    assert (repaired.affected, repaired.set_aside) == (("spelling@1",), (version.digest,))
+    assert version.digest not in set(blobs.digests())
+    assert "missing" in str(registry.verify().problems)
+    publish(1)
+    assert registry.verify().ok

@@ -1,0 +1,209 @@
+"""What operators see: metrics, health, drains, pins, traces, logs."""
+
+import asyncio
+import json
+import logging
+import re
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from google.protobuf import duration_pb2
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+
+from manylora.admin.v1 import admin_pb2
+from manylora.inference.v1 import inference_pb2 as pb
+from manylora_gateway import tracing
+from manylora_gateway.config import TracingConfig
+from manylora_gateway.logs import log_to_stderr
+from manylora_gateway.metrics import Metrics
+from manylora_registry import Registry, Version
+from tests.unit.gateway.conftest import Publish, Start
+from tests.unit.gateway.in_process import RunningGateway
+from tests.unit.gateway.test_errors import refused, told
+from tests.unit.gateway.test_pool import version
+
+SAY = pb.GenerateRequest(adapter="red", text="hi")
+ROOT = Path(__file__).parents[3]
+
+
+def scraped(metrics: Metrics) -> str:
+    host, port = metrics.serve("127.0.0.1:0")
+    with urllib.request.urlopen(f"http://{host}:{port}/metrics", timeout=10) as answer:
+        return answer.read().decode()
+
+
+async def test_metrics_tell_requests_tokens_and_residents(gateway: RunningGateway) -> None:
+    for _ in range(3):
+        await gateway.inference.Generate(SAY)
+    await refused(gateway.inference.Generate(pb.GenerateRequest(adapter="nobody", text="hi")))
+    await gateway.fleet.look()
+    text = scraped(gateway.metrics)
+    for line in (
+        'manylora_requests_total{adapter="red",code="OK",version="1"} 3.0',
+        'manylora_generated_tokens_total{adapter="red",version="1"} 12.0',
+        'manylora_prompt_tokens_total{adapter="red",version="1"} 6.0',
+        'manylora_time_to_first_token_seconds_count{adapter="red",version="1"} 3.0',
+        'manylora_rejections_total{reason="ADAPTER_NOT_FOUND"} 1.0',
+        'manylora_adapters_resident{replica="replica-0",tier="host"} 2.0',
+        'manylora_adapters_resident{replica="replica-0",tier="disk"} 2.0',
+        'manylora_adapter_loads_total{replica="replica-0"} 2.0',
+        "manylora_replicas_up 1.0",
+        "manylora_requests_in_flight 0.0",
+    ):
+        assert line in text.splitlines(), line
+
+
+def test_labels_are_bounded_and_given_back() -> None:
+    metrics = Metrics(max_versions=2)
+    one, two, three = map(version, ("one", "two", "three"))
+    assert metrics.labels(one) == ("one", "1")
+    assert metrics.labels(two) == ("two", "1")
+    assert metrics.labels(three) == ("other", "other")
+    metrics.requests.labels(*metrics.labels(one), "OK").inc()
+    metrics.forget(one)
+    assert metrics.labels(three) == ("three", "1")
+    assert 'adapter="one"' not in scraped(metrics)
+
+
+def test_every_query_of_the_dashboard_has_its_metric() -> None:
+    board = json.loads((ROOT / "deploy/dashboards/gateway.json").read_text())
+    queries = [target["expr"] for panel in board["panels"] for target in panel.get("targets", ())]
+    assert len(queries) >= 10
+    known = {
+        sample
+        for family in Metrics().registry.collect()
+        for sample in (
+            (f"{family.name}_total",)
+            if family.type == "counter"
+            else (f"{family.name}_bucket", f"{family.name}_count", f"{family.name}_sum")
+            if family.type == "histogram"
+            else (family.name,)
+        )
+    }
+    for query in queries:
+        names = set(re.findall(r"manylora_\w+", query))
+        assert names, query
+        assert names <= known, query
+    told_of = (ROOT / "docs/serving-operations.md").read_text()
+    assert {name for name in known if not name.endswith(("_count", "_sum"))} <= {
+        f"{name}{suffix}"
+        for name in re.findall(r"`(manylora_\w+)`", told_of)
+        for suffix in ("", "_bucket")
+    }
+
+
+async def health(gateway: RunningGateway) -> int:
+    async with grpc.aio.insecure_channel(gateway.front.inference_address) as channel:
+        stub: Any = health_pb2_grpc.HealthStub(channel)
+        return (await stub.Check(health_pb2.HealthCheckRequest())).status
+
+
+async def test_no_replica_is_not_ready_and_says_so_until_one_is_back(
+    gateway: RunningGateway,
+) -> None:
+    gateway.replicas.lost = True
+    for _ in range(3):
+        await gateway.fleet.look()
+    assert await health(gateway) == health_pb2.HealthCheckResponse.NOT_SERVING
+    assert told(await refused(gateway.inference.Generate(SAY))) == ("UNAVAILABLE", "REPLICA_LOST")
+    gateway.replicas.lost = False
+    await gateway.fleet.look()
+    assert await health(gateway) == health_pb2.HealthCheckResponse.SERVING
+    assert (await gateway.inference.Generate(SAY)).text
+
+
+async def test_an_operator_drains(gateway: RunningGateway) -> None:
+    gateway.engine.hold_answers()
+    running = gateway.inference.Generate(SAY)
+    await gateway.engine.until_running(1)
+    brief = admin_pb2.DrainRequest(timeout=duration_pb2.Duration(nanos=1_000_000))
+    assert (await gateway.admin.Drain(brief)).requests == 1
+    assert await health(gateway) == health_pb2.HealthCheckResponse.NOT_SERVING
+    assert told(await refused(gateway.inference.Generate(SAY))) == ("UNAVAILABLE", "DRAINING")
+    gateway.engine.let_answer()
+    assert (await running).text
+    assert (await gateway.admin.Drain(admin_pb2.DrainRequest())).requests == 0
+
+
+async def test_a_pinned_version_outlives_idleness_and_its_alias(
+    gateway: RunningGateway, served: dict[str, Version], registry: Registry, published: Publish
+) -> None:
+    await gateway.admin.Pin(admin_pb2.PinRequest(adapter="red@1"))
+    published("red", 5)
+    registry.set_alias("red", "production", 2)
+    await gateway.until_serving("red@production", 2)
+    for seed, name in enumerate("abcd", start=20):
+        published(name, seed)
+        await gateway.inference.Generate(pb.GenerateRequest(adapter=f"{name}@1", text="hi"))
+    listing = await gateway.admin.ListReplicas(admin_pb2.ListReplicasRequest())
+    pinned = [entry.adapter.number for entry in listing.replicas[0].adapters if entry.pinned]
+    assert pinned == [1]
+    assert gateway.engine.loads.count(served["red"].engine_name) == 1
+    await gateway.admin.Pin(admin_pb2.PinRequest(adapter="red@1", release=True))
+    listing = await gateway.admin.ListReplicas(admin_pb2.ListReplicasRequest())
+    assert not any(entry.pinned for entry in listing.replicas[0].adapters)
+
+
+async def test_a_new_replica_gets_what_is_served_before_it_is_asked(
+    served: dict[str, Version], start: Start
+) -> None:
+    async with start(replicas=2) as gateway:
+        await gateway.fleet.look()
+        fresh = await gateway.replicas.restart(1)
+        await gateway.fleet.look()
+        await fresh.until_loads(2)
+        assert set(fresh.loads) == {one.engine_name for one in served.values()}
+
+
+async def test_a_span_has_the_callers_trace_and_the_version(gateway: RunningGateway) -> None:
+    exporter = InMemorySpanExporter()
+    tracing.configure(TracingConfig(), "test", SimpleSpanProcessor(exporter))
+    parent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+    reply = await gateway.inference.Generate(SAY, metadata=(("traceparent", parent),))
+    (span,) = exporter.get_finished_spans()
+    assert span.context is not None
+    assert span.context.trace_id == int(parent[3:35], 16)
+    assert span.attributes is not None
+    assert span.attributes["manylora.version"] == 1
+    assert span.attributes["manylora.request_id"] == reply.request_id
+    assert gateway.replicas.traceparents[-1].startswith(f"00-{parent[3:35]}")
+
+
+async def test_a_request_is_one_json_line_that_keeps_its_text_to_itself(
+    gateway: RunningGateway, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log_to_stderr("json", requests=True)
+    try:
+        asked = pb.GenerateRequest(adapter="red", text="a secret")
+        reply = await gateway.inference.Generate(asked)
+        lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    finally:
+        logging.getLogger("manylora_gateway").handlers.clear()
+    (line,) = [line for line in lines if line["message"] == "request ended"]
+    assert line["request_id"] == reply.request_id
+    assert (line["adapter"], line["version"], line["code"]) == ("red", 1, "OK")
+    assert "secret" not in json.dumps(lines)
+
+
+async def test_references_keep_their_meaning_without_the_registry_for_a_stated_time(
+    served: dict[str, Version], start: Start, registry: Registry
+) -> None:
+    async with start(max_stale_s=0.5) as gateway:
+        registry.close()
+        moved = gateway.registry_location.rename(gateway.registry_location.with_name("away"))
+        assert (await gateway.inference.Generate(SAY)).adapter.number == 1
+        while gateway.routes.registry_age_s <= 0.5:
+            await asyncio.sleep(0)
+        assert told(await refused(gateway.inference.Generate(SAY))) == (
+            "UNAVAILABLE",
+            "REGISTRY_UNAVAILABLE",
+        )
+        moved.rename(gateway.registry_location)
+        while gateway.routes.registry_age_s > 0.4:
+            await asyncio.sleep(0)
+        assert (await gateway.inference.Generate(SAY)).adapter.number == 1

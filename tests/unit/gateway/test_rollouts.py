@@ -1,0 +1,181 @@
+"""Dividing requests among versions, copies to a shadow, and going back at once."""
+
+import asyncio
+from collections import Counter
+
+import grpc
+import pytest
+
+from manylora.admin.v1 import admin_pb2
+from manylora.inference.v1 import inference_pb2 as pb
+from manylora_registry import Registry, Version
+from tests.unit.gateway.conftest import Publish, Start
+from tests.unit.gateway.in_process import OTHER_BASE, RunningGateway
+from tests.unit.gateway.test_errors import refused, told
+
+
+async def ask(gateway: RunningGateway, session: str, reference: str = "red") -> int:
+    """The version that answers."""
+    reply = await gateway.inference.Generate(
+        pb.GenerateRequest(adapter=reference, text="hi"),
+        metadata=(("manylora-session", session),),
+    )
+    return reply.adapter.number
+
+
+async def divide(
+    gateway: RunningGateway, *shares: tuple[int, int], shadow: tuple[int, int] | None = None
+) -> admin_pb2.Rollout:
+    request = admin_pb2.SetRolloutRequest(
+        adapter="red",
+        shares=[
+            admin_pb2.RolloutShare(version=version, percent=percent) for version, percent in shares
+        ],
+    )
+    if shadow is not None:
+        request.shadow.version, request.shadow.percent = shadow
+    return (await gateway.admin.SetRollout(request)).rollout
+
+
+async def told_of(gateway: RunningGateway) -> admin_pb2.Rollout:
+    return (await gateway.admin.GetRollout(admin_pb2.GetRolloutRequest(adapter="red"))).rollout
+
+
+async def test_requests_are_divided_and_sessions_stick(
+    gateway: RunningGateway, published: Publish
+) -> None:
+    new = published("red", 5)
+    rollout = await divide(gateway, (2, 10), (1, 90))
+    assert new.engine_name in gateway.engine.loaded
+    assert rollout.durable
+    sessions = [f"session-{index}" for index in range(300)]
+    first = {session: await ask(gateway, session) for session in sessions}
+    counts = Counter(first.values())
+    assert 10 <= counts[2] <= 60
+    assert {session: await ask(gateway, session) for session in sessions[:40]} == {
+        session: first[session] for session in sessions[:40]
+    }
+    # Who had the new version keeps it as its share grows.
+    await divide(gateway, (2, 50), (1, 50))
+    for session in sessions:
+        if first[session] == 2:
+            assert await ask(gateway, session) == 2
+    report = await told_of(gateway)
+    assert [(share.version.number, share.percent) for share in report.shares] == [(2, 50), (1, 50)]
+    figures = {share.version.number: share.figures for share in report.shares}
+    assert figures[1].requests + figures[2].requests == 340 + counts[2]
+    assert figures[2].errors == 0
+    assert figures[2].tokens == 4 * figures[2].requests
+    assert 0 < figures[2].ttft_p50_s <= figures[2].ttft_p95_s
+
+
+async def test_clearing_sends_everybody_back_at_once(
+    gateway: RunningGateway, published: Publish
+) -> None:
+    new = published("red", 5)
+    await divide(gateway, (2, 100))
+    assert await ask(gateway, "any") == 2
+    cleared = await divide(gateway)
+    assert [(share.version.number, share.percent) for share in cleared.shares] == [(1, 100)]
+    assert await ask(gateway, "any") == 1
+    await gateway.engine.until_gone(new.engine_name)
+
+
+async def test_moving_the_alias_ends_the_rollout(
+    gateway: RunningGateway, served: dict[str, Version], registry: Registry, published: Publish
+) -> None:
+    published("red", 5)
+    await divide(gateway, (2, 10), (1, 90))
+    registry.set_alias("red", "production", 2)
+    await gateway.until_serving("red@production", 2)
+    assert {await ask(gateway, f"session-{index}") for index in range(20)} == {2}
+    await gateway.engine.until_gone(served["red"].engine_name)
+
+
+async def test_a_rollout_survives_a_restart_and_not_a_move(
+    served: dict[str, Version], registry: Registry, published: Publish, start: Start
+) -> None:
+    published("red", 5)
+    async with start() as gateway:
+        await divide(gateway, (2, 100), shadow=(1, 5))
+    async with start() as gateway:
+        assert await ask(gateway, "any") == 2
+        assert (await told_of(gateway)).shadow.version.number == 1
+    registry.set_alias("red", "production", 2)
+    registry.set_alias("red", "production", 1)
+    registry.set_alias("red", "production", 2)
+    async with start() as gateway:
+        assert (await told_of(gateway)).shares[0].percent == 100
+        assert not (await told_of(gateway)).HasField("shadow")
+
+
+async def test_a_version_that_cannot_be_loaded_takes_no_share(
+    gateway: RunningGateway, published: Publish
+) -> None:
+    refused_version = published("red", 5)
+    published("red", 6, base=OTHER_BASE)
+    gateway.engine.refused.add(refused_version.engine_name)
+    for version in (2, 3, 9):
+        with pytest.raises(grpc.aio.AioRpcError):
+            await divide(gateway, (version, 50), (1, 50))
+        assert await ask(gateway, "any") == 1
+        assert [share.percent for share in (await told_of(gateway)).shares] == [100]
+
+
+async def test_shares_that_are_no_division_are_refused(gateway: RunningGateway) -> None:
+    for shares in ([(1, 90)], [(1, 50), (1, 50)], [(1, 0), (1, 100)]):
+        request = admin_pb2.SetRolloutRequest(
+            adapter="red",
+            shares=[admin_pb2.RolloutShare(version=v, percent=p) for v, p in shares],
+        )
+        assert told(await refused(gateway.admin.SetRollout(request)))[0] == "INVALID_ARGUMENT"
+    request = admin_pb2.GetRolloutRequest(adapter="red@1")
+    assert told(await refused(gateway.admin.GetRollout(request)))[0] == "INVALID_ARGUMENT"
+    request = admin_pb2.GetRolloutRequest(adapter="nobody")
+    assert told(await refused(gateway.admin.GetRollout(request)))[0] == "NOT_FOUND"
+
+
+async def test_a_shadow_answers_copies_that_nobody_gets(
+    gateway: RunningGateway, published: Publish
+) -> None:
+    published("red", 5)
+    await divide(gateway, shadow=(2, 100))
+    assert {await ask(gateway, f"session-{index}") for index in range(5)} == {1}
+    await gateway.core.shadows.settle()
+    report = (await told_of(gateway)).shadow
+    # The fake engine's tokens are the same for everybody.
+    assert (report.same, report.different, report.failed) == (5, 0, 0)
+    assert report.ttft_p95_s > 0
+    assert (await told_of(gateway)).shares[0].figures.requests == 5
+
+
+async def test_a_failing_shadow_hurts_nobody(gateway: RunningGateway, published: Publish) -> None:
+    published("red", 5)
+    await divide(gateway, shadow=(2, 100))
+    gateway.engine.broken.add("red@2")
+    assert await ask(gateway, "any") == 1
+    await gateway.core.shadows.settle()
+    assert (await told_of(gateway)).shadow.failed == 1
+
+
+async def test_a_rollout_under_load_fails_nothing(
+    gateway: RunningGateway, published: Publish
+) -> None:
+    published("red", 5)
+    stop = asyncio.Event()
+    seen: set[int] = set()
+
+    async def keep_asking(session: str) -> None:
+        while not stop.is_set():
+            seen.add(await ask(gateway, session))
+
+    tasks = [asyncio.create_task(keep_asking(f"session-{index}")) for index in range(6)]
+    for percent in (20, 50, 100):
+        shares = [(2, percent), (1, 100 - percent)] if percent < 100 else [(2, 100)]
+        await divide(gateway, *shares)
+        await ask(gateway, "one more")
+    await divide(gateway)
+    stop.set()
+    await asyncio.gather(*tasks)
+    assert seen == {1, 2}
+    assert not gateway.engine.dead
