@@ -64,6 +64,7 @@ class Gateway:
     process: subprocess.Popen[str]
     inference: str
     admin: str
+    http: str
     log: Path
 
     def client(self) -> Client:
@@ -124,7 +125,7 @@ def start_gateway(
         while (line := lines.get(timeout=max(0.0, deadline - time.monotonic()))) is not None:
             if line.startswith("ready "):
                 words = dict(word.split("=", 1) for word in line.split() if "=" in word)
-                return Gateway(process, words["grpc"], words["admin"], log)
+                return Gateway(process, words["grpc"], words["admin"], words["http"], log)
     except queue.Empty:
         stop(process)
     raise AssertionError(f"the gateway did not start:\n{log.read_text()[-4000:]}")
