@@ -9,7 +9,7 @@ import sys
 
 import typer
 
-from manylora_cli import base, evaluate, generate, publish, registry, serve, train
+from manylora_cli import base, evaluate, generate, publish, registry, rollout, serve, train
 
 app = typer.Typer(
     name="manylora",
@@ -25,6 +25,7 @@ app.add_typer(registry.app, name="registry")
 app.command("serve")(serve.serve)
 app.command("generate")(generate.generate)
 app.command("evaluate")(evaluate.evaluate)
+app.add_typer(rollout.app, name="rollout")
 app.add_typer(base.app, name="base")
 
 
