@@ -101,7 +101,7 @@ class Metrics:
 
     def __init__(self, max_versions: int = 100) -> None:
         self.figures = Figures()
-        self.replicas: "Sequence[ReplicaState]" = ()
+        self.replicas: Sequence[ReplicaState] = ()
         """As last seen."""
         self._max_versions = max_versions
         self._labelled: dict[str, Labels] = {}
