@@ -73,6 +73,20 @@ class Served:
         self._process.wait(90)
 
 
+def told(script: str, *arguments: str, **environment: str) -> Any:
+    """The JSON that a script of this directory prints; Ray may print below it."""
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks" / script), *arguments],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=ROOT,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", **environment},
+    )
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith(("{", "[["))]
+    return json.loads(line)
+
+
 async def stream_all(
     target: str, streams: int, tokens: int, prompt: list[int], adapter: str = ""
 ) -> tuple[float, float, int]:
@@ -127,15 +141,8 @@ def synthetic(streams: int, seconds: float, directory: Path) -> dict[str, float]
         )
         best = max(best, speed)
     figures["stream_tokens_per_s"] = best
-    handle = json.loads(
-        subprocess.run(
-            [sys.executable, str(ROOT / "benchmarks/serve_handle.py"), str(streams)],
-            capture_output=True,
-            text=True,
-            check=True,
-            env={**os.environ, "RAY_USAGE_STATS_ENABLED": "0"},
-        ).stdout.splitlines()[-1]
-    )["chunks_per_s"]
+    environment = {"RAY_USAGE_STATS_ENABLED": "0"}
+    handle = told("serve_handle.py", str(streams), **environment)["chunks_per_s"]
     print(f"{streams} streams through a Ray Serve handle: {handle:8.0f} one-token chunks/s")
     figures["serve_handle_chunks_per_s"] = handle
     figures["stream_vs_serve_handle"] = best / handle
@@ -157,17 +164,8 @@ def real(base: Path, streams: int, tokens: int, rounds: int, directory: Path) ->
         for _ in range(rounds + 1):
             speed, first, _ = asyncio.run(stream_all(ready["grpc"], streams, tokens, prompt))
             through.append((speed, first))
-    alone: list[list[float]] = json.loads(
-        subprocess.run(
-            [
-                *(sys.executable, str(ROOT / "benchmarks/engine_alone.py"), str(config)),
-                *(str(streams), str(tokens), str(rounds + 1)),
-            ],
-            capture_output=True,
-            text=True,
-            check=True,
-            env={**os.environ, "HF_HUB_OFFLINE": "1"},
-        ).stdout.splitlines()[-1]
+    alone: list[list[float]] = told(
+        "engine_alone.py", str(config), str(streams), str(tokens), str(rounds + 1)
     )
     # The first round of each warms up.
     ours = [median(column) for column in zip(*through[1:], strict=True)]
