@@ -40,6 +40,12 @@ quickstart: setup ## Train three adapters, serve them, evaluate, swap one under 
 test: setup $(BASE)/manylora-base.json ## Run every test
 	$(RUN)/python -m pytest
 
+SOAK_MINUTES ?= 30
+.PHONY: soak
+soak: setup $(BASE)/manylora-base.json ## Run mixed load with faults for SOAK_MINUTES
+	SOAK_MINUTES=$(SOAK_MINUTES) $(RUN)/python -m pytest -s --timeout=7200 \
+	    tests/integration/gateway/test_chaos.py tests/e2e/test_differential.py
+
 .PHONY: check
 check: setup ## Check format, lint, types, import rules, and the protos with their stubs
 	.venv/bin/ruff format --check .
@@ -65,7 +71,7 @@ protos: setup ## Generate the stubs from the protos
 
 .PHONY: bench
 bench: setup $(BASE)/manylora-base.json ## Run one benchmark, e.g. make bench NAME=lora_cpu
-	$(RUN)/python benchmarks/$(NAME).py
+	PYTHONPATH=. $(RUN)/python benchmarks/$(NAME).py
 
 .PHONY: clean
 clean: ## Remove what the commands made (not .venv)

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,36 +26,46 @@ drain_s: 20
 
 
 @pytest.fixture(scope="session")
-def base(tmp_path_factory: pytest.TempPathFactory) -> BaseModelIdentity:
+def base_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("base")
     (directory / "config.json").write_text(json.dumps({"model_type": "llama"}))
     (directory / "tokenizer_config.json").write_text("{}")
     weights = {f"{MODULE}.weight": np.zeros((4, 4), np.float32)}
     save_file(weights, directory / "model.safetensors")
-    return identify_base(directory)
+    return directory
 
 
 @pytest.fixture(scope="session")
-def registry(
-    tmp_path_factory: pytest.TempPathFactory, base: BaseModelIdentity
-) -> Iterator[Registry]:
+def base(base_directory: Path) -> BaseModelIdentity:
+    return identify_base(base_directory)
+
+
+@pytest.fixture(scope="session")
+def location(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of the registry."""
+    return tmp_path_factory.mktemp("synthetic") / "registry"
+
+
+@pytest.fixture(scope="session")
+def registry(location: Path, base: BaseModelIdentity) -> Iterator[Registry]:
     """Every adapter has two versions, of which `production` is the first."""
-    root = tmp_path_factory.mktemp("synthetic")
-    with Registry.open(root / "registry") as opened:
+    with Registry.open(location) as opened:
         for index, name in enumerate(ADAPTERS):
             for number in (1, 2):
-                publish(opened, root, name, 10 * index + number, base=base)
+                publish(opened, location.parent, name, 10 * index + number, base=base)
             opened.set_alias(name, "production", 1)
         yield opened
 
 
 @pytest.fixture(scope="session")
 def gateway(
-    tmp_path_factory: pytest.TempPathFactory, base: BaseModelIdentity, registry: Registry
+    tmp_path_factory: pytest.TempPathFactory,
+    base_directory: Path,
+    location: Path,
+    registry: Registry,
 ) -> Iterator[Gateway]:
-    root = tmp_path_factory.getbasetemp()
     config = tmp_path_factory.mktemp("gateway") / "gateway.yaml"
-    config.write_text(CONFIG.format(base=root / "base0", registry=root / "synthetic0/registry"))
+    config.write_text(CONFIG.format(base=base_directory, registry=location))
     running = start_gateway(config, config.with_suffix(".log"), ["benchmarks.synthetic"])
     yield running
     if running.process.poll() is None:

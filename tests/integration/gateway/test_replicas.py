@@ -5,13 +5,13 @@ import os
 import signal
 from collections import Counter
 
-import psutil
 import pytest
 
 from benchmarks.synthetic import expected_tokens
 from manylora_client import AsyncClient, Generation, UnavailableError
 from manylora_registry import Registry
 from tests.e2e.harness import Gateway, wait_until
+from tests.integration.gateway.chaos import replica_processes
 from tests.integration.gateway.conftest import ADAPTERS
 
 PROMPT = [3, 1, 4]
@@ -81,12 +81,6 @@ async def test_a_swap_loads_everywhere_before_anyone_gets_the_new_version(
     assert await asyncio.to_thread(
         wait_until, lambda: ("red", 1) not in gateway.loaded(), within_s=10
     )
-
-
-def replica_processes(gateway: Gateway) -> list[psutil.Process]:
-    below = psutil.Process(gateway.process.pid).children(recursive=True)
-    # Ray names its workers after what they run, in their command line.
-    return [one for one in below if "ServeReplica:manylora" in " ".join(one.cmdline())]
 
 
 async def test_a_replica_that_dies_costs_streams_and_no_unary_request(gateway: Gateway) -> None:

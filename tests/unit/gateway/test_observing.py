@@ -5,6 +5,7 @@ import json
 import logging
 import re
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,12 @@ def test_every_query_of_the_dashboard_has_its_metric() -> None:
         for name in re.findall(r"`(manylora_\w+)`", told_of)
         for suffix in ("", "_bucket")
     }
+
+
+async def until(holds: Callable[[], bool]) -> None:
+    async with asyncio.timeout(20):
+        while not holds():
+            await asyncio.wait([asyncio.create_task(asyncio.sleep(0))])
 
 
 async def health(gateway: RunningGateway) -> int:
@@ -197,13 +204,11 @@ async def test_references_keep_their_meaning_without_the_registry_for_a_stated_t
         registry.close()
         moved = gateway.registry_location.rename(gateway.registry_location.with_name("away"))
         assert (await gateway.inference.Generate(SAY)).adapter.number == 1
-        while gateway.routes.registry_age_s <= 0.5:
-            await asyncio.sleep(0)
+        await until(lambda: gateway.routes.registry_age_s > 0.5)
         assert told(await refused(gateway.inference.Generate(SAY))) == (
             "UNAVAILABLE",
             "REGISTRY_UNAVAILABLE",
         )
         moved.rename(gateway.registry_location)
-        while gateway.routes.registry_age_s > 0.4:
-            await asyncio.sleep(0)
+        await until(lambda: gateway.routes.registry_age_s < 0.4)
         assert (await gateway.inference.Generate(SAY)).adapter.number == 1

@@ -1,6 +1,8 @@
 """Dividing requests among versions, copies to a shadow, and going back at once."""
 
 import asyncio
+import json
+import sys
 from collections import Counter
 
 import grpc
@@ -179,3 +181,23 @@ async def test_a_rollout_under_load_fails_nothing(
     await asyncio.gather(*tasks)
     assert seen == {1, 2}
     assert not gateway.engine.dead
+
+
+async def test_the_command_line_sets_shows_and_clears(
+    gateway: RunningGateway, published: Publish
+) -> None:
+    published("red", 5)
+    admin = ("--admin", gateway.front.admin_address, "--json")
+
+    async def rollout(*arguments: str) -> list[tuple[int, int]]:
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "manylora_cli", "rollout", *arguments, *admin),
+            stdout=asyncio.subprocess.PIPE,
+        )
+        out, _ = await process.communicate()
+        assert process.returncode == 0
+        return [(share["version"], share["percent"]) for share in json.loads(out)["shares"]]
+
+    assert await rollout("set", "red", "2=10", "1=90") == [(2, 10), (1, 90)]
+    assert await rollout("show", "red") == [(2, 10), (1, 90)]
+    assert await rollout("clear", "red") == [(1, 100)]

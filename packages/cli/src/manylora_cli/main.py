@@ -15,6 +15,7 @@ from manylora_cli import (
     generate,
     publish,
     registry,
+    rollout,
     runs,
     serve,
     sweep,
@@ -39,6 +40,7 @@ app.command("generate")(generate.generate)
 app.command("evaluate")(evaluate.evaluate)
 app.add_typer(runs.app, name="runs")
 app.command("token")(token.token)
+app.add_typer(rollout.app, name="rollout")
 app.add_typer(base.app, name="base")
 
 

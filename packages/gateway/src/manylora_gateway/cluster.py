@@ -36,6 +36,7 @@ APPLICATION = "manylora"
 OBJECT_STORE_BYTES = 100 << 20
 """Only adapters' names and deltas travel, all of them small."""
 STATE_TIMEOUT_S = 5.0
+SLOW_START = "timed out during startup"
 ROUTER: Any = "manylora_gateway.router:AdapterRouter"
 """Typed wrongly by Serve."""
 ENGINE_ERROR = re.compile(r"^\(EngineCore.*\] (\w*(?:Error|Exception): .+)$", re.MULTILINE)
@@ -194,15 +195,20 @@ def start_ray(config: GatewayConfig, scratch: Path) -> None:
         "include_dashboard": False,
         "_temp_dir": str(scratch),
     }
-    try:
-        ray.init(
-            address="local" if private else config.ray_address,
-            logging_level=logging.ERROR,
-            log_to_driver=False,
-            **(own if private else {}),
-        )
-    except Exception as error:
-        raise StartError(f"Ray did not start: {_last_line(str(error))}") from error
+    for last in (False, True):
+        try:
+            ray.init(
+                address="local" if private else config.ray_address,
+                logging_level=logging.ERROR,
+                log_to_driver=False,
+                **(own if private else {}),
+            )
+            return
+        except Exception as error:
+            ray.shutdown()
+            # Ray gives its own processes 30 s, which a busy machine does not always keep to.
+            if last or SLOW_START not in str(error):
+                raise StartError(f"Ray did not start: {_last_line(str(error))}") from error
 
 
 def reachable_host(config: GatewayConfig) -> str:

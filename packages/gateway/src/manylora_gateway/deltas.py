@@ -151,6 +151,8 @@ class DeltaReceiver:
                     logger.error("a frame of %d bytes was refused", length)
                     return
                 self._sort(self._decoder.decode(await reader.readexactly(length)))
+        except msgspec.MsgspecError:
+            logger.exception("a replica sent what is no delta; its connection is closed")
         except (asyncio.IncompleteReadError, ConnectionError, TimeoutError):
             # Its calls fail through Ray, or have ended.
             return
@@ -170,7 +172,7 @@ class DeltaSender:
     def __init__(self, writer: asyncio.StreamWriter) -> None:
         self._writer = writer
         self._encoder = msgspec.msgpack.Encoder()
-        self._parcels: list[Parcel] = []
+        self._parcels: list[msgspec.Raw] = []
         self._flush: asyncio.TimerHandle | None = None
         self._loop = asyncio.get_running_loop()
 
@@ -201,7 +203,8 @@ class DeltaSender:
         """
         if not self.open:
             raise ReplicaLostError("The front hung up.")
-        self._parcels.append((request_id, delta))
+        # Here, so that what cannot be packed fails its own request alone.
+        self._parcels.append(msgspec.Raw(self._encoder.encode((request_id, delta))))
         if self._flush is None:
             self._flush = self._loop.call_later(FLUSH_S, self._write)
         if self._writer.transport.get_write_buffer_size() > HIGH_WATER_BYTES:

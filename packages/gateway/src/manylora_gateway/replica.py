@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import threading
 from collections.abc import Callable
 from contextlib import aclosing
 from pathlib import Path
@@ -30,6 +31,31 @@ def vllm_engine(base: Path, config: EngineConfig, gpus: int) -> Engine:
     return VllmEngine(base, config, gpus)
 
 
+class LazyRegistry:
+    """A registry that is opened when it is first needed.
+
+    A replica that is started while the registry is away serves what is on disk, and must not
+    make a new registry in its place.
+    """
+
+    def __init__(self, location: Path | None) -> None:
+        self._location = location
+        self._opening = threading.Lock()
+        self._registry: Registry | None = None
+
+    def materialize(self, version: Version, directory: Path) -> Path:
+        """See `Registry.materialize`."""
+        with self._opening:
+            if self._registry is None:
+                self._registry = Registry.open(self._location, create=False)
+        return self._registry.materialize(version, directory)
+
+    def close(self) -> None:
+        """Closes it."""
+        if self._registry is not None:
+            self._registry.close()
+
+
 class EngineReplica:
     """One engine. Serve starts it in a process of its own and again when it dies.
 
@@ -51,7 +77,7 @@ class EngineReplica:
     ) -> None:
         os.environ.update(engine_environment(config.engine))
         tracing.configure(config.tracing, "manylora-replica")
-        self._registry = Registry.open(config.registry)
+        self._registry = LazyRegistry(config.registry)
         engine = make_engine(config.base, config.engine, gpus)
         replica_id = serve.get_replica_context().replica_id.unique_id
         self._worker = Worker(replica_id, engine, self._registry, cache, servable, config.engine)

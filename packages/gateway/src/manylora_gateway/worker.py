@@ -7,6 +7,7 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from manylora_gateway.config import EngineConfig
 from manylora_gateway.engine import Delta, Engine, Prompt, Sampling, TextPrompt
@@ -21,7 +22,7 @@ from manylora_gateway.fair import EVERYBODY, Share
 from manylora_gateway.pool import AdapterPool
 from manylora_gateway.replicas import ReplicaState
 from manylora_gateway.timing import Stopwatch
-from manylora_registry import Registry, Version
+from manylora_registry import Version
 from manylora_registry.errors import RegistryError
 
 TRIAL = TextPrompt("Hello")
@@ -55,6 +56,14 @@ class Servable:
             raise YankedAdapterError(f"{version.name}@{version.number} was yanked.")
 
 
+class Versions(Protocol):
+    """What a worker needs of a registry."""
+
+    def materialize(self, version: Version, directory: Path) -> Path:
+        """See `Registry.materialize`."""
+        ...
+
+
 class Worker:
     """One engine with its adapters. Lives on one event loop.
 
@@ -67,7 +76,7 @@ class Worker:
         self,
         replica_id: str,
         engine: Engine,
-        registry: Registry,
+        registry: Versions,
         directory: Path,
         servable: Servable,
         config: EngineConfig,

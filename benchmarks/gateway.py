@@ -1,0 +1,202 @@
+"""What the gateway costs on top of the engine.
+
+Part one, no model: an engine that makes up tokens behind the whole gateway (gRPC, admission, Ray
+Serve, pool), as fast as asked at 64 streams, and the same deltas through a plain Ray Serve
+streaming handle. Part two, with `--real`: the base model in vLLM behind the gateway and the same
+requests to `AsyncLLM` called directly, turn about.
+
+Prints a table and, last, one JSON line.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from manylora_client import AsyncClient
+from manylora_registry import Registry
+
+ROOT = Path(__file__).parents[1]
+CONFIG = """
+base: {base}
+registry: {registry}
+listen: {{inference: "127.0.0.1:0", admin: "127.0.0.1:0"}}
+engine: {{slots: 4, max_rank: 16, max_context: {context}, max_concurrent: {streams}, \
+kv_cache_gib: 1, express: 0, stream_interval_ms: {interval_ms}}}
+limits: {{max_requests: 4096}}
+"""
+
+
+def write_base(directory: Path) -> Path:
+    """A base with a fingerprint and nothing else."""
+    directory.mkdir()
+    (directory / "config.json").write_text('{"model_type": "llama"}')
+    (directory / "tokenizer_config.json").write_text("{}")
+    weights = {"model.layers.0.self_attn.q_proj.weight": np.zeros((4, 4), np.float32)}
+    save_file(weights, directory / "model.safetensors")
+    return directory
+
+
+class Served:
+    """A gateway process of this benchmark, up while the context lasts."""
+
+    def __init__(self, module: Sequence[str], config: Path, **environment: str) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", *module, str(config)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", **environment},
+        )
+
+    def __enter__(self) -> dict[str, str]:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            if line.startswith("ready "):
+                return dict(word.split("=", 1) for word in line.split()[1:])
+        raise SystemExit("the gateway did not start")
+
+    def __exit__(self, *_: object) -> None:
+        self._process.terminate()
+        self._process.wait(90)
+
+
+def told(script: str, *arguments: str, **environment: str) -> Any:
+    """The JSON that a script of this directory prints; Ray may print below it."""
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks" / script), *arguments],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=ROOT,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", **environment},
+    )
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith(("{", "[["))]
+    return json.loads(line)
+
+
+async def stream_all(
+    target: str, streams: int, tokens: int, prompt: list[int], adapter: str = ""
+) -> tuple[float, float, int]:
+    """Tokens/s of all streams together, median seconds to the first token, and deltas."""
+    firsts: list[float] = []
+    deltas = 0
+
+    async def stream(client: AsyncClient) -> None:
+        nonlocal deltas
+        asked = time.perf_counter()
+        answer = client.stream(prompt, adapter, max_tokens=tokens, ignore_eos=True)
+        got = 0
+        async for delta in answer:
+            if not got:
+                firsts.append(time.perf_counter() - asked)
+            got += len(delta.token_ids)
+            deltas += 1
+        assert got == tokens, (got, tokens)
+
+    async with AsyncClient(target, timeout=300) as client:
+        await client.generate(prompt, adapter, max_tokens=2)
+        began = time.perf_counter()
+        await asyncio.gather(*(stream(client) for _ in range(streams)))
+        seconds = time.perf_counter() - began
+    return streams * tokens / seconds, median(firsts), deltas
+
+
+def synthetic(streams: int, seconds: float, directory: Path) -> dict[str, float]:
+    """The gateway's own limit."""
+    base = write_base(directory / "base")
+    registry = directory / "registry"
+    Registry.open(registry).close()
+    figures: dict[str, float] = {}
+    config = directory / "gateway.yaml"
+    text = CONFIG.format(
+        base=base, registry=registry, context=1 << 20, streams=streams, interval_ms=20
+    )
+    config.write_text(text)
+    best = 0.0
+    for rate in (400, 1000, 2500):
+        # Faster than anybody can take it: what arrives is the limit.
+        environment = {"SYNTHETIC_TOKENS_PER_S": str(rate)}
+        with Served(["benchmarks.synthetic"], config, **environment) as ready:
+            tokens = int(rate * seconds)
+            work = stream_all(ready["grpc"], streams, tokens, [1, 2, 3])
+            speed, first, deltas = asyncio.run(work)
+        asked = rate * streams
+        print(
+            f"{streams} streams, {asked:7d} tokens/s asked: {speed:8.0f} tokens/s arrive in "
+            f"{deltas} deltas, first after {1000 * first:.0f} ms",
+            flush=True,
+        )
+        best = max(best, speed)
+    figures["stream_tokens_per_s"] = best
+    environment = {"RAY_USAGE_STATS_ENABLED": "0"}
+    handle = told("serve_handle.py", str(streams), **environment)["chunks_per_s"]
+    print(f"{streams} streams through a Ray Serve handle: {handle:8.0f} one-token chunks/s")
+    figures["serve_handle_chunks_per_s"] = handle
+    figures["stream_vs_serve_handle"] = best / handle
+    figures["added_us_per_token"] = 1e6 / best
+    return figures
+
+
+def real(base: Path, streams: int, tokens: int, rounds: int, directory: Path) -> dict[str, float]:
+    """The gateway beside the engine it holds, turn about, each alone on the machine."""
+    registry = directory / "real-registry"
+    Registry.open(registry).close()
+    config = directory / "real.yaml"
+    config.write_text(
+        CONFIG.format(base=base, registry=registry, context=512, streams=streams, interval_ms=20)
+    )
+    prompt = list(range(100, 164))
+    through: list[tuple[float, float]] = []
+    with Served(["manylora_cli", "serve"], config) as ready:
+        for _ in range(rounds + 1):
+            speed, first, _ = asyncio.run(stream_all(ready["grpc"], streams, tokens, prompt))
+            through.append((speed, first))
+    alone: list[list[float]] = told(
+        "engine_alone.py", str(config), str(streams), str(tokens), str(rounds + 1)
+    )
+    # The first round of each warms up.
+    ours = [median(column) for column in zip(*through[1:], strict=True)]
+    theirs = [median(column) for column in zip(*alone[1:], strict=True)]
+    print(f"{streams} streams, gateway: {ours[0]:.1f} tokens/s, first after {ours[1]:.3f} s")
+    print(f"{streams} streams, engine:  {theirs[0]:.1f} tokens/s, first after {theirs[1]:.3f} s")
+    return {
+        "tokens_per_s_vs_engine": ours[0] / theirs[0],
+        "ttft_vs_engine": ours[1] / theirs[1],
+    }
+
+
+def main() -> None:
+    """Parses, measures, prints."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--streams", type=int, default=64, help="of the synthetic engine")
+    parser.add_argument("--seconds", type=float, default=8, help="of each synthetic round")
+    parser.add_argument("--real", action="store_true", help="measure the base model too")
+    parser.add_argument("--base", type=Path, default=ROOT / "bases/smollm2-135m")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--tokens", type=int, default=48)
+    options = parser.parse_args()
+    figures: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        figures |= synthetic(options.streams, options.seconds, Path(scratch))
+        if options.real:
+            figures |= real(
+                options.base.resolve(), 16, options.tokens, options.rounds, Path(scratch)
+            )
+    print(json.dumps({name: round(value, 3) for name, value in figures.items()}))
+
+
+if __name__ == "__main__":
+    main()
