@@ -40,15 +40,32 @@ def train(
         BaseError, UnsupportedBaseError: the base cannot be read or trained on.
         DataError: rows cannot be read or trained on.
         RunDirectoryError: the run directory cannot be used as asked.
+        WorkersLostError: workers were lost more often than they may be started again.
         RunInterruptedError: SIGINT or SIGTERM came; a checkpoint was written first.
     """
     # Bases are local directories: without this the libraries look for a hub first.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    from manylora_trainer.loop import train_run
+    from manylora_trainer.interruption import Signals
     from manylora_trainer.progress import Progress
 
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(Path(recipe))
     path = Path(run_dir) if run_dir is not None else recipe.run_directory
     with progress or Progress() as watch:
-        return train_run(recipe, path, resume=resume, watch=watch, how_to_resume=how_to_resume)
+        if recipe.workers.count > 1:
+            from manylora_trainer.ray_train import train_on_workers
+
+            return train_on_workers(
+                recipe, path, resume=resume, watch=watch, how_to_resume=how_to_resume
+            )
+        from manylora_trainer.loop import train_run
+
+        with Signals() as interruption:
+            return train_run(
+                recipe,
+                path,
+                resume=resume,
+                watch=watch,
+                how_to_resume=how_to_resume,
+                interruption=interruption,
+            )

@@ -56,7 +56,7 @@ class BaseModel:
             raise UnsupportedBaseError(f"{directory} cannot be loaded: {error}") from error
         self.model: Any = model.to(device).eval().requires_grad_(False)
         self.device = device
-        self._decoder: Any = model.get_decoder()
+        self.decoder: Any = model.get_decoder()
         self._embedding: nn.Embedding = model.get_input_embeddings()
         self._head: nn.Linear = model.get_output_embeddings()
         self._check_packing(directory)
@@ -66,7 +66,7 @@ class BaseModel:
         tokens = torch.from_numpy(pack.tokens).to(self.device)[None]
         positions = torch.from_numpy(pack.positions).to(self.device)[None]
         with attending(AttentionPlan(pack, self.device)):
-            states = self._decoder(
+            states = self.decoder(
                 inputs_embeds=self._embedding(tokens), position_ids=positions, use_cache=False
             ).last_hidden_state
         return states[0].index_select(0, torch.from_numpy(pack.predicting).to(self.device))

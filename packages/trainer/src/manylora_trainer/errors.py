@@ -11,6 +11,7 @@ TrainerError
 │   ├── RunExistsError        it already holds a run and resuming was not asked for
 │   ├── RecipeChangedError    the run was started with another recipe, base or data
 │   └── CheckpointError       a checkpoint is there but none of them is whole
+├── WorkersLostError          workers ended more often than they may be started again
 ├── RunInterruptedError       stopped by a signal; a checkpoint was written
 ├── AdaptersStoppedError      one or more adapters stopped early, for the reasons given
 ├── NotPublishableError       a run or a task of it has nothing to publish
@@ -91,6 +92,12 @@ class CheckpointError(RunDirectoryError):
     """Checkpoints are there, but none of them is whole."""
 
     reason = "CHECKPOINT_DAMAGED"
+
+
+class WorkersLostError(TrainerError):
+    """Workers ended more often than they may be started again."""
+
+    reason = "WORKERS_LOST"
 
 
 class RunInterruptedError(TrainerError):

@@ -4,11 +4,8 @@
 # pyright: reportUnknownMemberType=false, reportMissingTypeStubs=false
 
 import os
-import signal
-from collections.abc import Generator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -20,28 +17,46 @@ from manylora_trainer.base_model import BaseModel
 from manylora_trainer.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from manylora_trainer.dataset import TaskData, load_task
 from manylora_trainer.errors import RunInterruptedError
+from manylora_trainer.interruption import Interruption
 from manylora_trainer.plots import plot_curves
-from manylora_trainer.progress import Progress
+from manylora_trainer.progress import Watch
 from manylora_trainer.recipe import Recipe, Task
 from manylora_trainer.result import RunResult
 from manylora_trainer.run_directory import (
     MetricsFile,
+    NoMetrics,
+    RunDirectory,
     begin_run,
     end_run,
-    ended_result,
+    has_ended,
     open_run,
+    run_result,
     update_run,
 )
 from manylora_trainer.targets import linears_of, targets_of
 from manylora_trainer.tokenization import ChatTokenizer
 from manylora_trainer.trainees import StepReport, Trainee, Trainees
+from manylora_trainer.workers import Alone, Workers
 
 
 def train_run(
-    recipe: Recipe, path: Path, *, resume: bool, watch: Progress, how_to_resume: str
+    recipe: Recipe,
+    path: Path,
+    *,
+    resume: bool,
+    watch: Watch,
+    how_to_resume: str,
+    interruption: Interruption,
+    workers: Workers | None = None,
+    device: torch.device | None = None,
 ) -> RunResult:
-    """Trains every task of the recipe in one loop; see `manylora_trainer.train`."""
+    """Trains every task of the recipe in one loop; see `manylora_trainer.train`.
+
+    With several workers each of them runs this; the first alone writes into the run directory.
+    """
     training = recipe.training
+    workers = workers or Alone()
+    writes = workers.rank == 0
     identity = identify_base(recipe.base)
     linears = linears_of(identity)
     targets = {task.name: targets_of(task, linears) for task in recipe.tasks}
@@ -49,19 +64,23 @@ def train_run(
         task.name: read_initial(task, targets[task.name], identity.fingerprint)
         for task in recipe.tasks
     }
-    directory = open_run(path, recipe, identity, resume=resume)
-    if (ended := ended_result(directory)) is not None:
+    if writes:
+        open_run(path, recipe, identity, resume=resume)
+    workers.wait()
+    directory = RunDirectory(path)
+    if has_ended(directory):
         watch.say(f"{path} has ended already")
-        return ended
+        return run_result(directory)
 
-    torch.set_num_threads(training.threads or os.cpu_count() or 1)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.set_num_threads(training.threads or max(1, (os.cpu_count() or 1) // workers.size))
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = ChatTokenizer(recipe.base)
     data: dict[str, TaskData] = {}
     for task in recipe.tasks:
         data[task.name] = load_task(task, tokenizer, recipe.seed)
         watch.say(_describe(task, data[task.name]))
-    run = begin_run(directory, recipe, identity, data, torch.get_num_threads())
+    threads = torch.get_num_threads()
+    run = begin_run(directory, recipe, identity, data, threads) if writes else {}
     checkpoint = load_checkpoint(directory.checkpoints)
     first = 0 if checkpoint is None else checkpoint.step
     last = max(task.steps for task in recipe.tasks)
@@ -76,6 +95,7 @@ def train_run(
             for task in recipe.tasks
         ],
         training.pack_tokens,
+        workers,
     )
     for trainee in trainees:
         if checkpoint is None:
@@ -83,10 +103,13 @@ def train_run(
         else:
             trainee.restore(checkpoint.tasks[trainee.name], checkpoint.tensors)
     progress = {trainee.name: trainee.progress for trainee in trainees}
-    update_run(directory, run, progress)
+    if writes:
+        update_run(directory, run, progress)
 
     metrics_bytes = 0 if checkpoint is None else checkpoint.metrics_bytes
-    with closing(MetricsFile(directory.metrics, metrics_bytes)) as metrics, _signals() as stop:
+    with closing(
+        MetricsFile(directory.metrics, metrics_bytes) if writes else NoMetrics()
+    ) as metrics:
         watch.start({task.name: task.steps for task in recipe.tasks}, first)
         for step in range(first, last):
             reports = trainees.train_step(step)
@@ -107,7 +130,8 @@ def train_run(
             for name, loss in trainees.validation_losses([t.name for t in measured]).items():
                 metrics.write({"step": done, "task": name, "validation_loss": loss})
                 watch.validated(name, loss)
-            for trainee in finished:
+            stop = workers.agreed(interruption.signal)
+            for trainee in finished if writes else ():
                 # Before the checkpoint that counts it as done, so that no resume misses it.
                 trainee.progress.size_bytes = save_adapter(
                     directory.adapters / trainee.name,
@@ -117,7 +141,7 @@ def train_run(
                     identity.fingerprint,
                     trainee.progress.metrics,
                 )
-            if stop or done % training.checkpoint_every == 0:
+            if writes and (stop or done % training.checkpoint_every == 0):
                 tensors = {k: v for trainee in trainees for k, v in trainee.state().items()}
                 save_checkpoint(
                     directory.checkpoints,
@@ -127,11 +151,14 @@ def train_run(
                 update_run(directory, run, progress)
             if stop and done < last:
                 raise RunInterruptedError(
-                    f"stopped by {stop[0]} after step {done} of {last}, and a checkpoint was "
+                    f"stopped by {stop} after step {done} of {last}, and a checkpoint was "
                     f"written; go on with: {how_to_resume}"
                 )
-    plot_curves(directory.metrics, directory.curves)
-    return end_run(directory, run, progress)
+    if writes:
+        plot_curves(directory.metrics, directory.curves)
+        end_run(directory, run, progress)
+    workers.wait()
+    return run_result(directory)
 
 
 def _dtype(recipe: Recipe, device: torch.device) -> torch.dtype:
@@ -166,32 +193,3 @@ def _metrics_line(step: int, name: str, report: StepReport) -> dict[str, Any]:
         "grad_norm": report.grad_norm,
         "lr": report.lr,
     }
-
-
-@contextmanager
-def _signals() -> Generator[list[str]]:
-    """Notes the first SIGINT or SIGTERM in the list it gives, so that a step can end in peace.
-
-    A second one is handled as if this were not there.
-    """
-    received: list[str] = []
-    before: dict[signal.Signals, Any] = {}
-
-    def restore() -> None:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-    def note(number: int, _: FrameType | None) -> None:
-        received.append(signal.Signals(number).name)
-        restore()
-
-    try:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            before[number] = signal.signal(number, note)
-    except ValueError:
-        # Not the main thread: signals are the caller's business.
-        before.clear()
-    try:
-        yield received
-    finally:
-        restore()

@@ -97,15 +97,17 @@ class Batch:
         return sum(int(example.trained.sum()) for example in self.examples)
 
 
-def pack_batches(batches: Sequence[Batch], pack_tokens: int) -> list[Pack]:
+def pack_batches(batches: Sequence[Batch], pack_tokens: int, multiple: int = 1) -> list[Pack]:
     """Packs the batches of one step into forward passes of about `pack_tokens` tokens each.
 
-    An example longer than that gets a pack of its own.
+    An example longer than that gets a pack of its own. The number of packs is a multiple of
+    `multiple` where the examples allow it, so that as many workers have equally much to do.
     """
     queue = [_pieces(batch) for batch in batches if batch.examples]
     total = sum(piece.own for pieces in queue for piece in pieces)
     total += sum(pieces[0].prefix for pieces in queue)
     needed = max(1, -(-total // pack_tokens))
+    needed = -(-needed // multiple) * multiple
     # Even packs: a small last one would spend a whole forward's overhead on few tokens. A prefix
     # is computed again in every pack its batch reaches into.
     longest_prefix = max((pieces[0].prefix for pieces in queue), default=0)

@@ -13,6 +13,7 @@ from manylora_registry.errors import InvalidNameError
 from manylora_registry.reference import check_adapter_name
 from manylora_trainer.adapter_settings import Lora, Optimizer
 from manylora_trainer.data_settings import FormatSettings, SourceSettings, Split
+from manylora_trainer.worker_settings import WorkerSettings
 
 
 class Task(ConfigModel):
@@ -89,6 +90,7 @@ class Recipe(ConfigModel):
     run_directory: Path
     """Where checkpoints, metrics and adapters go, relative to the recipe."""
     training: Training = Training()
+    workers: WorkerSettings = WorkerSettings()
     tasks: tuple[Task, ...] = Field(min_length=1)
 
     @model_validator(mode="after")
@@ -100,8 +102,8 @@ class Recipe(ConfigModel):
 
     @property
     def digest(self) -> str:
-        """`sha256:…` of everything that decides what is trained; not of where the run goes."""
-        data = self.model_dump(mode="json", exclude={"run_directory"})
+        """`sha256:…` of everything that decides what is trained, and of nothing else."""
+        data = self.model_dump(mode="json", exclude={"run_directory", "workers"})
         canonical = json.dumps(data, sort_keys=True, separators=(",", ":"))
         return f"sha256:{hashlib.sha256(canonical.encode()).hexdigest()}"
 

@@ -172,21 +172,23 @@ def update_run(
 
 def end_run(
     directory: RunDirectory, run: dict[str, Any], progress: Mapping[str, TaskProgress]
-) -> RunResult:
-    """Writes that the run has ended, and gives its result."""
+) -> None:
+    """Writes that the run has ended."""
     kept = any(task.stopped is None for task in progress.values())
     run["status"] = "finished" if kept else "failed"
     update_run(directory, run, progress)
-    return _result(directory, run)
 
 
-def ended_result(directory: RunDirectory) -> RunResult | None:
-    """The result of a run that has ended before; None for any other."""
+def has_ended(directory: RunDirectory) -> bool:
+    """Whether the run has nothing left to do."""
     run = directory.read_run()
-    return None if run is None or run["status"] == "running" else _result(directory, run)
+    return run is not None and run["status"] != "running"
 
 
-def _result(directory: RunDirectory, run: Mapping[str, Any]) -> RunResult:
+def run_result(directory: RunDirectory) -> RunResult:
+    """What a run that has begun made so far."""
+    run = directory.read_run()
+    assert run is not None
     tasks = {
         name: TaskResult(
             None if task["stopped"] else directory.adapters / name,
@@ -234,11 +236,29 @@ class MetricsFile:
         self._file.close()
 
 
+class NoMetrics:
+    """Metrics of a worker whose neighbour writes them."""
+
+    def write(self, entry: Mapping[str, Any]) -> None:
+        """Writes nothing."""
+
+    def sync(self) -> int:
+        """Puts nothing on disk."""
+        return 0
+
+    def close(self) -> None:
+        """Closes nothing."""
+
+
 def _changes(directory: RunDirectory, recipe: Recipe) -> str:
     """The dotted paths in which a recipe differs from the run's."""
     before: Any = yaml.safe_load((directory.path / "recipe.yaml").read_text(encoding="utf-8"))
     after: Any = recipe.model_dump(mode="json")
-    paths = [path for path in _differing(before, after, "") if path != "run_directory"]
+    paths = [
+        path
+        for path in _differing(before, after, "")
+        if not path.startswith(("run_directory", "workers"))
+    ]
     return ", ".join(paths[:5]) + (" and more" if len(paths) > 5 else "")
 
 

@@ -16,11 +16,12 @@ from manylora_trainer.base_model import BaseModel
 from manylora_trainer.dataset import TaskData
 from manylora_trainer.lora import Adapter, Routing, attach
 from manylora_trainer.optimizer import AdamW
-from manylora_trainer.packing import Batch, pack_batches
+from manylora_trainer.packing import Batch, Pack, pack_batches
 from manylora_trainer.recipe import Task
 from manylora_trainer.result import TaskProgress
 from manylora_trainer.sampling import Sampler
 from manylora_trainer.targets import Shapes
+from manylora_trainer.workers import Workers, own_share
 
 
 @dataclass(frozen=True)
@@ -96,12 +97,16 @@ class Trainee:
 class Trainees:
     """All adapters of a run, attached to one base."""
 
-    def __init__(self, base: BaseModel, trainees: Sequence[Trainee], pack_tokens: int) -> None:
+    def __init__(
+        self, base: BaseModel, trainees: Sequence[Trainee], pack_tokens: int, workers: Workers
+    ) -> None:
         self._base = base
+        self._workers = workers
         self._trainees = trainees
         self._pack_tokens = pack_tokens
         self._routing = Routing(base.device)
         attach(base.model, [trainee.adapter for trainee in trainees], self._routing)
+        workers.share(base.decoder)
 
     def __iter__(self) -> Iterator[Trainee]:
         return iter(self._trainees)
@@ -119,16 +124,19 @@ class Trainees:
         ]
         # Every adapter's loss is the mean over its own completion tokens of the whole step, so
         # neither the packing nor the other adapters weigh in.
-        counts = torch.ones(len(self._trainees))
+        trained = torch.ones(len(self._trainees))
         for batch in batches:
-            counts[batch.adapter] = batch.trained_tokens
-        weights = (1.0 / counts).to(self._base.device)
+            trained[batch.adapter] = batch.trained_tokens
+        weights = (1.0 / trained).to(self._base.device)
         sums = torch.zeros_like(weights)
-        for pack in pack_batches(batches, self._pack_tokens):
+        for pack, counts in self._own_packs(batches):
             with self._routing.through(pack.ranges):
-                losses = self._base.losses(pack, weights)
+                losses = self._base.losses(pack, weights * counts)
                 losses.total.backward()
-            sums.add_(losses.sums)
+            sums.add_(losses.sums * counts)
+        self._workers.add_up(
+            sums, *(self._trainees[batch.adapter].adapter.gradients for batch in batches)
+        )
         means = cast("list[float]", (sums * weights).tolist())
         applied = [self._apply(step, batch.adapter, means[batch.adapter]) for batch in batches]
         seconds = time.perf_counter() - started
@@ -150,15 +158,22 @@ class Trainees:
             if trainee.name in names and trainee.data.validation
         ]
         sums = torch.zeros(len(self._trainees), device=self._base.device)
-        for pack in pack_batches(batches, self._pack_tokens):
+        for pack, counts in self._own_packs(batches):
             with self._routing.through(pack.ranges):
-                sums.add_(self._base.losses(pack, torch.ones_like(sums)).sums)
+                sums.add_(self._base.losses(pack, torch.ones_like(sums)).sums * counts)
+        self._workers.add_up(sums)
         losses: dict[str, float] = {}
         for batch in batches:
             trainee = self._trainees[batch.adapter]
             loss = float(sums[batch.adapter]) / batch.trained_tokens
             trainee.progress.validation_loss = losses[trainee.name] = loss
         return losses
+
+    def _own_packs(self, batches: Sequence[Batch]) -> list[tuple[Pack, bool]]:
+        """This worker's share of the packs of a step, each with whether it counts."""
+        return own_share(
+            pack_batches(batches, self._pack_tokens, self._workers.size), self._workers
+        )
 
     def _apply(self, step: int, index: int, loss: float) -> tuple[float, float | None]:
         """Applies one adapter's gradient, if it is finite; gives its norm and the rate."""
