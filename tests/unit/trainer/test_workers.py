@@ -1,4 +1,4 @@
-"""Several workers under Ray Train make the adapters that one worker makes, whatever befalls them."""
+"""Several workers under Ray Train make the adapters that one worker makes, whatever befalls."""
 
 import logging
 import os

@@ -18,12 +18,25 @@ TrainerError
 └── BaseFetchError            a packaged base could not be put where it was asked for
 """
 
+from typing import Any
+
 
 class TrainerError(Exception):
     """Base of all; its text is one line a user can act on."""
 
     reason = "TRAINER"
     """For google.rpc.ErrorInfo, in UPPER_SNAKE."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Exceptions are pickled as a call with their text, which is not what these take; they
+        # travel from a worker to its driver.
+        return _unpickled, (type(self), self.args, self.__dict__)
+
+
+def _unpickled(kind: type[TrainerError], args: tuple[Any, ...], state: dict[str, Any]) -> Any:
+    error = kind.__new__(kind, *args)
+    error.__dict__.update(state)
+    return error
 
 
 class DataError(TrainerError):

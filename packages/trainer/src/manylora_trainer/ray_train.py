@@ -202,6 +202,12 @@ def _work(config: Mapping[str, Any]) -> None:
         )
     except TrainerError as error:
         ray.get(job.desk.end.remote(error))
+        # Neighbours that wait for this worker fail now, and see why at the desk.
+        workers.leave()
+        return
+    except Exception:
+        if cast("RunResult | TrainerError | None", ray.get(job.desk.outcome.remote())) is not None:
+            return
         raise
     if first:
         ray.get(job.desk.end.remote(result))

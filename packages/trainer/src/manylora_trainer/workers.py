@@ -88,6 +88,10 @@ class ProcessGroup:
         distributed.broadcast_object_list(said, src=0)
         return said[0]
 
+    def leave(self) -> None:
+        """Closes the group: what the others wait for fails."""
+        distributed.destroy_process_group()
+
     def share(self, decoder: nn.Module) -> None:
         """FSDP2 (https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html).
 
