@@ -50,23 +50,40 @@ def train(
         DataError: rows cannot be read or trained on.
         RunDirectoryError: the run directory cannot be used as asked.
         StorageError: the disk is full; the last checkpoint is whole.
+        WorkersLostError: workers were lost more often than they may be started again.
         RunInterruptedError: SIGINT or SIGTERM came; a checkpoint was written first.
     """
     # Bases are local directories: without this the libraries look for a hub first.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    from manylora_trainer.loop import nobody, train_run
+    from manylora_trainer.interruption import Signals
     from manylora_trainer.progress import Progress
 
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(Path(recipe))
     path = Path(run_dir) if run_dir is not None else recipe.run_directory
     with progress or Progress() as watch:
-        return train_run(
-            recipe,
-            path,
-            resume=resume,
-            watch=watch,
-            how_to_resume=how_to_resume,
-            allow_changes=allow_changes,
-            judge=judge or nobody,
-        )
+        if recipe.workers.count > 1:
+            from manylora_trainer.ray_train import train_on_workers
+
+            return train_on_workers(
+                recipe,
+                path,
+                resume=resume,
+                watch=watch,
+                how_to_resume=how_to_resume,
+                allow_changes=allow_changes,
+                judge=judge,
+            )
+        from manylora_trainer.loop import nobody, train_run
+
+        with Signals() as interruption:
+            return train_run(
+                recipe,
+                path,
+                resume=resume,
+                watch=watch,
+                how_to_resume=how_to_resume,
+                allow_changes=allow_changes,
+                judge=judge or nobody,
+                interruption=interruption,
+            )

@@ -61,7 +61,7 @@ class BaseModel:
             raise UnsupportedBaseError(f"{directory} cannot be loaded: {error}") from error
         self.model: Any = (model if four_bit else model.to(device)).eval().requires_grad_(False)
         self.device = device
-        self._decoder: Any = model.get_decoder()
+        self.decoder: Any = model.get_decoder()
         self._embedding: nn.Embedding = model.get_input_embeddings()
         self._head: nn.Linear = model.get_output_embeddings()
         self._check_packing(directory)
@@ -72,7 +72,7 @@ class BaseModel:
         Raises:
             UnsupportedBaseError: the base does not show its layers.
         """
-        layers: Any = getattr(self._decoder, "layers", None)
+        layers: Any = getattr(self.decoder, "layers", None)
         if layers is None:
             raise UnsupportedBaseError(
                 "this base does not show its layers; set training.gradient_checkpointing to off"
@@ -101,7 +101,7 @@ class BaseModel:
         """
         tokens = torch.from_numpy(pack.tokens).to(self.device)[None]
         positions = torch.from_numpy(pack.positions).to(self.device)[None]
-        states = self._decoder(
+        states = self.decoder(
             inputs_embeds=self._embedding(tokens), position_ids=positions, use_cache=False
         ).last_hidden_state
         return states[0].index_select(0, torch.from_numpy(pack.predicting).to(self.device))

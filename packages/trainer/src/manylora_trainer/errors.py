@@ -14,6 +14,7 @@ TrainerError
 │   ├── StorageError          the disk is full, or the directory cannot be written any more
 │   └── UnreadableRunError    a directory holds no run, or a damaged one
 ├── SweepError                a sweep cannot go on as asked, or found nothing
+├── WorkersLostError          workers ended more often than they may be started again
 ├── RunInterruptedError       stopped by a signal; a checkpoint was written
 ├── AdaptersStoppedError      one or more adapters stopped early, for the reasons given
 ├── ExportError               an experiment tracker is not installed or refuses
@@ -21,12 +22,25 @@ TrainerError
 └── BaseFetchError            a packaged base could not be put where it was asked for
 """
 
+from typing import Any
+
 
 class TrainerError(Exception):
     """Base of all; its text is one line a user can act on."""
 
     reason = "TRAINER"
     """For google.rpc.ErrorInfo, in UPPER_SNAKE."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Exceptions are pickled as a call with their text, which is not what these take; they
+        # travel from a worker to its driver.
+        return _unpickled, (type(self), self.args, self.__dict__)
+
+
+def _unpickled(kind: type[TrainerError], args: tuple[Any, ...], state: dict[str, Any]) -> Any:
+    error = kind.__new__(kind, *args)
+    error.__dict__.update(state)
+    return error
 
 
 class DataError(TrainerError):
@@ -113,6 +127,12 @@ class SweepError(TrainerError):
     """A sweep's directory cannot be used as asked, or no trial of it came to its end."""
 
     reason = "SWEEP"
+
+
+class WorkersLostError(TrainerError):
+    """Workers ended more often than they may be started again."""
+
+    reason = "WORKERS_LOST"
 
 
 class RunInterruptedError(TrainerError):

@@ -4,11 +4,9 @@
 # pyright: reportUnknownMemberType=false, reportMissingTypeStubs=false
 
 import os
-import signal
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -31,24 +29,28 @@ from manylora_trainer.errors import (
 )
 from manylora_trainer.formats import Rendered
 from manylora_trainer.full import BaseWeights
+from manylora_trainer.interruption import Interruption
 from manylora_trainer.memory import ACTIVATION_SHARE, activation_bytes, device_memory
 from manylora_trainer.plots import plot_curves
-from manylora_trainer.progress import Progress
+from manylora_trainer.progress import Watch
 from manylora_trainer.recipe import Recipe, Task
 from manylora_trainer.result import RunResult
 from manylora_trainer.run_directory import (
     MetricsFile,
+    NoMetrics,
     RunDirectory,
     begin_run,
     end_run,
-    ended_result,
+    has_ended,
     open_run,
+    run_result,
     update_run,
 )
 from manylora_trainer.sampling import prepared_ahead
 from manylora_trainer.targets import Shapes, linears_of, targets_of
 from manylora_trainer.tokenization import ChatTokenizer
 from manylora_trainer.trainees import StepReport, Trainee, Trainees
+from manylora_trainer.workers import Alone, Workers
 
 Judge = Callable[[int, Mapping[str, float]], Mapping[str, str]]
 """From a step and the validation losses after it, of adapters with steps ahead of them, to those
@@ -65,26 +67,37 @@ def train_run(
     path: Path,
     *,
     resume: bool,
-    watch: Progress,
+    watch: Watch,
     how_to_resume: str,
     judge: Judge,
+    interruption: Interruption,
     allow_changes: Sequence[str] = (),
+    workers: Workers | None = None,
+    device: torch.device | None = None,
 ) -> RunResult:
-    """Trains every task of the recipe in one loop; see `manylora_trainer.train`."""
+    """Trains every task of the recipe in one loop; see `manylora_trainer.train`.
+
+    With several workers each of them runs this; the first alone writes into the run directory.
+    """
     training = recipe.training
+    workers = workers or Alone()
+    writes = workers.rank == 0
     identity = identify_base(recipe.base)
     linears = linears_of(identity)
     targets = {task.name: targets_of(task, linears) for task in recipe.tasks}
     earlier = RunDirectory(path).read_run() if resume else None
     initial = _initial_adapters(recipe, targets, identity.fingerprint, earlier)
-    with stating_storage_faults(path, how_to_resume):
-        directory = open_run(path, recipe, identity, resume=resume, allow_changes=allow_changes)
-    if (ended := ended_result(directory)) is not None:
+    directory = RunDirectory(path)
+    if writes:
+        with stating_storage_faults(path, how_to_resume):
+            open_run(path, recipe, identity, resume=resume, allow_changes=allow_changes)
+    workers.wait()
+    if has_ended(directory):
         watch.say(f"{path} has ended already")
-        return ended
+        return run_result(directory)
 
-    torch.set_num_threads(training.threads or os.cpu_count() or 1)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.set_num_threads(training.threads or max(1, (os.cpu_count() or 1) // workers.size))
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = ChatTokenizer(recipe.base)
     data: dict[str, TaskData[Rendered, Any]] = {}
     for task in recipe.tasks:
@@ -95,8 +108,11 @@ def train_run(
                 f"task {task.name}: early_stopping has no validation rows to go by; "
                 "raise split.validation"
             )
-    with stating_storage_faults(path, how_to_resume):
-        run = begin_run(directory, recipe, identity, data, torch.get_num_threads())
+    if writes:
+        with stating_storage_faults(path, how_to_resume):
+            begin_run(directory, recipe, identity, data, torch.get_num_threads())
+    workers.wait()
+    run = directory.read_run() or {}
     checkpoint = load_checkpoint(directory.checkpoints, watch.say)
     first = 0 if checkpoint is None else checkpoint.step
     last = max(task.steps for task in data.values())
@@ -126,6 +142,7 @@ def train_run(
             for task in recipe.tasks
         ],
         training.pack_tokens,
+        workers,
     )
     for trainee in trainees:
         if checkpoint is not None:
@@ -144,7 +161,9 @@ def train_run(
     run["kind"] = recipe.kind
     progress = {trainee.name: trainee.progress for trainee in trainees}
 
-    def save(done: int, metrics: MetricsFile) -> None:
+    def save(done: int, metrics: MetricsFile | NoMetrics) -> None:
+        if not writes:
+            return
         tensors = {name: tensor for t in trainees for name, tensor in t.state().items()}
         save_checkpoint(
             directory.checkpoints,
@@ -154,6 +173,8 @@ def train_run(
         update_run(directory, run, progress)
 
     def save_weights(place: Path, trainee: Trainee) -> int:
+        if not writes:
+            return 0
         if trainee.whole is not None:
             return trainee.whole.save(place / trainee.name, recipe.base)
         return save_adapter(
@@ -173,11 +194,13 @@ def train_run(
     metrics_bytes = 0 if checkpoint is None else checkpoint.metrics_bytes
     with (
         stating_storage_faults(path, how_to_resume),
-        closing(MetricsFile(directory.metrics, metrics_bytes)) as metrics,
-        _signals() as stop,
+        closing(
+            MetricsFile(directory.metrics, metrics_bytes) if writes else NoMetrics()
+        ) as metrics,
         prepared_ahead([trainee.stream for trainee in trainees]),
     ):
-        update_run(directory, run, progress)
+        if writes:
+            update_run(directory, run, progress)
         if checkpoint is None and initial:
             # From here on a resume needs none of the adapters that the tasks go on from.
             save(0, metrics)
@@ -236,15 +259,19 @@ def train_run(
                     trainee.settle()
                     # Before the checkpoint that counts it as done, so that no resume misses it.
                     went.size_bytes = save_weights(directory.adapters, trainee)
+            stop = workers.agreed(interruption.signal)
             if stop or done % training.checkpoint_every == 0:
                 save(done, metrics)
             if stop and done < last:
                 raise RunInterruptedError(
-                    f"stopped by {stop[0]} after step {done} of {last}, and a checkpoint was "
+                    f"stopped by {stop} after step {done} of {last}, and a checkpoint was "
                     f"written; go on with: {how_to_resume}"
                 )
-        plot_curves(directory.metrics, directory.curves)
-        return end_run(directory, run, progress)
+        if writes:
+            plot_curves(directory.metrics, directory.curves)
+            end_run(directory, run, progress)
+    workers.wait()
+    return run_result(directory)
 
 
 def _initial_adapters(
@@ -336,32 +363,3 @@ def _metrics_line(step: int, name: str, report: StepReport) -> dict[str, Any]:
         **report.preference,
         "peak_memory_bytes": peak_memory_bytes(),
     }
-
-
-@contextmanager
-def _signals() -> Generator[list[str]]:
-    """Notes the first SIGINT or SIGTERM in the list it gives, so that a step can end in peace.
-
-    A second one is handled as if this were not there.
-    """
-    received: list[str] = []
-    before: dict[signal.Signals, Any] = {}
-
-    def restore() -> None:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-    def note(number: int, _: FrameType | None) -> None:
-        received.append(signal.Signals(number).name)
-        restore()
-
-    try:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            before[number] = signal.signal(number, note)
-    except ValueError:
-        # Not the main thread: signals are the caller's business.
-        before.clear()
-    try:
-        yield received
-    finally:
-        restore()

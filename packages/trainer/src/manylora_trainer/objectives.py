@@ -81,26 +81,34 @@ def sums_by_example(pack: Pack, losses: Tensor) -> Tensor:
     return losses.new_zeros(examples).index_add(0, targets, losses)
 
 
-def preference_figures(objective: Objective | None) -> dict[str, float]:
-    """What is worth knowing of a step of preferences; empty for any other."""
-    if not isinstance(objective, DirectPreference):
+def margin_sums(objective: Objective | None) -> tuple[float, float, float]:
+    """Pairs of a step seen here, those whose chosen answer is ahead, and by how much in all."""
+    margins = objective.margins if isinstance(objective, DirectPreference) else []
+    return len(margins), sum(margin > 0 for margin in margins), sum(margins)
+
+
+def preference_figures(pairs: float, ahead: float, margin: float) -> dict[str, float]:
+    """What is worth knowing of a step of preferences, of its `margin_sums`; empty for others."""
+    if not pairs:
         return {}
-    margins = objective.margins
-    return {
-        "preference_accuracy": sum(margin > 0 for margin in margins) / len(margins),
-        "preference_margin": sum(margins) / len(margins),
-    }
+    return {"preference_accuracy": ahead / pairs, "preference_margin": margin / pairs}
 
 
 def losses_by_adapter(
-    pack: Pack, summed: Tensor, objectives: Sequence[Objective | None]
+    pack: Pack, summed: Tensor, objectives: Sequence[Objective | None], counts: bool = True
 ) -> list[tuple[int, Tensor]]:
-    """What a pack adds to the loss of each adapter that has examples in it."""
+    """What a pack adds to the loss of each adapter that has examples in it.
+
+    Zero, but with a gradient, for a pack that does not count.
+    """
     lengths = [len(span.sequences) for span in pack.spans]
     parts = cast("tuple[Tensor, ...]", summed.split(lengths))
     losses: list[tuple[int, Tensor]] = []
     for span, part in zip(pack.spans, parts, strict=True):
         objective = objectives[span.adapter]
         assert objective is not None, "every batch has an objective"
+        if not counts:
+            losses.append((span.adapter, part.sum() * 0.0))
+            continue
         losses.append((span.adapter, objective.loss(span.sequences, part)))
     return losses

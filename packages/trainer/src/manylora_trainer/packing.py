@@ -126,15 +126,17 @@ class Batch:
         return np.array([int(example.trained.sum()) for example in self.examples])
 
 
-def pack_batches(batches: Sequence[Batch], pack_tokens: int) -> list[Pack]:
+def pack_batches(batches: Sequence[Batch], pack_tokens: int, multiple: int = 1) -> list[Pack]:
     """Packs the batches of one step into forward passes of about `pack_tokens` tokens each.
 
-    An example longer than that gets a pack of its own.
+    An example longer than that gets a pack of its own. The number of packs is a multiple of
+    `multiple` where the examples allow it, so that as many workers have equally much to do.
     """
     clusters = [cluster for batch in batches for cluster in _clusters(batch)]
     total = sum(unit.own(c.prefix) for c in clusters for unit in c.units)
     total += sum(cluster.prefix for cluster in clusters)
     needed = max(1, -(-total // pack_tokens))
+    needed = -(-needed // multiple) * multiple
     # Even packs: a small last one would spend a whole forward's overhead on few tokens. A prefix
     # is computed again in every pack its examples reach into.
     longest_prefix = max((cluster.prefix for cluster in clusters), default=0)

@@ -3,12 +3,33 @@
 import time
 from collections.abc import Mapping
 from types import TracebackType
+from typing import Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
 SECONDS_BETWEEN_LINES = 5.0
+
+
+class Watch(Protocol):
+    """Who is told how a run goes."""
+
+    def say(self, text: str) -> None:
+        """One line for good."""
+        ...
+
+    def start(self, steps: Mapping[str, int], done: int) -> None:
+        """The tasks with their number of steps, of which `done` are behind them."""
+        ...
+
+    def step(self, step: int, losses: Mapping[str, float], tokens_per_s: float) -> None:
+        """One finished step and the training loss of each task in it."""
+        ...
+
+    def validated(self, name: str, loss: float) -> None:
+        """A new validation loss."""
+        ...
 
 
 class Progress:

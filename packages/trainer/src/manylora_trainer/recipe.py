@@ -14,6 +14,7 @@ from manylora_registry.reference import check_adapter_name
 from manylora_trainer.adapter_settings import EarlyStopping, Lora, Optimizer
 from manylora_trainer.data_settings import FormatSettings, PreferenceFormat, Split
 from manylora_trainer.source_settings import SourceSettings
+from manylora_trainer.worker_settings import WorkerSettings
 
 
 class Task(ConfigModel):
@@ -176,6 +177,7 @@ class Recipe(ConfigModel):
     """lora: an adapter for each task; full: one task trains all weights of the base instead, and
     the result is a model directory."""
     training: Training = Training()
+    workers: WorkerSettings = WorkerSettings()
     tasks: tuple[Task, ...] = Field(min_length=1)
 
     @model_validator(mode="after")
@@ -203,10 +205,21 @@ class Recipe(ConfigModel):
             )
         return self
 
+    @model_validator(mode="after")
+    def _sharding_finds_plain_frozen_weights(self) -> "Recipe":
+        if self.workers.sharding == "none":
+            return self
+        if self.kind == "full" or self.training.quantization != "none":
+            raise ValueError(
+                "workers.sharding: fsdp divides a frozen base in its own dtype: it goes with "
+                "kind: lora and without quantization"
+            )
+        return self
+
     @property
     def digest(self) -> str:
-        """`sha256:…` of everything that decides what is trained; not of where the run goes."""
-        data = self.model_dump(mode="json", exclude={"run_directory"})
+        """`sha256:…` of everything that decides what is trained, and of nothing else."""
+        data = self.model_dump(mode="json", exclude={"run_directory", "workers"})
         canonical = json.dumps(data, sort_keys=True, separators=(",", ":"))
         return f"sha256:{hashlib.sha256(canonical.encode()).hexdigest()}"
 

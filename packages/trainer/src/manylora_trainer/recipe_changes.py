@@ -30,7 +30,12 @@ def accept_changes(where: str, before: Any, after: Any, allowed: Sequence[str]) 
         RecipeChangedError: a change was not stated, or cannot be made within a run; every one is
             named.
     """
-    paths = [path for path in _differing(before, after, "") if path != "run_directory"]
+    paths = [
+        path
+        for path in _differing(before, after, "")
+        # Where a run is computed decides nothing of what it makes.
+        if not path.startswith(("run_directory", "workers"))
+    ]
     fixed = [path for path in paths if not any(re.fullmatch(p, path) for p in CHANGEABLE)]
     unstated = [path for path in paths if path not in fixed and not _is_stated(path, allowed)]
     said: list[str] = []

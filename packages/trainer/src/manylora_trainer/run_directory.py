@@ -235,8 +235,8 @@ def _note_progress(run: dict[str, Any], progress: Mapping[str, TaskProgress]) ->
 
 def end_run(
     directory: RunDirectory, run: dict[str, Any], progress: Mapping[str, TaskProgress]
-) -> RunResult:
-    """Writes the run's page and that it has ended, and gives its result."""
+) -> None:
+    """Writes the run's page and that it has ended."""
     kept = any(task.stopped is None for task in progress.values())
     run["status"] = "finished" if kept else "failed"
     run["ended_at"] = _now()
@@ -245,16 +245,18 @@ def end_run(
     saved = replace(read_run(directory.path), state=run["status"], record=run)
     write_run_report(saved, directory.report)
     update_run(directory, run, progress)
-    return _result(directory, run)
 
 
-def ended_result(directory: RunDirectory) -> RunResult | None:
-    """The result of a run that has ended before; None for any other."""
+def has_ended(directory: RunDirectory) -> bool:
+    """Whether the run has nothing left to do."""
     run = directory.read_run()
-    return None if run is None or run["status"] == "running" else _result(directory, run)
+    return run is not None and run["status"] != "running"
 
 
-def _result(directory: RunDirectory, run: Mapping[str, Any]) -> RunResult:
+def run_result(directory: RunDirectory) -> RunResult:
+    """What a run that has begun made so far."""
+    run = directory.read_run()
+    assert run is not None
     tasks = {
         name: TaskResult(
             None if task["stopped"] else directory.adapters / name,
@@ -323,6 +325,20 @@ def _record_start(directory: RunDirectory, threads: int) -> None:
         {"at": _now(), "git": git_state(Path.cwd()), "environment": describe_environment(threads)}
     )
     write_file(file, json.dumps({"starts": starts}, indent=1).encode() + b"\n")
+
+
+class NoMetrics:
+    """Metrics of a worker whose neighbour writes them."""
+
+    def write(self, entry: Mapping[str, Any]) -> None:
+        """Writes nothing."""
+
+    def sync(self) -> int:
+        """Puts nothing on disk."""
+        return 0
+
+    def close(self) -> None:
+        """Closes nothing."""
 
 
 def _now() -> str:

@@ -25,6 +25,7 @@ from manylora_trainer.objectives import (
     MeanCrossEntropy,
     Objective,
     losses_by_adapter,
+    margin_sums,
     preference_figures,
     sums_by_example,
 )
@@ -34,6 +35,7 @@ from manylora_trainer.recipe import Task
 from manylora_trainer.result import TaskProgress
 from manylora_trainer.sampling import ExampleStream
 from manylora_trainer.targets import Shapes
+from manylora_trainer.workers import Workers, own_share
 
 INITIAL_BATCHES = 4
 """A task's first batches, from which EVA takes the directions of its inputs."""
@@ -88,7 +90,7 @@ class Trainee:
         self.whole = whole
         self.adapter = Adapter(targets if whole is None else {}, task.lora, generator, device)
         # What learns, flat: all the rest of a trainee handles either alike.
-        self._weights, self._gradients = (
+        self._weights, self.gradients = (
             (self.adapter.weights, self.adapter.gradients)
             if whole is None
             else (whole.weights, whole.gradients)
@@ -163,7 +165,7 @@ class Trainee:
 
         What is not finite is not applied, and stops the adapter: the rate is None then.
         """
-        gradients = self._gradients
+        gradients = self.gradients
         norm = cast("float", torch.linalg.vector_norm(gradients).item())
         rate = None
         if math.isfinite(loss) and math.isfinite(norm):
@@ -205,8 +207,11 @@ class Trainee:
 class Trainees:
     """All adapters of a run, attached to one base."""
 
-    def __init__(self, base: BaseModel, trainees: Sequence[Trainee], pack_tokens: int) -> None:
+    def __init__(
+        self, base: BaseModel, trainees: Sequence[Trainee], pack_tokens: int, workers: Workers
+    ) -> None:
         self._base = base
+        self._workers = workers
         self._trainees = trainees
         self._pack_tokens = pack_tokens
         self._routing = Routing(base.device)
@@ -218,6 +223,7 @@ class Trainees:
                 self._references[index] = len(adapters)
                 adapters.append(trainee.reference)
         attach(base.model, adapters, self._routing)
+        workers.share(base.decoder)
 
     def __iter__(self) -> Iterator[Trainee]:
         return iter(self._trainees)
@@ -237,9 +243,12 @@ class Trainees:
         for batch in batches:
             trainee = self._trainees[batch.adapter]
             trainee.progress.cursor = trainee.stream.cursor
-        packs = pack_batches(batches, self._pack_tokens)
+        packs = pack_batches(batches, self._pack_tokens, self._workers.size)
         objectives = self._objectives(batches)
-        means = self._backward(step, packs, objectives)
+        means = self._backward(step, batches, packs, objectives)
+        sums = torch.tensor([margin_sums(objective) for objective in objectives])
+        self._workers.add_up(sums)
+        margins = cast("list[list[float]]", sums.tolist())
         applied = [
             self._trainees[batch.adapter].apply_gradient(step, means[batch.adapter])
             for batch in batches
@@ -259,7 +268,7 @@ class Trainees:
                 tokens_per_s=total / seconds,
                 grad_norm=norm,
                 lr=rate,
-                preference=preference_figures(objectives[batch.adapter]),
+                preference=preference_figures(*margins[batch.adapter]),
             )
             if rate is not None:
                 trainee.progress.record(loss, batch.tokens, seconds * batch.tokens / total)
@@ -275,11 +284,13 @@ class Trainees:
         ]
         sums = torch.zeros(len(self._trainees), device=self._base.device)
         objectives = self._objectives(batches)
-        for pack in pack_batches(batches, self._pack_tokens):
+        packs = pack_batches(batches, self._pack_tokens, self._workers.size)
+        for pack, counts in own_share(packs, self._workers):
             with self._base.reading(pack), self._routing.through(pack.ranges):
                 summed = sums_by_example(pack, self._base.cross_entropy(pack))
-            for adapter, loss in losses_by_adapter(pack, summed, objectives):
+            for adapter, loss in losses_by_adapter(pack, summed, objectives, counts):
                 sums[adapter] += loss
+        self._workers.add_up(sums)
         losses: dict[str, float] = {}
         for batch in batches:
             trainee = self._trainees[batch.adapter]
@@ -289,18 +300,23 @@ class Trainees:
         return losses
 
     def _backward(
-        self, step: int, packs: Sequence[Pack], objectives: Sequence[Objective | None]
+        self,
+        step: int,
+        batches: Sequence[Batch],
+        packs: Sequence[Pack],
+        objectives: Sequence[Objective | None],
     ) -> list[float]:
         """Adds up every adapter's gradient over a step; gives their losses by adapter number."""
         sums = torch.zeros(len(self._trainees), device=self._base.device)
-        for pack in packs:
+        for pack, counts in own_share(packs, self._workers):
             keys = self._dropout_keys(step, pack)
             with self._base.reading(pack), self._routing.through(pack.ranges, keys):
                 summed = sums_by_example(pack, self._base.cross_entropy(pack))
-                losses = losses_by_adapter(pack, summed, objectives)
+                losses = losses_by_adapter(pack, summed, objectives, counts)
                 torch.stack([loss for _, loss in losses]).sum().backward()
             for adapter, loss in losses:
                 sums[adapter] += loss.detach()
+        self._workers.add_up(sums, *(self._trainees[b.adapter].gradients for b in batches))
         return cast("list[float]", sums.tolist())
 
     def _objectives(self, batches: Sequence[Batch]) -> list[Objective | None]:
