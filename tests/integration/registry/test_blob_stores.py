@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import shutil
 import threading
 import tracemalloc
 from datetime import timedelta
@@ -166,7 +167,7 @@ class TestEveryStore:
 
         tracemalloc.start()
         with store.staging() as staging:
-            large.rename(staging / "large")
+            shutil.move(large, staging / "large")
             store.put(staging / "large", digest)
         copy_verified(store, digest, size, tmp_path / "copy")
         peak = tracemalloc.get_traced_memory()[1]

@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
@@ -449,8 +449,7 @@ class Registry:
                 ) from error
             raise
 
-    @contextmanager
-    def hold(self, version: Version, cache: Cache) -> Generator[Path]:
+    def hold(self, version: Version, cache: Cache) -> AbstractContextManager[Path]:
         """The version's directory in a cache, which keeps it until the block ends.
 
         Raises:
@@ -459,7 +458,13 @@ class Registry:
             UnsignedError: a signature is required, and it has none of a trusted key.
         """
         self._require_signature(version)
-        with self._telling_of_deletion(version), cache.hold(self._blobs, version.digest) as path:
+        return self._hold(version, cache)
+
+    @contextmanager
+    def _hold(self, version: Version, cache: Cache) -> Generator[Path]:
+        with ExitStack() as held:
+            with self._telling_of_deletion(version):
+                path = held.enter_context(cache.hold(self._blobs, version.digest))
             yield path
 
     def sign_published_with(self, private_key: Path) -> None:
