@@ -1,7 +1,10 @@
 """Nobody gets in who is not named, nobody gets more than is theirs, and nothing secret is told."""
 
+import asyncio
 import logging
+import os
 import ssl
+import sys
 from pathlib import Path
 from typing import Any, cast
 
@@ -284,3 +287,29 @@ def test_tls_files_that_do_not_fit_are_told_at_the_start(tmp_path: Path) -> None
 async def test_without_tenants_everybody_may_do_everything(gateway: RunningGateway) -> None:
     assert (await gateway.inference.Generate(SAY)).text
     assert await gateway.admin.ListReplicas(admin_pb2.ListReplicasRequest())
+
+
+async def test_the_rollout_verb_says_who_asks(
+    served: dict[str, Version], start: Start, tenants: Path, tmp_path: Path
+) -> None:
+    authority = Authority(tmp_path)
+    pair = authority.server()
+    tls = TlsConfig(certificate=pair.certificate, key=pair.key)
+
+    async def show(**variables: str) -> tuple[int | None, str]:
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "manylora_cli", "rollout", "show", "red", "--json"),
+            *("--admin", gateway.front.admin_address),
+            env={**os.environ, "MANYLORA_TLS_CA": str(authority.certificate), **variables},
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+        )
+        _, problem = await process.communicate()
+        return process.returncode, problem.decode()
+
+    async with start(tls=tls, tenants=tenants) as gateway:
+        assert await show(MANYLORA_TOKEN="operator-token") == (0, "")
+        for token in ("", "reader-token"):
+            status, problem = await show(MANYLORA_TOKEN=token)
+            assert status == 1
+            assert "Traceback" not in problem

@@ -9,12 +9,18 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
-    from manylora.admin.v1.admin_pb2 import Rollout
-    from manylora.admin.v1.admin_pb2_grpc import AdminServiceStub
+    from manylora.admin.v1.admin_pb2 import GetRolloutRequest, Rollout, SetRolloutRequest
 
-app = typer.Typer(help="Divide the requests for an alias among versions.", no_args_is_help=True)
+app = typer.Typer(
+    help="""Divide the requests for an alias among versions.
+
+    Token and TLS files come from MANYLORA_TOKEN, MANYLORA_TLS_CA, MANYLORA_TLS_CERT and
+    MANYLORA_TLS_KEY.
+    """,
+    no_args_is_help=True,
+)
 
 SHARE = re.compile(r"(\d+)=(\d+)%?")
 TIMEOUT_S = 300.0
@@ -52,7 +58,7 @@ def set_(
         request.shares.add(version=version, percent=percent)
     if shadow is not None:
         request.shadow.version, request.shadow.percent = _share(shadow)
-    _show(_call(admin, lambda stub: stub.SetRollout(request, timeout=TIMEOUT_S).rollout), as_json)
+    _show(_call(admin, "SetRollout", request), as_json)
 
 
 @app.command()
@@ -63,7 +69,7 @@ def show(
     from manylora.admin.v1 import admin_pb2
 
     request = admin_pb2.GetRolloutRequest(adapter=adapter, alias=alias)
-    _show(_call(admin, lambda stub: stub.GetRollout(request, timeout=TIMEOUT_S).rollout), as_json)
+    _show(_call(admin, "GetRollout", request), as_json)
 
 
 @app.command()
@@ -74,7 +80,7 @@ def clear(
     from manylora.admin.v1 import admin_pb2
 
     request = admin_pb2.SetRolloutRequest(adapter=adapter, alias=alias)
-    _show(_call(admin, lambda stub: stub.SetRollout(request, timeout=TIMEOUT_S).rollout), as_json)
+    _show(_call(admin, "SetRollout", request), as_json)
 
 
 def _share(text: str) -> tuple[int, int]:
@@ -84,15 +90,25 @@ def _share(text: str) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
-def _call(target: str, ask: "Callable[[AdminServiceStub], Rollout]") -> "Rollout":
+def _call(target: str, method: str, request: "SetRolloutRequest | GetRolloutRequest") -> "Rollout":
     import grpc
 
     from manylora.admin.v1.admin_pb2_grpc import AdminServiceStub
+    from manylora_client.channel import CallMetadata, resolve_credentials
     from manylora_client.status import call_error
 
-    with grpc.insecure_channel(target) as channel:
+    # Who asks and whom to trust come from the variables that every client of the gateway reads.
+    credentials = resolve_credentials(None)
+    opened = (
+        grpc.insecure_channel(target)
+        if credentials is None
+        else grpc.secure_channel(target, credentials)
+    )
+    with opened as channel:
         try:
-            return ask(AdminServiceStub(channel))
+            call = getattr(AdminServiceStub(channel), method)
+            metadata = CallMetadata(None).of(None)
+            return call(request, timeout=TIMEOUT_S, metadata=metadata).rollout
         except grpc.RpcError as error:
             raise call_error(error, target) from None
 
