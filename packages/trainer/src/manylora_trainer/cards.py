@@ -27,6 +27,10 @@ def adapter_card(
         # Paths are places.
         if value is not None and not isinstance(value, Path)
     )
+    if task.lora.saved_rank != task.lora.rank:
+        # What it was trained as is a difference to its start; what is saved holds both.
+        saved = f"{task.lora.saved_rank} / {task.lora.saved_alpha}"
+        rows += f"\n| saved rank / alpha | {saved} |"
     losses = "\n".join(f"| {name} | {value:.4f} |" for name, value in metrics.items())
     prompts = yaml.safe_dump(
         task.format.model_dump(mode="json", exclude_none=True), sort_keys=False, allow_unicode=True
