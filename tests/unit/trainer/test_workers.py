@@ -13,8 +13,9 @@ from safetensors.numpy import load_file
 
 import manylora_trainer
 from manylora_trainer import Recipe
-from manylora_trainer.errors import RowError, WorkersLostError
+from manylora_trainer.errors import RowError, RunInterruptedError, WorkersLostError
 from manylora_trainer.progress import Progress
+from tests.unit.trainer.conftest import StopAt
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -52,12 +53,12 @@ class KillsWorkers(Progress):
         self.seen.append(step)
         if self.left and step >= self.left[0]:
             self.left.pop(0)
-            raylets = [
+            workers = [
                 p
-                for p in psutil.process_iter(["cmdline"])
-                if "RayTrainWorker" in "".join(p.info["cmdline"] or [])
+                for p in psutil.Process().children(recursive=True)
+                if "RayTrainWorker" in "".join(p.cmdline())
             ]
-            os.kill(raylets[-1].pid, signal.SIGKILL)
+            os.kill(workers[-1].pid, signal.SIGKILL)
 
 
 @pytest.fixture
@@ -99,3 +100,15 @@ def test_a_workers_own_error_arrives_as_it_is(make_task, write_recipe, tmp_path)
     recipe = write_recipe(make_task("one", rows=[{"wrong": "a"}]))
     with pytest.raises(RowError, match="right"):
         manylora_trainer.train(with_workers(recipe), tmp_path / "run")
+
+
+def test_interrupted_workers_leave_a_checkpoint_that_one_worker_goes_on_from(
+    make_task, write_recipe, tmp_path
+):
+    recipe = write_recipe(make_task("one", steps=300, optimizer={"learning_rate": 1e-4}))
+    manylora_trainer.train(recipe, tmp_path / "alone")
+    stopping = StopAt(3, signal.SIGINT)
+    with pytest.raises(RunInterruptedError, match="SIGINT"):
+        manylora_trainer.train(with_workers(recipe), tmp_path / "run", progress=stopping)
+    manylora_trainer.train(recipe, tmp_path / "run", resume=True)
+    assert_equal_to_rounding(tmp_path / "run", tmp_path / "alone", "one")

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from manylora_trainer.errors import WorkersUnavailableError
 from manylora_trainer.recipe import Recipe, load_recipe
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ def train(
         DataError: rows cannot be read or trained on.
         RunDirectoryError: the run directory cannot be used as asked.
         StorageError: the disk is full; the last checkpoint is whole.
+        WorkersUnavailableError: several workers were asked for, and Ray is not installed.
         WorkersLostError: workers were lost more often than they may be started again.
         RunInterruptedError: SIGINT or SIGTERM came; a checkpoint was written first.
     """
@@ -63,7 +65,12 @@ def train(
     path = Path(run_dir) if run_dir is not None else recipe.run_directory
     with progress or Progress() as watch:
         if recipe.workers.count > 1:
-            from manylora_trainer.ray_train import train_on_workers
+            try:
+                from manylora_trainer.ray_train import train_on_workers
+            except ModuleNotFoundError as error:
+                raise WorkersUnavailableError(
+                    "workers.count above 1 needs Ray: install manylora-trainer[ray]"
+                ) from error
 
             return train_on_workers(
                 recipe,

@@ -14,6 +14,7 @@ TrainerError
 │   ├── StorageError          the disk is full, or the directory cannot be written any more
 │   └── UnreadableRunError    a directory holds no run, or a damaged one
 ├── SweepError                a sweep cannot go on as asked, or found nothing
+├── WorkersUnavailableError   several workers were asked for, and Ray is not installed
 ├── WorkersLostError          workers ended more often than they may be started again
 ├── RunInterruptedError       stopped by a signal; a checkpoint was written
 ├── AdaptersStoppedError      one or more adapters stopped early, for the reasons given
@@ -127,6 +128,12 @@ class SweepError(TrainerError):
     """A sweep's directory cannot be used as asked, or no trial of it came to its end."""
 
     reason = "SWEEP"
+
+
+class WorkersUnavailableError(TrainerError):
+    """Several workers were asked for, and what starts them is not installed."""
+
+    reason = "WORKERS_UNAVAILABLE"
 
 
 class WorkersLostError(TrainerError):

@@ -1,6 +1,6 @@
 """Training with several workers, which Ray Train starts, places and starts again.
 
-The one file of the trainer's loop that knows Ray. Inside a worker the loop is the one that runs
+Inside a worker the loop is the one that runs
 without Ray; what it has to show and what a person decides travel through one small actor.
 """
 
@@ -10,6 +10,7 @@ without Ray; what it has to show and what a person decides travel through one sm
 
 import logging
 import os
+import shutil
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from manylora_trainer.loop import Judge
 
 SECONDS_BETWEEN_LOOKS = 0.2
+RAY_DIRECTORY = "ray"
 
 
 @dataclass(frozen=True)
@@ -125,17 +127,22 @@ def train_on_workers(
             ),
             run_config=ray.train.RunConfig(
                 name=path.name,
-                storage_path=str(directory.path.absolute() / "ray"),
+                storage_path=str(directory.path.absolute() / RAY_DIRECTORY),
                 failure_config=ray.train.FailureConfig(max_failures=settings.max_restarts),
                 logging_config=ray.train.LoggingConfig(log_level="WARNING"),
             ),
         )
         watch.say(f"{settings.count} workers on Ray, {'a GPU each' if use_gpu else 'CPU'}")
+        needed, there = settings.count * settings.cpus, ray.cluster_resources().get("CPU", 0)
+        if needed > there:
+            watch.say(f"the cluster has {there:g} of {needed:g} cores: waiting for it to grow")
         failure = _follow(trainer, desk, watch)
         outcome = cast("RunResult | TrainerError | None", ray.get(desk.outcome.remote()))
     finally:
         if own_cluster:
             ray.shutdown()
+    # What Ray keeps of a run; ours has all it needs in its checkpoints.
+    shutil.rmtree(directory.path / RAY_DIRECTORY, ignore_errors=True)
     if isinstance(outcome, TrainerError):
         raise outcome
     if outcome is None:
