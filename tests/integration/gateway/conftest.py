@@ -40,15 +40,18 @@ def base(base_directory: Path) -> BaseModelIdentity:
     return identify_base(base_directory)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def location(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Of the registry."""
     return tmp_path_factory.mktemp("synthetic") / "registry"
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def registry(location: Path, base: BaseModelIdentity) -> Iterator[Registry]:
-    """Every adapter has two versions, of which `production` is the first."""
+    """Every adapter has two versions, of which `production` is the first.
+
+    Of one module alone, as the gateway: what is loaded where depends on what was asked before.
+    """
     with Registry.open(location) as opened:
         for index, name in enumerate(ADAPTERS):
             for number in (1, 2):
@@ -57,7 +60,7 @@ def registry(location: Path, base: BaseModelIdentity) -> Iterator[Registry]:
         yield opened
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def gateway(
     tmp_path_factory: pytest.TempPathFactory,
     base_directory: Path,

@@ -158,6 +158,7 @@ class LogConfig(ConfigModel):
     """Lines on stderr."""
 
     format: Literal["text", "json"] = "text"
+    """Text for people, or one JSON object a line for machines."""
     requests: bool = False
     """One line for each request that ended: ids, tenant, version, code, times and tokens."""
 
