@@ -15,17 +15,22 @@ def shown(path: Path) -> str:
     return str(path.relative_to(here) if path.is_relative_to(here) else path)
 
 
-def print_table(header: Sequence[str], rows: "Sequence[Sequence[str | Text]]") -> None:
-    """A table on a terminal, tab-separated lines with a header in a pipe."""
+def print_table(
+    header: Sequence[str], rows: "Sequence[Sequence[str | Text]]", empty: str | None = None
+) -> None:
+    """A table on a terminal, or the line `empty`; tab-separated with a header in a pipe."""
     import sys
-
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
 
     if not sys.stdout.isatty():
         for row in (header, *rows):
             print("\t".join(str(cell) for cell in row))
+        return
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    if empty is not None and not rows:
+        print(empty)
         return
     table = Table(box=None, pad_edge=False, header_style="bold")
     for title in header:

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from manylora_cli import registry_files, registry_manage
+from manylora_cli.output import print_json, print_table
 from manylora_cli.registry_output import (
     AsJson,
     Location,
@@ -13,8 +14,6 @@ from manylora_cli.registry_output import (
     Reference,
     move_json,
     open_registry,
-    print_json,
-    print_table,
     size_text,
     time_text,
     version_json,

@@ -7,13 +7,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from manylora_cli.output import print_json, print_table
 from manylora_cli.registry_output import (
     AsJson,
     Location,
     Reference,
     open_registry,
-    print_json,
-    print_table,
     size_text,
     version_json,
 )

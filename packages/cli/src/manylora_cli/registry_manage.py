@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
+from manylora_cli.output import print_json
 from manylora_cli.registry_output import (
     AsJson,
     Location,
@@ -14,7 +15,6 @@ from manylora_cli.registry_output import (
     Reference,
     move_json,
     open_registry,
-    print_json,
     size_text,
     time_text,
     version_json,

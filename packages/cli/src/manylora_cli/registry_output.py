@@ -71,37 +71,6 @@ def move_json(move: "AliasMove") -> dict[str, Any]:
     }
 
 
-def print_json(value: object) -> None:
-    """Indented, on stdout."""
-    import json
-
-    print(json.dumps(value, indent=2))
-
-
-def print_table(header: tuple[str, ...], rows: list[tuple[str, ...]], empty: str) -> None:
-    """A table on a terminal, tab-separated lines with a header in a pipe."""
-    import sys
-
-    if not sys.stdout.isatty():
-        for row in (header, *rows):
-            print("\t".join(row))
-        return
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    if not rows:
-        print(empty)
-        return
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for title in header:
-        table.add_column(title)
-    for row in rows:
-        # Text, as a name or a reason in brackets is no markup.
-        table.add_row(*(Text(cell) for cell in row))
-    Console().print(table)
-
-
 def size_text(count: int) -> str:
     """Bytes, for people."""
     return f"{count / 1e6:.1f} MB" if count >= 1e6 else f"{count / 1e3:.1f} kB"
