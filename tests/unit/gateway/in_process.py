@@ -39,7 +39,7 @@ from manylora_gateway.routes import Routes
 from manylora_gateway.swaps import Swaps
 from manylora_gateway.tls import ServerTls
 from manylora_gateway.worker import Servable, Worker
-from manylora_registry import BaseModelIdentity, Registry, Version
+from manylora_registry import BaseModelIdentity, Cache, Registry, Version
 from tests.unit.gateway.fake_engine import MAX_CONTEXT, FakeEngine
 
 MODULE = "model.layers.0.self_attn.q_proj"
@@ -201,12 +201,13 @@ async def running_gateway(
     tls: TlsConfig | None = None,
     tenants: Path | None = None,
     max_stale_s: float = math.inf,
+    cache_bytes: int = 1 << 30,
 ) -> AsyncGenerator[RunningGateway, None]:
     """Serves `registry` on free ports while the context lasts."""
     config = engine or EngineConfig(slots=2, host_adapters=4, max_concurrent=8, turn_s=0)
     limits = limits or LimitsConfig(default_max_tokens=4)
     servable = Servable(BASE.fingerprint, MAX_RANK)
-    cache = directory / "cache"
+    cache = Cache(directory / "cache", cache_bytes)
 
     def make(index: int) -> tuple[FakeEngine, Worker]:
         fake = FakeEngine(config.slots + 1)

@@ -179,6 +179,8 @@ class GatewayConfig(ConfigModel):
     """Directory of the adapter registry; unset: the MANYLORA_REGISTRY variables."""
     cache: Path | None = None
     """Directory for verified copies of adapter versions; unset: a temporary one of this run."""
+    cache_gib: float = Field(default=20.0, gt=0)
+    """Size of `cache`: beyond it the copies longest unused go. Those of loaded adapters stay."""
     listen: ListenConfig = ListenConfig()
     """Where clients reach it."""
     tls: TlsConfig | None = None

@@ -29,11 +29,12 @@ from manylora_gateway.rollouts import Rollouts
 from manylora_gateway.routes import Routes
 from manylora_gateway.swaps import Swaps
 from manylora_gateway.worker import Servable
-from manylora_registry import Registry
+from manylora_registry import Cache, Registry
 
 SHUTDOWN_S = 20.0
 """Ray's own way out gets this long."""
 STILL_STARTING_S = 15.0
+GIB = 1 << 30
 
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
@@ -109,7 +110,8 @@ async def _cluster(
     """
     logger.info("starting %d engine replica(s) of %s", config.engine.replicas, config.base.name)
 
-    cache, ray_files = config.cache or scratch / "adapters", scratch / "ray"
+    cache = Cache(config.cache or scratch / "adapters", round(config.cache_gib * GIB))
+    ray_files = scratch / "ray"
 
     def start() -> tuple[Any, str]:
         cluster.start_ray(config, ray_files)

@@ -4,7 +4,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from contextlib import AbstractContextManager, ExitStack, aclosing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -22,7 +22,7 @@ from manylora_gateway.fair import EVERYBODY, Share
 from manylora_gateway.pool import AdapterPool
 from manylora_gateway.replicas import ReplicaState
 from manylora_gateway.timing import Stopwatch
-from manylora_registry import Version
+from manylora_registry import Cache, Version
 from manylora_registry.errors import RegistryError
 
 TRIAL = TextPrompt("Hello")
@@ -59,8 +59,8 @@ class Servable:
 class Versions(Protocol):
     """What a worker needs of a registry."""
 
-    def materialize(self, version: Version, directory: Path) -> Path:
-        """See `Registry.materialize`."""
+    def hold(self, version: Version, cache: Cache) -> AbstractContextManager[Path]:
+        """See `Registry.hold`."""
         ...
 
 
@@ -69,7 +69,7 @@ class Worker:
 
     Args:
         replica_id: unique among the replicas of the gateway.
-        directory: where verified copies of versions are kept; replicas of one machine share it.
+        cache: verified copies of versions; replicas of one machine share it.
     """
 
     def __init__(
@@ -77,18 +77,20 @@ class Worker:
         replica_id: str,
         engine: Engine,
         registry: Versions,
-        directory: Path,
+        cache: Cache,
         servable: Servable,
         config: EngineConfig,
     ) -> None:
         self._replica_id = replica_id
         self._engine = engine
         self._registry = registry
-        self._directory = directory
+        self._cache = cache
         self._servable = servable
         self._slots = config.slots
         # When the load of each adapter that is in the engine began and ended.
         self._loads: dict[str, tuple[float, float]] = {}
+        # Copies on disk of the adapters that are in the engine, which may read them again.
+        self._held: dict[str, ExitStack] = {}
         self._pool = AdapterPool(
             self._load,
             self._unload,
@@ -159,9 +161,10 @@ class Worker:
         )
 
     def _on_disk(self) -> int:
-        if not self._directory.is_dir():
+        directory = self._cache.directory
+        if not directory.is_dir():
             return 0
-        return sum(len(entry.name) == DIGEST_DIGITS for entry in self._directory.iterdir())
+        return sum(len(entry.name) == DIGEST_DIGITS for entry in directory.iterdir())
 
     def check_health(self) -> None:
         """Raises once the engine cannot recover."""
@@ -171,28 +174,38 @@ class Worker:
         """Ends loads under way, then the engine."""
         await self._pool.settle()
         await self._engine.close()
+        for held in self._held.values():
+            held.close()
 
     async def _load(self, version: Version) -> None:
         began = time.monotonic()
         self._servable.check(version)
+        held = ExitStack()
         try:
-            directory = await asyncio.to_thread(
-                self._registry.materialize, version, self._directory
-            )
-        except RegistryError as error:
-            raise from_registry(error) from error
-        await self._engine.load(version.engine_name, directory)
-        try:
-            await self._try(version)
-        except Exception as error:
-            await self._engine.unload(version.engine_name)
-            if isinstance(error, GatewayError):
-                raise
-            raise AdapterLoadError(
-                f"{version.name}@{version.number} failed its trial prompt."
-            ) from error
+            directory = await asyncio.to_thread(self._hold, held, version)
+            await self._engine.load(version.engine_name, directory)
+            try:
+                await self._try(version)
+            except Exception as error:
+                await self._engine.unload(version.engine_name)
+                if isinstance(error, GatewayError):
+                    raise
+                raise AdapterLoadError(
+                    f"{version.name}@{version.number} failed its trial prompt."
+                ) from error
+        except BaseException:
+            await asyncio.to_thread(held.close)
+            raise
+        self._held[version.digest] = held
         self._loads[version.digest] = (began, time.monotonic())
         logger.info("loaded %s in %.2f s", version.engine_name, time.monotonic() - began)
+
+    def _hold(self, held: ExitStack, version: Version) -> Path:
+        """A verified copy of `version`, which stays until `held` is closed."""
+        try:
+            return held.enter_context(self._registry.hold(version, self._cache))
+        except RegistryError as error:
+            raise from_registry(error) from error
 
     async def _try(self, version: Version) -> None:
         """One token through the adapter: what vLLM accepts it may still fail to run."""
@@ -209,4 +222,6 @@ class Worker:
     async def _unload(self, version: Version) -> None:
         self._loads.pop(version.digest, None)
         await self._engine.unload(version.engine_name)
+        if (held := self._held.pop(version.digest, None)) is not None:
+            await asyncio.to_thread(held.close)
         logger.info("unloaded %s", version.engine_name)
