@@ -219,7 +219,7 @@ async def running_gateway(
     swaps = Swaps(registry, routes, local, FollowConfig(poll_s=0.01), metrics)
     admission = Admission(limits)
     front = Front(
-        ListenConfig(inference="127.0.0.1:0", admin="127.0.0.1:0"),
+        ListenConfig(inference="127.0.0.1:0", admin="127.0.0.1:0", health="127.0.0.1:0"),
         None if tls is None else ServerTls(tls),
         None if tenants is None else Access(tenants),
     )
@@ -228,6 +228,7 @@ async def running_gateway(
     operations = Operations(routes, local, rollouts, admission, fleet, metrics, drain_s=5)
     await swaps.begin(warm=config.slots)
     await operations.restore_rollouts()
+    await front.answer_probes()
     await front.start(inference, operations, Limits(limits, MAX_CONTEXT), BASE_NAME)
     channel = grpc.aio.insecure_channel(front.inference_address)
     admin_channel = grpc.aio.insecure_channel(front.admin_address)

@@ -57,11 +57,16 @@ async def run(
     stop = asyncio.Event()
     _listen_for_signals(stop)
     front = Front.configured(config)
+    await front.answer_probes()
+    addresses = dict(front.addresses)
+    metrics = Metrics(config.metrics.max_versions)
+    if config.listen.metrics is not None:
+        host, port = metrics.serve(config.listen.metrics)
+        addresses["metrics"] = f"{host}:{port}"
     async with _cluster(config, servable, scratch, stop, make_engine) as replicas:
         if replicas is None:
             return False
         tracing.configure(config.tracing, "manylora-gateway")
-        metrics = Metrics(config.metrics.max_versions)
         rollouts = Rollouts(config.state)
         routes = Routes(registry, servable, rollouts, config.follow.max_stale_s)
         swaps = Swaps(registry, routes, replicas, config.follow, metrics)
@@ -78,10 +83,6 @@ async def run(
         await fleet.begin()
         limits = Limits(config.limits, config.engine.max_context)
         await front.start(inference, operations, limits, config.base.resolve().name)
-        addresses = dict(front.addresses)
-        if config.listen.metrics is not None:
-            host, port = metrics.serve(config.listen.metrics)
-            addresses["metrics"] = f"{host}:{port}"
         print("ready", *(f"{name}={at}" for name, at in addresses.items()), flush=True)
         await stop.wait()
         logger.info("draining; running requests have %g s", config.drain_s)
