@@ -120,7 +120,7 @@ class LocalReplicas:
                 yield delta
 
     async def count_tokens(self, prompt: Prompt) -> int:
-        return self._workers[0].count_tokens(prompt)
+        return await self._workers[0].count_tokens(prompt)
 
     async def prepare(self, version: Version) -> None:
         await asyncio.gather(*(worker.prepare(version) for worker in self._workers))

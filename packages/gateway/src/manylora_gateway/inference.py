@@ -102,7 +102,10 @@ class Inference:
                 self.metrics.follow(seen),
                 self._admission.enter(tenant, name, sampling.max_tokens * sampling.n) as ticket,
             ):
-                sticky = call.session or repr((request.prompt, sampling))
+
+                def sticky() -> str:
+                    return call.session or repr((request.prompt, sampling))
+
                 async with self._routes.use(request.adapter, sticky) as version:
                     seen.resolve(version)
                     tracing.describe(span, request_id, version)

@@ -90,7 +90,8 @@ class Observation:
             return "INTERNAL", "INTERNAL"
         # The call's task was cancelled: the client went away or its deadline passed.
         late = time.monotonic() > self._deadline - DEADLINE_TOLERANCE_S
-        return ("DEADLINE_EXCEEDED",) * 2 if late else ("CANCELLED",) * 2
+        ending = "DEADLINE_EXCEEDED" if late else "CANCELLED"
+        return ending, ending
 
     def told(self, code: str) -> dict[str, object]:
         """For the log: who and what, never what was said."""

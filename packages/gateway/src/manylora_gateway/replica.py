@@ -117,7 +117,7 @@ class EngineReplica:
 
     async def count_tokens(self, prompt: Prompt) -> int:
         """See Worker."""
-        return self._worker.count_tokens(prompt)
+        return await self._worker.count_tokens(prompt)
 
     async def prepare(self, version: Version) -> None:
         """See Worker."""

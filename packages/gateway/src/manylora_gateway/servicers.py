@@ -60,7 +60,8 @@ async def _answering(
     failures included. A client that vanishes cancels the call's task; there is nobody left to tell.
     """
     request_id = uuid.uuid4().hex
-    remaining_s = context.time_remaining()
+    # Typed as if every call had a deadline.
+    remaining_s: float | None = context.time_remaining()
     if remaining_s is not None:
         set_call(replace(current_call(), deadline=time.monotonic() + remaining_s))
     deadline = asyncio.timeout(remaining_s)

@@ -4,13 +4,14 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncGenerator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, aclosing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from manylora_gateway.config import EngineConfig
-from manylora_gateway.engine import Delta, Engine, Prompt, Sampling, TextPrompt
+from manylora_gateway.engine import Delta, Engine, Prompt, Sampling, TextPrompt, characters
 from manylora_gateway.errors import (
     AdapterLoadError,
     GatewayError,
@@ -27,6 +28,9 @@ from manylora_registry.errors import RegistryError
 
 TRIAL = TextPrompt("Hello")
 """Every version answers this once before it may serve."""
+
+LONG_PROMPT = 16_384
+"""Characters above which a prompt is tokenised beside the event loop: below, 10 ms at most."""
 
 DIGEST_DIGITS = 64
 """A verified copy is a directory named after its version's digest."""
@@ -87,6 +91,8 @@ class Worker:
         self._cache = cache
         self._servable = servable
         self._slots = config.slots
+        # One thread: many long prompts queue for it and take no more than a core.
+        self._tokenizing = ThreadPoolExecutor(1, "tokenize")
         # When the load of each adapter that is in the engine began and ended.
         self._loads: dict[str, tuple[float, float]] = {}
         # Copies on disk of the adapters that are in the engine, which may read them again.
@@ -114,7 +120,7 @@ class Worker:
         Raises:
             GatewayError: the prompt is refused, or the adapter cannot be loaded.
         """
-        token_ids = self._engine.tokenize(prompt)
+        token_ids = await self._tokenize(prompt)
         name = None if version is None else version.engine_name
         stopwatch = Stopwatch(sampling.n)
         most = len(token_ids) + sampling.max_tokens * sampling.n
@@ -128,9 +134,16 @@ class Worker:
                 seat.used += len(delta.token_ids)
                 yield stopwatch.timed(delta)
 
-    def count_tokens(self, prompt: Prompt) -> int:
+    async def count_tokens(self, prompt: Prompt) -> int:
         """Tokens of `prompt` as the engine reads it."""
-        return len(self._engine.tokenize(prompt))
+        return len(await self._tokenize(prompt))
+
+    async def _tokenize(self, prompt: Prompt) -> list[int]:
+        """A long prompt takes its time (half a second for a mebibyte), the others go on."""
+        if characters(prompt) < LONG_PROMPT:
+            return self._engine.tokenize(prompt)
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._tokenizing, self._engine.tokenize, prompt)
 
     async def prepare(self, version: Version) -> None:
         """Loads `version`, if it is not loaded, and tries it."""
@@ -174,6 +187,7 @@ class Worker:
         """Ends loads under way, then the engine."""
         await self._pool.settle()
         await self._engine.close()
+        self._tokenizing.shutdown(wait=False)
         for held in self._held.values():
             held.close()
 
