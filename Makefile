@@ -54,6 +54,7 @@ check: setup ## Check format, lint, types, import rules, and the protos with the
 	.venv/bin/lint-imports
 	.venv/bin/buf lint protos
 	.venv/bin/hadolint deploy/docker/Dockerfile
+	.venv/bin/python -m deploy.kubernetes.check
 	@stubs=$$(mktemp -d); trap 'rm -rf "$$stubs"' EXIT; \
 	PATH=$$PWD/.venv/bin:$$PATH .venv/bin/python protos/generate.py "$$stubs"; \
 	for generated in "$$stubs"/manylora/*; do \
