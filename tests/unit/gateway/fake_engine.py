@@ -2,6 +2,7 @@
 
 import asyncio
 import math
+import threading
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -64,6 +65,8 @@ class FakeEngine:
         self._loading.set()
         self._speaking = asyncio.Event()
         self._speaking.set()
+        self._reading = threading.Event()
+        self._reading.set()
         self._changed = asyncio.Condition()
 
     def hold_loads(self) -> None:
@@ -79,6 +82,13 @@ class FakeEngine:
 
     def let_answer(self) -> None:
         self._speaking.set()
+
+    def hold_reading(self) -> None:
+        """Prompts that are too long take until `let_read`."""
+        self._reading.clear()
+
+    def let_read(self) -> None:
+        self._reading.set()
 
     async def until_running(self, count: int) -> None:
         """Until `count` generations are under way."""
@@ -117,6 +127,7 @@ class FakeEngine:
         else:
             ids = [len(turn.content) for turn in prompt.messages]
         if len(ids) >= MAX_CONTEXT:
+            assert self._reading.wait(10), "nothing else ran while a long prompt was read"
             raise InvalidRequestError([Violation("text", "is too long")])
         return ids
 

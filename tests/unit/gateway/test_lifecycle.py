@@ -9,6 +9,7 @@ from google.rpc import error_details_pb2
 from manylora.admin.v1 import admin_pb2
 from manylora.inference.v1 import inference_pb2 as pb
 from manylora_gateway.config import EngineConfig, LimitsConfig
+from manylora_gateway.worker import LONG_PROMPT
 from manylora_registry import Version
 from tests.unit.gateway.conftest import Publish, Start
 from tests.unit.gateway.in_process import RunningGateway
@@ -96,6 +97,17 @@ async def test_a_draining_gateway_ends_what_runs_and_takes_no_more(
     gateway.engine.let_answer()
     assert (await running).text
     await drained
+
+
+async def test_a_long_prompt_is_read_beside_the_others(gateway: RunningGateway) -> None:
+    gateway.engine.hold_reading()
+    long = pb.GenerateRequest(adapter="red", text="x" * LONG_PROMPT)
+    reading = asyncio.ensure_future(refused(gateway.inference.Generate(long)))
+    for _ in range(3):
+        assert (await gateway.inference.Generate(SAY)).text
+    assert not reading.done()
+    gateway.engine.let_read()
+    assert told(await reading)[0] == "INVALID_ARGUMENT"
 
 
 async def test_a_load_outlives_the_client_who_asked_for_it(

@@ -1,4 +1,4 @@
-"""The servers: inference and administration over gRPC and OpenAI's API over HTTP, a port each."""
+"""The servers: inference and administration over gRPC, OpenAI's API and probes over HTTP."""
 
 # Generated modules of gRPC and protobuf; the health package has no types at all.
 # pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false
@@ -17,6 +17,7 @@ from manylora_gateway.calls import CallInterceptor
 from manylora_gateway.config import GatewayConfig, LimitsConfig, ListenConfig
 from manylora_gateway.errors import StartError
 from manylora_gateway.guard import Guard, HttpAuthentication
+from manylora_gateway.health import probes
 from manylora_gateway.inference import Inference
 from manylora_gateway.limits import Limits
 from manylora_gateway.openai_http.app import application
@@ -58,6 +59,9 @@ class Front:
         if listen.http is not None:
             context = None if tls is None else tls.context
             self._http = HttpServer(listen.http, "listen.http", context)
+        self._probes = None
+        if listen.health is not None:
+            self._probes = HttpServer(listen.health, "listen.health")
 
     @classmethod
     def configured(cls, config: GatewayConfig) -> "Front":
@@ -78,7 +82,16 @@ class Front:
     def addresses(self) -> dict[str, str]:
         """Where each server listens, as the ready line tells it."""
         addresses = {"grpc": self.inference_address, "admin": self.admin_address}
-        return addresses if self._http is None else addresses | {"http": self._http.address}
+        if self._http is not None:
+            addresses["http"] = self._http.address
+        if self._probes is not None:
+            addresses["health"] = self._probes.address
+        return addresses
+
+    async def answer_probes(self) -> None:
+        """Says on the port for probes how it goes, before anything else is served."""
+        if self._probes is not None:
+            await self._probes.start(probes(lambda: self._serving))
 
     async def start(
         self, inference: Inference, operations: Operations, limits: Limits, base: str
@@ -120,6 +133,8 @@ class Front:
         stops = [self._inference.stop(FLUSH_S), self._admin.stop(FLUSH_S)]
         if self._http is not None:
             stops.append(self._http.stop())
+        if self._probes is not None:
+            stops.append(self._probes.stop())
         await asyncio.gather(*stops)
 
     async def _set_health(self, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
@@ -147,7 +162,7 @@ def _bound(
         if tls is None:
             port = server.add_insecure_port(address)
         else:
-            port = server.add_secure_port(address, tls.credentials)
+            port = server.add_secure_port(address, tls.credentials())
     except RuntimeError as error:
         raise StartError(
             f"{field}: {address} cannot be listened on; is another server there?"

@@ -6,9 +6,11 @@
 # pyright: reportIncompatibleMethodOverride=false, reportMissingTypeStubs=false
 
 import asyncio
+import time
 import uuid
 from collections.abc import AsyncGenerator
 from contextlib import aclosing, asynccontextmanager
+from dataclasses import replace
 from typing import Any
 
 import grpc
@@ -17,6 +19,7 @@ from manylora.admin.v1 import admin_pb2, admin_pb2_grpc
 from manylora.inference.v1 import inference_pb2 as pb
 from manylora.inference.v1 import inference_pb2_grpc
 from manylora_gateway import messages, rollout_messages
+from manylora_gateway.calls import current_call, set_call
 from manylora_gateway.errors import DeadlineError, InvalidRequestError, Violation
 from manylora_gateway.inference import Inference
 from manylora_gateway.limits import check_request_id
@@ -57,7 +60,11 @@ async def _answering(
     failures included. A client that vanishes cancels the call's task; there is nobody left to tell.
     """
     request_id = uuid.uuid4().hex
-    deadline = asyncio.timeout(context.time_remaining())
+    # Typed as if every call had a deadline.
+    remaining_s: float | None = context.time_remaining()
+    if remaining_s is not None:
+        set_call(replace(current_call(), deadline=time.monotonic() + remaining_s))
+    deadline = asyncio.timeout(remaining_s)
     try:
         async with deadline:
             request_id = _client_request_id(context) or request_id

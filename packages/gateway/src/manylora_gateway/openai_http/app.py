@@ -24,6 +24,7 @@ from manylora_gateway.calls import MAX_SESSION, SESSION_KEY, TRACEPARENT_KEY, Ca
 from manylora_gateway.engine import Delta
 from manylora_gateway.errors import GatewayError, InvalidRequestError, Violation
 from manylora_gateway.generation import GenerationRequest, Started
+from manylora_gateway.health import health_route
 from manylora_gateway.inference import Inference
 from manylora_gateway.limits import check_request_id
 from manylora_gateway.openai_http.bodies import ChatBody, CompletionBody, read_body
@@ -34,7 +35,6 @@ from manylora_gateway.tenants import caller
 
 BODY_TIMEOUT_S = 30.0
 """A client that sends its body slower than this keeps a connection from others."""
-HEALTH_PATH = "/health"
 REQUEST_ID_HEADER = "x-request-id"
 EVENT_STREAM = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache"}
 
@@ -53,14 +53,8 @@ def application(
         reading: reads bodies.
         healthy: whether new requests are wanted.
     """
-
-    async def health(_request: Request) -> Response:
-        serving = healthy()
-        status = "serving" if serving else "not serving"
-        return JSONResponse({"status": status}, 200 if serving else 503)
-
     routes = [
-        Route(HEALTH_PATH, health, methods=["GET"]),
+        health_route(healthy),
         Route("/v1/chat/completions", _Completions("chat", inference, reading), methods=["POST"]),
         Route("/v1/completions", _Completions("text", inference, reading), methods=["POST"]),
         Route("/v1/models", _list_models(inference, reading), methods=["GET"]),
