@@ -60,6 +60,8 @@ class FakeEngine:
         """Adapter of every generation under way, "base" for none."""
         self.prompts: list[list[int]] = []
         self.samplings: list[Sampling] = []
+        self.repeats = 1
+        """How often a token says its word."""
         self.dead = False
         self._loading = asyncio.Event()
         self._loading.set()
@@ -149,7 +151,7 @@ class FakeEngine:
                 self.check_health()
                 last = index == sampling.max_tokens
                 finish = Finish("length", len(token_ids), index) if last else None
-                word = f"{adapter or 'base'} "
+                word = f"{adapter or 'base'} " * self.repeats
                 for choice in range(sampling.n):
                     logprobs = () if sampling.logprobs is None else (scores(index, word, sampling),)
                     yield Delta(word, (index,), logprobs, finish, choice)

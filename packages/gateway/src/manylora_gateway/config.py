@@ -132,6 +132,8 @@ class LimitsConfig(ConfigModel):
     """Length of each of them."""
     max_logprobs: int = Field(default=20, ge=0, le=1000)
     """Candidates reported at one position."""
+    stall_s: float = Field(default=60.0, gt=0)
+    """Seconds a client may leave its stream unread before it is cut off: it holds a place."""
     max_constraint_bytes: int = Field(default=64 << 10, ge=1)
     """Size of a JSON Schema, a regular expression, a grammar or all strings of a choice."""
 

@@ -31,6 +31,8 @@ from manylora_gateway.tls import ServerTls
 INFERENCE_SERVICE: str = inference_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name
 ADMIN_SERVICE: str = admin_pb2.DESCRIPTOR.services_by_name["AdminService"].full_name
 
+KEEPALIVE_MS = 30_000
+MIN_PING_MS = 5_000
 FLUSH_S = 1.0
 """An answer that is whole may still be on its way to the wire."""
 DEFAULT_MESSAGE_BYTES = LimitsConfig().max_message_bytes
@@ -154,6 +156,12 @@ def _bound(
         options=[
             # Without this two gateways would share a port and each get half of the requests.
             ("grpc.so_reuseport", 0),
+            # A client whose machine is gone says nothing; it would hold its places for hours.
+            ("grpc.keepalive_time_ms", KEEPALIVE_MS),
+            ("grpc.keepalive_timeout_ms", KEEPALIVE_MS),
+            # Clients behind load balancers ask often; gRPC would hang up on them.
+            ("grpc.http2.min_ping_interval_without_data_ms", MIN_PING_MS),
+            ("grpc.keepalive_permit_without_calls", 1),
             ("grpc.max_receive_message_length", max_message_bytes),
             ("grpc.max_send_message_length", -1),
         ],

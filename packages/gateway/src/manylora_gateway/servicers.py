@@ -25,6 +25,7 @@ from manylora_gateway.inference import Inference
 from manylora_gateway.limits import check_request_id
 from manylora_gateway.operations import Operations
 from manylora_gateway.requests import Requests
+from manylora_gateway.stalls import patience
 from manylora_gateway.status import CODES, DETAILS_KEY, to_status
 from manylora_gateway.tenants import caller
 
@@ -96,6 +97,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     def __init__(self, inference: Inference, requests: Requests) -> None:
         self._inference = inference
         self._requests = requests
+        self._stall_s = requests.limits.config.stall_s
 
     async def Generate(
         self, request: pb.GenerateRequest, context: InferenceContext
@@ -113,7 +115,8 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             async with aclosing(self._inference.stream(asked, caller())) as events:
                 async for event in events:
                     if (reply := replies.of(event)) is not None:
-                        await context.write(reply)
+                        async with patience(self._stall_s):
+                            await context.write(reply)
             await context.write(replies.last())
 
     async def BatchGenerate(self, request: pb.BatchGenerateRequest, context: BatchContext) -> None:
@@ -125,7 +128,9 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             ]
             try:
                 for finished in asyncio.as_completed(tasks):
-                    await context.write(await finished)
+                    reply = await finished
+                    async with patience(self._stall_s):
+                        await context.write(reply)
             finally:
                 for task in tasks:
                     task.cancel()

@@ -22,7 +22,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from manylora_gateway.calls import MAX_SESSION, SESSION_KEY, TRACEPARENT_KEY, Call, set_call
 from manylora_gateway.engine import Delta
-from manylora_gateway.errors import GatewayError, InvalidRequestError, Violation
+from manylora_gateway.errors import (
+    GatewayError,
+    InvalidRequestError,
+    StalledError,
+    Violation,
+)
 from manylora_gateway.generation import GenerationRequest, Started
 from manylora_gateway.health import health_route
 from manylora_gateway.inference import Inference
@@ -31,6 +36,7 @@ from manylora_gateway.openai_http.bodies import ChatBody, CompletionBody, read_b
 from manylora_gateway.openai_http.problems import BodyTooBigError, Problem, problem_of
 from manylora_gateway.openai_http.reading import Asked, Reading
 from manylora_gateway.openai_http.replies import Kind, Replies, error_event, listed, models
+from manylora_gateway.stalls import patience
 from manylora_gateway.tenants import caller
 
 BODY_TIMEOUT_S = 30.0
@@ -90,6 +96,7 @@ class _Completions:
         except Exception as error:
             await tell(problem_of(error), request_id)(scope, receive, send)
             return
+        send = _patient(send, self._reading.limits.config.stall_s)
         answering = asyncio.create_task(self._answer(asked, request_id, scope, receive, send))
         leaving = asyncio.create_task(_until_gone(receive))
         try:
@@ -238,6 +245,24 @@ async def _json(request: Request, limit: int) -> object:
     except (ValueError, RecursionError) as error:
         text = f"the body is not JSON: {error}"
         raise InvalidRequestError([Violation("", text)]) from error
+
+
+def _patient(send: Send, stall_s: float) -> Send:
+    """The same for a client that may stop reading; once it has, nothing more is tried."""
+    stalled: StalledError | None = None
+
+    async def patient(message: Message) -> None:
+        nonlocal stalled
+        if stalled is not None:
+            raise stalled
+        try:
+            async with patience(stall_s):
+                await send(message)
+        except StalledError as error:
+            stalled = error
+            raise
+
+    return patient
 
 
 async def _until_gone(receive: Receive) -> None:
