@@ -20,7 +20,9 @@ import zlib
 from collections.abc import AsyncGenerator, Sequence
 from pathlib import Path
 
-from manylora_gateway.application import Application, Arguments, application
+from ray.serve import Application
+
+from manylora_gateway.application import Arguments, application
 from manylora_gateway.config import EngineConfig
 from manylora_gateway.engine import Delta, Finish, Prompt, Sampling, TextPrompt, TokenPrompt
 from manylora_gateway.errors import AdapterLoadError, InvalidRequestError, Violation
