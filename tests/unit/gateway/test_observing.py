@@ -59,6 +59,25 @@ async def test_metrics_tell_requests_tokens_and_residents(gateway: RunningGatewa
         assert line in text.splitlines(), line
 
 
+async def test_a_passed_deadline_is_told_from_a_client_that_left(gateway: RunningGateway) -> None:
+    gateway.engine.hold_answers()
+    with pytest.raises(grpc.aio.AioRpcError):
+        await gateway.inference.Generate(SAY, timeout=0.2)
+    await gateway.engine.until_running(0)
+    call = gateway.inference.Generate(SAY, timeout=60)
+    await gateway.engine.until_running(1)
+    call.cancel()
+    await gateway.engine.until_running(0)
+    text = scraped(gateway.metrics)
+    for line in (
+        'manylora_requests_total{adapter="red",code="DEADLINE_EXCEEDED",version="1"} 1.0',
+        'manylora_requests_total{adapter="red",code="CANCELLED",version="1"} 1.0',
+        'manylora_rejections_total{reason="DEADLINE_EXCEEDED"} 1.0',
+        'manylora_rejections_total{reason="CANCELLED"} 1.0',
+    ):
+        assert line in text.splitlines(), line
+
+
 def test_labels_are_bounded_and_given_back() -> None:
     metrics = Metrics(max_versions=2)
     one, two, three = map(version, ("one", "two", "three"))

@@ -27,7 +27,7 @@ from manylora_gateway.fair import EVERYBODY, Share
 from manylora_gateway.replica import EngineReplica, MakeEngine
 from manylora_gateway.replicas import ReplicaState
 from manylora_gateway.worker import Servable
-from manylora_registry import Version
+from manylora_registry import Cache, Version
 
 if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle
@@ -217,7 +217,7 @@ def reachable_host(config: GatewayConfig) -> str:
 
 
 def deploy(
-    config: GatewayConfig, servable: Servable, cache: Path, scratch: Path, make_engine: MakeEngine
+    config: GatewayConfig, servable: Servable, cache: Cache, scratch: Path, make_engine: MakeEngine
 ) -> "DeploymentHandle[EngineReplica]":
     """Starts the replicas; returns when all of them are up.
 

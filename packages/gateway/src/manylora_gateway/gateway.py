@@ -29,11 +29,12 @@ from manylora_gateway.rollouts import Rollouts
 from manylora_gateway.routes import Routes
 from manylora_gateway.swaps import Swaps
 from manylora_gateway.worker import Servable
-from manylora_registry import Registry
+from manylora_registry import Cache, Registry
 
 SHUTDOWN_S = 20.0
 """Ray's own way out gets this long."""
 STILL_STARTING_S = 15.0
+GIB = 1 << 30
 
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
@@ -56,11 +57,16 @@ async def run(
     stop = asyncio.Event()
     _listen_for_signals(stop)
     front = Front.configured(config)
+    await front.answer_probes()
+    addresses = dict(front.addresses)
+    metrics = Metrics(config.metrics.max_versions)
+    if config.listen.metrics is not None:
+        host, port = metrics.serve(config.listen.metrics)
+        addresses["metrics"] = f"{host}:{port}"
     async with _cluster(config, servable, scratch, stop, make_engine) as replicas:
         if replicas is None:
             return False
         tracing.configure(config.tracing, "manylora-gateway")
-        metrics = Metrics(config.metrics.max_versions)
         rollouts = Rollouts(config.state)
         routes = Routes(registry, servable, rollouts, config.follow.max_stale_s)
         swaps = Swaps(registry, routes, replicas, config.follow, metrics)
@@ -77,10 +83,6 @@ async def run(
         await fleet.begin()
         limits = Limits(config.limits, config.engine.max_context)
         await front.start(inference, operations, limits, config.base.resolve().name)
-        addresses = dict(front.addresses)
-        if config.listen.metrics is not None:
-            host, port = metrics.serve(config.listen.metrics)
-            addresses["metrics"] = f"{host}:{port}"
         print("ready", *(f"{name}={at}" for name, at in addresses.items()), flush=True)
         await stop.wait()
         logger.info("draining; running requests have %g s", config.drain_s)
@@ -109,7 +111,8 @@ async def _cluster(
     """
     logger.info("starting %d engine replica(s) of %s", config.engine.replicas, config.base.name)
 
-    cache, ray_files = config.cache or scratch / "adapters", scratch / "ray"
+    cache = Cache(config.cache or scratch / "adapters", round(config.cache_gib * GIB))
+    ray_files = scratch / "ray"
 
     def start() -> tuple[Any, str]:
         cluster.start_ray(config, ray_files)
