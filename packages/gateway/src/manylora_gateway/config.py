@@ -1,9 +1,9 @@
 """What a gateway is configured with: pure data, checked before anything heavy is imported."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, StringConstraints
+from pydantic import Field, StringConstraints, model_validator
 
 from manylora_registry.config import ConfigModel
 
@@ -210,6 +210,16 @@ class GatewayConfig(ConfigModel):
     """Seconds that running requests may take to end after SIGTERM."""
     ray_address: str | None = None
     """A running Ray cluster to join, e.g. "auto"; unset: a private one on this machine."""
+    ray_application: str | None = Field(default=None, min_length=1)
+    """A Serve application in that cluster that holds the engine replicas, made by
+    `manylora_gateway.application:engines`; the gateway waits for it, calls it and leaves it as it
+    is. Unset: replicas of the gateway's own, which end with it."""
+
+    @model_validator(mode="after")
+    def _an_application_is_in_a_cluster(self) -> Self:
+        if self.ray_application is not None and self.ray_address is None:
+            raise ValueError("ray_application is in the cluster that ray_address names: give both")
+        return self
 
     def relative_to(self, directory: Path) -> "GatewayConfig":
         """The same with its paths read from `directory`."""

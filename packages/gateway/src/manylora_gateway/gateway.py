@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from manylora_gateway import cluster, tracing
 from manylora_gateway.admission import Admission
+from manylora_gateway.application import adapter_cache
 from manylora_gateway.config import GatewayConfig
 from manylora_gateway.deltas import DeltaReceiver
 from manylora_gateway.fleet import Fleet
@@ -29,12 +30,11 @@ from manylora_gateway.rollouts import Rollouts
 from manylora_gateway.routes import Routes
 from manylora_gateway.swaps import Swaps
 from manylora_gateway.worker import Servable
-from manylora_registry import Cache, Registry
+from manylora_registry import Registry
 
 SHUTDOWN_S = 20.0
 """Ray's own way out gets this long."""
 STILL_STARTING_S = 15.0
-GIB = 1 << 30
 
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
@@ -120,15 +120,21 @@ async def _cluster(
     Raises:
         StartError: they did not start.
     """
-    logger.info("starting %d engine replica(s) of %s", config.engine.replicas, config.base.name)
-
-    cache = Cache(config.cache or scratch / "adapters", round(config.cache_gib * GIB))
+    cache = adapter_cache(config, config.cache or scratch / "adapters")
     ray_files = scratch / "ray"
+    if (application := config.ray_application) is None:
+        replicas = config.engine.replicas
+        logger.info("starting %d engine replica(s) of %s", replicas, config.base.name)
+    else:
+        logger.info("waiting for the engine replicas of %s", application)
 
     def start() -> tuple[Any, str]:
         cluster.start_ray(config, ray_files)
         loop.call_soon_threadsafe(_listen_for_signals, stop)
-        handle = cluster.deploy(config, servable, cache, ray_files, make_engine)
+        if application is None:
+            handle = cluster.deploy(config, servable, cache, ray_files, make_engine)
+        else:
+            handle = cluster.attach(application)
         return handle, cluster.reachable_host(config)
 
     loop = asyncio.get_running_loop()
@@ -147,7 +153,7 @@ async def _cluster(
         await receiver.close()
         try:
             async with asyncio.timeout(SHUTDOWN_S):
-                await _in_thread(cluster.stop)
+                await _in_thread(lambda: cluster.stop(config))
         except Exception as error:
             logger.debug("Ray did not shut down by itself: %s", error)
 
