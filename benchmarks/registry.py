@@ -30,7 +30,7 @@ import sqlalchemy as sa
 from safetensors.numpy import save_file
 
 from manylora_registry import BaseModelIdentity, Registry, schema
-from manylora_registry.blobs import sync
+from manylora_registry.syncs import sync
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -222,7 +222,7 @@ def fill(registry: Registry, adapters: int, versions: int) -> None:
     now = int(datetime.now(UTC).timestamp() * 1e6)
     rng = np.random.default_rng(0)
     f1 = rng.random(adapters * versions)
-    with registry._database.write() as connection:
+    with registry.database.write() as connection:
         for table, rows in (
             (
                 schema.adapters,
@@ -400,9 +400,10 @@ def main() -> None:
             ("memory", lambda: memory(place, 128 if quick else 2048)),
         ):
             print(f"{what} ...", file=sys.stderr)
-            result |= part()
-    for key, value in result.items():
-        print(f"{key:<28}{value:>14,.3f}".rstrip("0").rstrip("."))
+            found = part()
+            for key, value in found.items():
+                print(f"{key:<28}{value:>14,.3f}".rstrip("0").rstrip("."), flush=True)
+            result |= found
     print(json.dumps(result))
 
 

@@ -497,11 +497,12 @@ def test_list_adapters_tells_what_is_served_and_what_waits(serve: Serve, connect
     assert (staging.serving, staging.pending) == (None, None)
 
 
+@pytest.mark.parametrize("code", [grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED])
 def test_a_call_is_repeated_when_the_server_says_when_to_come_back(
-    serve: Serve, connect: Connect
+    code: grpc.StatusCode, serve: Serve, connect: Connect
 ) -> None:
-    draining = Failure(grpc.StatusCode.UNAVAILABLE, "draining", retry_after=0.05)
-    replies = [draining, draining, Answer("at last")]
+    not_now = Failure(code, "draining", retry_after=0.05)
+    replies = [not_now, not_now, Answer("at last")]
     server = serve(lambda _: replies.pop(0))
 
     begun = time.monotonic()
@@ -517,10 +518,11 @@ def test_a_call_is_repeated_when_the_server_says_when_to_come_back(
     [
         ({}, Failure(grpc.StatusCode.UNAVAILABLE, retry_after=0.01)),
         ({"retries": 3}, Failure(grpc.StatusCode.UNAVAILABLE)),
-        ({"retries": 3}, Failure(grpc.StatusCode.RESOURCE_EXHAUSTED, retry_after=0.01)),
+        ({"retries": 3}, Failure(grpc.StatusCode.RESOURCE_EXHAUSTED)),
+        ({"retries": 3}, Failure(grpc.StatusCode.ABORTED, retry_after=0.01)),
         ({"retries": 3, "timeout": 5.0}, Failure(grpc.StatusCode.UNAVAILABLE, retry_after=60.0)),
     ],
-    ids=["not asked to", "no RetryInfo", "another status", "past the deadline"],
+    ids=["not asked to", "no RetryInfo", "full for good", "another status", "past the deadline"],
 )
 def test_a_call_is_otherwise_sent_once(
     settings: dict[str, float], failure: Failure, serve: Serve, connect: Connect

@@ -5,7 +5,9 @@ import random
 
 import numpy as np
 import pytest
-from scipy.stats import bootstrap
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.stats import binomtest, bootstrap
 
 from manylora_evaluator.bootstrap import CELLS, estimate, resamples
 from manylora_evaluator.scorers.tally import Tally
@@ -18,22 +20,35 @@ def test_a_score_is_the_ratio_of_the_sums() -> None:
     assert score.low <= score.mean <= score.high
 
 
-def test_the_interval_of_a_share_is_the_normal_one_where_rows_are_many() -> None:
-    score = estimate([(Tally(1, 1),)] * 600 + [(Tally(0, 1),)] * 400, seed=0)
+@given(st.integers(1, 400), st.floats(0, 1))
+def test_the_interval_of_right_and_wrong_is_scipys_wilson(rows: int, share: float) -> None:
+    right = round(share * rows)
 
-    margin = 1.96 * math.sqrt(0.6 * 0.4 / 1000)
-    assert score.low == pytest.approx(0.6 - margin, abs=0.005)
-    assert score.high == pytest.approx(0.6 + margin, abs=0.005)
+    score = estimate([(Tally(1, 1),)] * right + [(Tally(0, 1),)] * (rows - right), seed=0)
+
+    theirs = binomtest(right, rows).proportion_ci(method="wilson")
+    assert (score.low, score.high) == pytest.approx((theirs.low, theirs.high))
 
 
-def test_the_interval_covers_the_truth_about_as_often_as_it_says() -> None:
+@pytest.mark.parametrize("truth", [0.7, 0.95])
+@pytest.mark.parametrize("of", [1, 4])
+def test_the_interval_covers_the_truth_about_as_often_as_it_says(truth: float, of: int) -> None:
     coins = random.Random(0)
     covered = 0
     for seed in range(100):
-        rows = [(Tally(float(coins.random() < 0.7), 1),) for _ in range(60)]
-        score = estimate(rows, seed)
-        covered += score.low <= 0.7 <= score.high
+        hits = [sum(coins.random() < truth for _ in range(of)) for _ in range(60)]
+        score = estimate([(Tally(hit, of),) for hit in hits], seed)
+        covered += score.low <= truth <= score.high
     assert 88 <= covered <= 100
+
+
+def test_rows_that_all_score_the_same_prove_no_more_than_so_many_rows_can() -> None:
+    few = estimate([(Tally(3, 3),)] * 5, seed=0)
+    many = estimate([(Tally(3, 3),)] * 500, seed=0)
+
+    assert (few.mean, few.high) == (1, 1)
+    assert few.low < 0.6
+    assert 0.99 < many.low < 1
 
 
 def test_the_seed_decides() -> None:

@@ -5,9 +5,10 @@ import json
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from manylora_evaluator.scorers.tally import Tally
-from tests.unit.evaluator.scorer_cases import shares, tally
+from tests.unit.evaluator.scorer_cases import scorer, shares, tally
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-9, 9) | st.floats(-1, 1) | st.text(max_size=3),
@@ -112,10 +113,56 @@ def test_a_json_schema_accepts_or_refuses(output: str, hit: float) -> None:
     assert tally({"kind": "json_schema", "schema": schema}, output, "") == Tally(hit, 1)
 
 
-def test_a_schema_fetches_nothing() -> None:
-    settings = {"kind": "json_schema", "schema": {"$ref": "http://127.0.0.1:9/schema.json"}}
+@pytest.mark.parametrize(
+    ("output", "hit"),
+    [
+        ('{"n": 1.5}', 1),
+        ('{"n": 1' + "0" * 400 + "}", 0),
+        ('{"n": 1e999}', 0),
+        ('{"word": "' + "a" * 60 + '!"}', 0),
+        ('{"word": "aaa"}', 1),
+        ('{"x-1": 1}', 1),
+        ('{"x-1": "1"}', 0),
+    ],
+    ids=lambda value: str(value)[:14],
+)
+def test_no_answer_upsets_a_schema(output: str, hit: float) -> None:
+    schema = {
+        "properties": {"n": {"multipleOf": 0.5}, "word": {"pattern": "^(a+)+$"}},
+        "patternProperties": {"^x-": {"type": "number"}},
+        "additionalProperties": False,
+    }
 
-    assert tally(settings, "{}", "") == Tally(0, 1)
+    assert tally({"kind": "json_schema", "schema": schema}, output, "") == Tally(hit, 1)
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"$ref": "http://127.0.0.1:9/schema.json"},
+        {"properties": {"a": {"anyOf": [{"$ref": "#/$defs/b"}]}}, "$defs": {"a": {}}},
+        {"properties": {"a": {"pattern": "("}}},
+    ],
+)
+def test_a_schema_no_answer_could_meet_is_refused(schema: dict[str, object]) -> None:
+    with pytest.raises(ValidationError, match=r"leads nowhere|is not a JSON Schema"):
+        scorer({"kind": "json_schema", "schema": schema})
+
+
+def test_a_schema_may_refer_to_its_own_parts() -> None:
+    schema = {
+        "$id": "https://example.com/note",
+        "$ref": "#/$defs/note",
+        "$defs": {"note": {"properties": {"next": {"$ref": "note#/$defs/note"}}}},
+        "examples": [{"$ref": "not a reference"}],
+    }
+
+    assert tally({"kind": "json_schema", "schema": schema}, '{"next": {}}', "") == Tally(1, 1)
+
+
+@pytest.mark.parametrize("kind", ["json_valid", "json_field_f1"])
+def test_the_same_key_twice_is_no_answer(kind: str) -> None:
+    assert tally(kind, '{"a": 2, "a": 1}', '{"a": 1}', "json_valid") == Tally(0, 1)
 
 
 @given(OBJECTS, OBJECTS)

@@ -119,6 +119,9 @@ def test_tokens_cost_and_time_are_counted(
         '{"other": {"pass": true}}',
         '{"correct": {"pass": true}',
         '{"correct":' * 5_000,
+        '{"correct": {"pass": false}} {"correct": {"pass": true}}',
+        '{"correct": {"pass": false}, "correct": {"pass": true}}',
+        '{"correct": {"pass": false, "pass": true}}',
     ],
 )
 def test_words_without_a_verdict_fail_and_are_counted(
@@ -147,6 +150,17 @@ def test_a_verdict_may_stand_among_other_words(
 
     assert result.score("spelling", "spelling", "judge").mean == 1
     assert result.judges[0].unreadable == 0
+
+
+def test_a_reason_that_is_no_text_is_kept_as_text(
+    judge: Callable[..., ScriptedJudge], judged: Callable[..., EvaluationResult]
+) -> None:
+    words = Words(r'{"correct": {"reason": "half \ud800", "pass": false}}')
+
+    result = judged(judge(lambda _: words).url)
+
+    assert judgements(result, 1, "judge.correct")[0].reason == "half ?"
+    assert EvaluationResult.from_json(result.to_json()) == result
 
 
 @pytest.mark.parametrize("trouble", [Status(429, "0"), Status(503), HangUp(), Silence()])
@@ -267,6 +281,32 @@ def test_a_damaged_entry_is_asked_again(
     assert again.score("spelling", "spelling", "judge").mean == 1
 
 
+def test_a_cache_that_cannot_be_written_is_told_first(
+    judge: Callable[..., ScriptedJudge], judged: Callable[..., EvaluationResult], tmp_path: Path
+) -> None:
+    server = judge(by_reference)
+
+    with pytest.raises(JudgeError, match=r"rows\.jsonl cannot be written: File exists"):
+        judged(server.url, cache=str(tmp_path / "rows.jsonl"))
+    assert server.asked == []
+
+
+def test_a_request_takes_the_form_an_endpoint_wants(
+    judge: Callable[..., ScriptedJudge], judged: Callable[..., EvaluationResult]
+) -> None:
+    server = judge(by_reference)
+
+    judged(
+        server.url,
+        response_format="json_object",
+        body={"max_tokens": None, "temperature": None, "max_completion_tokens": 9, "top_k": 1},
+    )
+
+    assert set(server.asked[0]) == {
+        *("model", "messages", "response_format", "max_completion_tokens", "top_k")
+    }
+
+
 def test_an_answer_cannot_close_its_own_mark(
     judge: Callable[..., ScriptedJudge],
     serve: Callable[..., ScriptedServer],
@@ -292,6 +332,9 @@ def test_the_key_is_sent_and_must_be_there(
 ) -> None:
     server = judge(by_reference)
     with pytest.raises(JudgeError, match="set JUDGE_KEY"):
+        judged(server.url, api_key_env="JUDGE_KEY")
+    monkeypatch.setenv("JUDGE_KEY", "hush\n")
+    with pytest.raises(JudgeError, match="characters that cannot be sent"):
         judged(server.url, api_key_env="JUDGE_KEY")
     monkeypatch.setenv("JUDGE_KEY", "hush")
 
@@ -418,8 +461,10 @@ def test_a_gateway_adapter_judges_by_its_digest(
     again = evaluate(path, gateway.target)
 
     digest = version("critic", 4).digest
-    asked = {request.adapter for request in gateway.service.received if "critic" in request.adapter}
-    assert asked == {"critic", f"critic@{digest}"}
+    asked = [request for request in gateway.service.received if "critic" in request.adapter]
+    assert {request.adapter for request in asked} == {"critic", f"critic@{digest}"}
+    held_to = next(request for request in asked if "@" in request.adapter).sampling
+    assert json.loads(held_to.structured_output.json_schema)["required"] == ["correct"]
     assert result.judges[0].model == f"critic@{digest}"
     assert result.score("spelling", "spelling", "judge").mean == 1
     assert (again.judges[0].requests, again.judges[0].cached) == (0, 4)
@@ -451,6 +496,18 @@ def test_a_judge_that_cannot_judge_is_a_mistake_of_the_suite(
     path.write_text(f"{path.read_text()}judges: {{j: {{kind: gateway}}}}\n")
 
     with pytest.raises(ConfigError, match=complaint):
+        load_suite(path)
+
+
+def test_an_address_that_is_none_is_a_mistake_of_the_suite(
+    write_suite: Callable[..., Path],
+) -> None:
+    path = write_suite(ROWS)
+    path.write_text(
+        f"{path.read_text()}judges: {{j: {{kind: openai, url: 'http://[::1', model: m}}}}"
+    )
+
+    with pytest.raises(ConfigError, match=r"judges\.j\.openai\.url: is no URL"):
         load_suite(path)
 
 

@@ -1,5 +1,7 @@
 """Tests between versions, beside scipy; and that so many rows are enough."""
 
+import math
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -106,6 +108,22 @@ def test_needed_rows_are_enough_and_not_far_too_many() -> None:
     # McNemar's exact test keeps a little below the normal approximation.
     assert power(needed) > 0.7
     assert power(needed // 2) < 0.6
+
+
+def test_more_scores_need_more_rows() -> None:
+    # Of four scores one differs; Holm's method then asks 0.05 / 4 of it.
+    decision, draw = Decision(difference=0.15, power=0.8), np.random.default_rng(0)
+    needed = needed_rows(math.sqrt(0.3 - 0.15**2), decision, scores=4)
+
+    def noticed() -> bool:
+        gains = (0.15, 0.0, 0.0, 0.0)
+        p_values = [
+            mcnemar(*map(int, draw.multinomial(needed, [0.15 + g / 2, 0.15 - g / 2, 0.7])[:2]))
+            for g in gains
+        ]
+        return holm(p_values)[0] < decision.alpha
+
+    assert 0.7 < sum(noticed() for _ in range(400)) / 400 < 0.9
 
 
 def test_a_few_rows_without_a_difference_prove_nothing() -> None:

@@ -1,6 +1,8 @@
 """Suites and rows: every mistake is named with its place."""
 
 import json
+from datetime import date
+from decimal import Decimal
 from pathlib import Path
 
 import pyarrow as pa
@@ -95,6 +97,7 @@ def test_rows_are_read_in_order_up_to_the_limit(tmp_path: Path) -> None:
         (json.dumps(GOOD | {"messages": [{"role": "robot", "content": "x"}]}), "messages.0.role: "),
         (json.dumps(GOOD | {"expected": ""}), "expected: is not a JSON object"),
         (json.dumps(GOOD | {"expected": 1}), "expected: "),
+        (json.dumps(GOOD | {"row": {"half": "\ud800"}}), "half a surrogate pair"),
         (json.dumps(GOOD), "expected: is not a JSON object, which json_field_f1 needs"),
     ],
 )
@@ -160,11 +163,27 @@ def test_columns_make_one_json_object(tmp_path: Path) -> None:
     assert row.expected == '{"a": null, "b": [1]}'
 
 
-def test_a_missing_column_is_named(tmp_path: Path) -> None:
-    path = write_lines(tmp_path / "r.jsonl", {"q": "x"})
+@pytest.mark.parametrize(
+    ("columns", "complaint"),
+    [
+        ({"q": "x"}, "has no column 'answer'"),
+        ({"q": "x", "answer": None}, "column 'answer' is nul"),
+    ],
+)
+def test_a_column_that_says_nothing_is_named(
+    columns: dict[str, object], complaint: str, tmp_path: Path
+) -> None:
+    path = write_lines(tmp_path / "r.jsonl", columns)
 
-    with pytest.raises(RowsError, match=r"line 1: has no column 'answer'"):
+    with pytest.raises(RowsError, match=f"line 1: {complaint}"):
         load_rows(JsonlRows(kind="jsonl", path=path), Prompt(user="{q}", expected="{answer}"))
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_row(tmp_path: Path) -> None:
+    path = tmp_path / "r.jsonl"
+    path.write_text(json.dumps(GOOD), encoding="utf-8-sig")
+
+    assert len(load_rows(JsonlRows(kind="jsonl", path=path))) == 1
 
 
 def test_parquet_rows_are_read_up_to_the_limit(tmp_path: Path) -> None:
@@ -177,6 +196,19 @@ def test_parquet_rows_are_read_up_to_the_limit(tmp_path: Path) -> None:
     path.write_bytes(b"PAR1 no more")
     with pytest.raises(RowsError, match="cannot be read as Parquet"):
         load_rows(ParquetRows(kind="parquet", path=path), Prompt(user="{q}"))
+
+
+def test_parquet_values_that_json_lacks(tmp_path: Path) -> None:
+    path = tmp_path / "rows.parquet"
+    day, price = date(2024, 2, 29), Decimal("1.50")
+    pq.write_table(pa.table({"day": [day], "price": [price], "raw": [b"\xff"]}), path)
+    source = ParquetRows(kind="parquet", path=path)
+
+    (row,) = load_rows(source, Prompt(user="{day}", expected="{price}"))
+
+    assert (row.messages[0].content, row.expected) == ("2024-02-29", "1.50")
+    with pytest.raises(RowsError, match="column 'raw' holds bytes"):
+        load_rows(source, Prompt(user="{raw}"))
 
 
 def test_a_row_is_known_by_what_it_asks_and_expects(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from manylora.inference.v1 import inference_pb2 as pb
 from manylora_gateway.config import EngineConfig, LimitsConfig
 from manylora_gateway.errors import UnservableError
 from manylora_gateway.worker import Servable, Worker
-from manylora_registry import Registry, Version
+from manylora_registry import Cache, Registry, Version
 from tests.unit.gateway.conftest import Publish, Start
 from tests.unit.gateway.fake_engine import FakeEngine
 from tests.unit.gateway.in_process import BASE, MAX_RANK, OTHER_BASE, RunningGateway
@@ -205,7 +205,8 @@ async def test_a_worker_trusts_no_front(
     stranger, wide = published("stranger", 3, base=OTHER_BASE), published("wide", 4, rank=16)
     engine = FakeEngine(2)
     servable = Servable(BASE.fingerprint, MAX_RANK)
-    worker = Worker("one", engine, registry, tmp_path / "cache", servable, EngineConfig(slots=1))
+    cache = Cache(tmp_path / "cache")
+    worker = Worker("one", engine, registry, cache, servable, EngineConfig(slots=1))
     for version in (stranger, wide):
         with pytest.raises(UnservableError):
             await worker.prepare(version)

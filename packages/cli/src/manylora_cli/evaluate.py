@@ -1,5 +1,6 @@
 """`manylora evaluate`: adapters beside the bare base on held-out rows."""
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -7,6 +8,9 @@ import typer
 
 if TYPE_CHECKING:
     from manylora_evaluator.results import EvaluationResult
+
+INTERRUPTED = 130
+"""Exit status after a SIGINT, as shells have it."""
 
 
 def evaluate(
@@ -36,6 +40,12 @@ def evaluate(
         Path | None,
         typer.Option(metavar="DIR", help="Write results.json and report.html here."),
     ] = None,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume", help="Ask only what an evaluation that was broken off left out of --out."
+        ),
+    ] = False,
     record: Annotated[
         bool,
         typer.Option("--record", help="Keep the results on the versions in the registry."),
@@ -62,18 +72,20 @@ def evaluate(
 
     if registry is not None and not record:
         raise typer.BadParameter("--registry is where --record keeps results")
+    if resume and out is None:
+        raise typer.BadParameter("--resume goes on with the answers in --out, which is not given")
 
-    from manylora_evaluator.errors import EvaluationFailedError, GateError
+    from manylora_evaluator.errors import EvaluationFailedError, GateError, ReportError
     from manylora_evaluator.results import EvaluationResult
     from manylora_evaluator.run import evaluate as run
     from manylora_evaluator.table import summary
 
-    def show(result: EvaluationResult) -> None:
+    def show(result: EvaluationResult, *, written: bool = True) -> None:
         if as_json:
             print(result.to_json())
         else:
             Console().print(summary(result))
-            if out is not None:
+            if out is not None and written:
                 print(f"report: {out / 'report.html'}")
 
     try:
@@ -85,11 +97,17 @@ def evaluate(
             tasks=task or (),
             limit=limit,
             baseline=baseline,
+            resume=resume,
             console=Console(stderr=True),
         )
-    except EvaluationFailedError as error:
-        show(error.result)
+    except (EvaluationFailedError, ReportError) as error:
+        show(error.result, written=not isinstance(error, ReportError))
         raise
+    except KeyboardInterrupt:
+        kept = "no answers are kept without --out" if out is None else f"answers are kept in {out}"
+        go_on = "" if out is None else "; the same command with --resume asks the others"
+        print(f"manylora: interrupted: {kept}{go_on}", file=sys.stderr)
+        raise typer.Exit(INTERRUPTED) from None
     show(result)
     if record:
         _record(result, registry)

@@ -7,7 +7,12 @@ from pathlib import Path
 
 import grpc
 
-from manylora_client.errors import InvalidInputError, StatusError, UnavailableError
+from manylora_client.errors import (
+    InvalidInputError,
+    ResourceExhaustedError,
+    StatusError,
+    UnavailableError,
+)
 
 DEFAULT_TARGET = "127.0.0.1:50051"
 TARGET_VARIABLE = "MANYLORA_SERVER"
@@ -105,10 +110,10 @@ def channel_options(max_message_bytes: int) -> list[tuple[str, int]]:
 class Attempts:
     """What is left of one call's deadline and of its retries.
 
-    A call is repeated only when the server itself says so: UNAVAILABLE with a RetryInfo. Nothing
-    of an answer has reached the caller then, and generating has no side effect, so a repeated
-    call is never seen twice. A broken connection is not repeated: the server may be working on
-    the call still, and would do it twice.
+    A call is repeated only when the server itself says so: UNAVAILABLE or RESOURCE_EXHAUSTED with
+    a RetryInfo. Nothing of an answer has reached the caller then, and generating has no side
+    effect, so a repeated call is never seen twice. A broken connection is not repeated: the
+    server may be working on the call still, and would do it twice.
     """
 
     def __init__(self, retries: int, timeout: float | None) -> None:
@@ -121,7 +126,9 @@ class Attempts:
 
     def delay_after(self, error: StatusError) -> float | None:
         """Seconds to wait before the next attempt; None when `error` is final."""
-        if not isinstance(error, UnavailableError) or error.retry_after is None:
+        if not isinstance(error, UnavailableError | ResourceExhaustedError):
+            return None
+        if error.retry_after is None:
             return None
         if self._retries <= 0:
             return None

@@ -68,8 +68,8 @@ class Client:
                 and _KEY variables, else plain text.
             token: says who calls; None: MANYLORA_TOKEN, if set.
             timeout: seconds for each call that names no timeout of its own; None: no deadline.
-            retries: how often a call is repeated when the server says UNAVAILABLE and when to
-                come back; streams and batches are never repeated.
+            retries: how often a call is repeated when the server says UNAVAILABLE or
+                RESOURCE_EXHAUSTED and when to come back; streams and batches are never repeated.
             max_message_bytes: largest message sent or received.
         """
         self.target = resolve_target(target)

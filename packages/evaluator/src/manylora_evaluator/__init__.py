@@ -3,7 +3,7 @@
     from pathlib import Path
     from manylora_evaluator import evaluate
 
-    result = evaluate(Path("recipes/quickstart-suite.yaml"), out=Path("report"))
+    result = evaluate(Path("recipes/quickstart/suite.yaml"), out=Path("report"))
     print(result.score("spelling", "spelling", "exact_match").mean)
 
 What needs numpy or gRPC is imported when it is first named.
@@ -18,6 +18,7 @@ from manylora_evaluator.errors import (
     FixtureError,
     GateError,
     JudgeError,
+    ReportError,
     ResultsError,
     RowsError,
     SuiteError,
@@ -41,6 +42,7 @@ __all__ = [
     "Gate",
     "GateError",
     "JudgeError",
+    "ReportError",
     "ResultsError",
     "RowsError",
     "SuiteError",

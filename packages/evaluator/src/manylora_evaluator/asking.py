@@ -9,7 +9,9 @@ from typing import TypeVar
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from manylora_client import AdapterVersion, AsyncClient, ClientError, Generation
+from manylora_client import AdapterVersion, AsyncClient, ClientError, Generation, Usage
+from manylora_evaluator.judge.cache import content_key
+from manylora_evaluator.kept import KeptAnswer, KeptAnswers
 from manylora_evaluator.rows import Row
 from manylora_evaluator.suite import Task
 
@@ -41,7 +43,8 @@ class Replies:
     """What it was resolved to, once, before the first row."""
     replies: Sequence[Reply]
     seconds: float
-    """From the first request's start to the last answer's end."""
+    """From the first request's start to the last answer's end; for answers kept from an earlier
+    evaluation their share of that one's time."""
 
 
 async def ask_rows(
@@ -51,8 +54,9 @@ async def ask_rows(
     rows: Sequence[Row],
     concurrency: int,
     progress: Progress,
+    kept: KeptAnswers | None = None,
 ) -> Replies:
-    """Asks every row of `reference`.
+    """Asks every row of `reference`, but for those whose answers are `kept`.
 
     Raises:
         StatusError: the server is away or cannot serve the reference; seen before the first row.
@@ -64,7 +68,17 @@ async def ask_rows(
     pinned = "" if version is None else f"{version.name}@{version.digest}"
     bar = progress.add_task(f"{task.name} · {reference or 'bare base'}", total=len(rows))
 
+    earlier = 0.0
+
     async def ask(row: Row) -> Reply:
+        nonlocal earlier
+        asked = {"messages": _prompt(row), "max_tokens": task.max_tokens}
+        key = content_key(asked | {"model": pinned or f"{client.target} bare base"})
+        known = None if kept is None else kept.get(key)
+        if known is not None:
+            progress.advance(bar)
+            earlier += known.seconds
+            return Reply(_as_generated(known, version), None, known.seconds)
         begun = time.monotonic()
         try:
             answer = await client.generate(_prompt(row), pinned, max_tokens=task.max_tokens)
@@ -72,11 +86,37 @@ async def ask_rows(
             return Reply(None, str(error), time.monotonic() - begun)
         finally:
             progress.advance(bar)
-        return Reply(answer, None, time.monotonic() - begun)
+        reply = Reply(answer, None, time.monotonic() - begun)
+        if kept is not None:
+            kept.put(_to_keep(key, answer, reply.seconds))
+        return reply
 
     begun = time.monotonic()
     replies = await in_parallel(rows, ask, concurrency)
-    return Replies(reference, version, replies, time.monotonic() - begun)
+    return Replies(reference, version, replies, time.monotonic() - begun + earlier / concurrency)
+
+
+def _to_keep(key: str, answer: Generation, seconds: float) -> KeptAnswer:
+    return KeptAnswer(
+        key=key,
+        text=answer.text,
+        finish_reason=answer.finish_reason,
+        prompt_tokens=answer.usage.prompt_tokens,
+        completion_tokens=answer.usage.completion_tokens,
+        seconds=seconds,
+    )
+
+
+def _as_generated(answer: KeptAnswer, version: AdapterVersion | None) -> Generation:
+    return Generation(
+        text=answer.text,
+        token_ids=(),
+        adapter=version,
+        finish_reason=answer.finish_reason,
+        usage=Usage(answer.prompt_tokens, answer.completion_tokens),
+        logprobs=(),
+        request_id="",
+    )
 
 
 async def in_parallel(

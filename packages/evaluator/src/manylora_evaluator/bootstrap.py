@@ -1,7 +1,9 @@
-"""Confidence intervals of scores by resampling the rows (Efron's percentile bootstrap)."""
+"""Confidence intervals of scores: Wilson's, or by resampling the rows (percentile bootstrap)."""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import TypeAlias
 
 import numpy as np
@@ -32,6 +34,17 @@ class Sums:
     def rows(self) -> int:
         """How many."""
         return len(self.hits)
+
+    @property
+    def right_or_wrong(self) -> bool:
+        """Whether each row is simply right or wrong."""
+        one_each = self.hits.shape[1] == 1 and bool((self.of == 1).all())
+        return one_each and bool(np.isin(self.hits, (0.0, 1.0)).all())
+
+    @property
+    def alike(self) -> bool:
+        """Whether every row has the same share of the score."""
+        return bool((self.hits == self.hits[0]).all() and (self.of == self.of[0]).all())
 
     def scores(self, weights: Floats) -> Floats:
         """The score under each of `weights` [draws, rows]: how often each row counts."""
@@ -68,13 +81,30 @@ def ratios(hits: Floats, of: Floats) -> Floats:
 def estimate(rows: Sequence[Tallies], seed: int) -> Score:
     """The score of `rows` with the ends of its 95 % confidence interval.
 
-    The same seed draws the same rows, so that the columns of a task are resampled alike. Where
-    all rows score the same, the interval has no width: resampling cannot see what it never met.
+    Scores of right and wrong get Wilson's interval (1927), all others a percentile bootstrap
+    (Efron 1979) of the rows; the same seed draws the same rows, so that the columns of a task are
+    resampled alike. Where all rows score the same a bootstrap has no width, as it cannot see what
+    it never met: Wilson's interval for so many rows stands in, the widest a share can need.
     """
     (column,) = sums(rows)
+    score = column.score()
+    if column.right_or_wrong or column.alike:
+        low, high = wilson(score, column.rows if column.of.any() else 0)
+        return Score(score, low, high)
     drawn = np.concatenate([column.scores(weights) for weights in resamples(len(rows), seed)])
     low, high = np.quantile(drawn, [TAIL, 1 - TAIL])
-    return Score(mean=column.score(), low=float(low), high=float(high))
+    return Score(score, float(low), float(high))
+
+
+def wilson(share: float, rows: int) -> tuple[float, float]:
+    """The ends of Wilson's 95 % interval for a `share` of so many rows; without any the share."""
+    if rows == 0:
+        return share, share
+    z = NormalDist().inv_cdf(1 - TAIL)
+    middle = (share + z * z / (2 * rows)) / (1 + z * z / rows)
+    spread = z / (1 + z * z / rows)
+    spread *= math.sqrt(share * (1 - share) / rows + z * z / (4 * rows * rows))
+    return max(0.0, middle - spread), min(1.0, middle + spread)
 
 
 def resamples(rows: int, seed: int, draws: int = RESAMPLES) -> Iterator[Floats]:

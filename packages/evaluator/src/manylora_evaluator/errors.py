@@ -8,8 +8,9 @@ EvaluatorError
 │   ├── AttemptError          one attempt to ask it failed; a caller sees NoVerdictError
 │   └── NoVerdictError        it never answered; counted, and what it was asked about fails
 ├── UnknownTaskError          the suite has no task of that name
-├── ResultsError              a results.json cannot be read, or holds no such score
+├── ResultsError              results cannot be read, kept or recorded, or hold no such score
 ├── EvaluationFailedError     requests failed; carries the result of those that did not
+├── ReportError               results cannot be written; carries them
 └── GateError                 a threshold is broken, or a version no match for its baseline
 
 A suite that is wrong in itself is a manylora_registry ConfigError; a server that is away, or an
@@ -85,7 +86,7 @@ class UnknownTaskError(EvaluatorError):
 
 
 class ResultsError(EvaluatorError):
-    """Results cannot be read, or hold no such score."""
+    """Results cannot be read, kept or recorded, or hold no such score."""
 
     reason = "RESULTS_INVALID"
 
@@ -94,6 +95,16 @@ class EvaluationFailedError(EvaluatorError):
     """Requests failed, so the scores are not to be relied on."""
 
     reason = "EVALUATION_FAILED"
+
+    def __init__(self, message: str, result: "EvaluationResult") -> None:
+        self.result = result
+        super().__init__(message)
+
+
+class ReportError(EvaluatorError):
+    """Results cannot be written."""
+
+    reason = "REPORT_UNWRITABLE"
 
     def __init__(self, message: str, result: "EvaluationResult") -> None:
         self.result = result

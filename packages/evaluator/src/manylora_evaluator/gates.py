@@ -82,7 +82,7 @@ def compare(
     adjusted = holm([test.p_value for *_, test in tested])
     scores: list[ScoreComparison] = []
     for (task, score, shared, test), p_value in zip(tested, adjusted, strict=True):
-        needed = needed_rows(test.deviation, decision)
+        needed = needed_rows(test.deviation, decision, len(tested))
         verdict = _verdict(test, p_value, needed, decision)
         scores.append(
             ScoreComparison(

@@ -34,7 +34,7 @@ def paired_test(baseline: Sequence[Tallies], candidate: Sequence[Tallies], seed:
     gains = ratios(new.hits, new.of) - ratios(old.hits, old.of)
     better, worse = int((gains > SLACK).sum()), int((gains < -SLACK).sum())
     method: Literal["mcnemar", "permutation"] = "permutation"
-    if _is_binary(old) and _is_binary(new):
+    if old.right_or_wrong and new.right_or_wrong:
         method, p_value = "mcnemar", mcnemar(better, worse)
     else:
         p_value = _permutation(old, new, seed)
@@ -60,15 +60,16 @@ def mcnemar(better: int, worse: int) -> float:
     return min(1.0, 2 * tail / 2**differ)
 
 
-def needed_rows(deviation: float, decision: Decision) -> int:
+def needed_rows(deviation: float, decision: Decision, scores: int = 1) -> int:
     """Rows with which a difference of `decision.difference` is noticed with `decision.power`.
 
-    The normal approximation n = ((z of alpha / 2 + z of power) * deviation / difference)^2. The
+    The normal approximation n = ((z of alpha / 2 + z of power) * deviation / difference)^2, alpha
+    divided by the number of `scores` compared: what Holm's method leaves one of them alone. The
     deviation was measured on few rows: one row more, on which the two differ as far as they can,
     is counted with them, so that a sample without any difference is not taken for proof of none.
     """
     normal = NormalDist()
-    z = normal.inv_cdf(1 - decision.alpha / 2) + normal.inv_cdf(decision.power)
+    z = normal.inv_cdf(1 - decision.alpha / scores / 2) + normal.inv_cdf(decision.power)
     k = (z / decision.difference) ** 2
     # n >= k * (n * deviation^2 + 1) / (n + 1), solved for n.
     b = 1 - k * deviation**2
@@ -109,11 +110,6 @@ def _mixed(kept: Floats, one: Sums, swapped: Floats, other: Sums) -> Floats:
     """The score of a version whose `swapped` rows are the other's."""
     both = Sums(np.concatenate([one.hits, other.hits]), np.concatenate([one.of, other.of]))
     return both.scores(np.concatenate([kept, swapped], axis=1))
-
-
-def _is_binary(column: Sums) -> bool:
-    one_each = column.hits.shape[1] == 1 and bool((column.of == 1).all())
-    return one_each and bool(np.isin(column.hits, (0.0, 1.0)).all())
 
 
 def _influence(column: Sums) -> Floats:

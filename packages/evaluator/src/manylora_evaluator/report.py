@@ -9,6 +9,7 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from manylora_evaluator.errors import ReportError
 from manylora_evaluator.results import (
     Column,
     EvaluationResult,
@@ -25,10 +26,29 @@ SHOWN_CHARACTERS = 6_000
 
 
 def write_report(result: EvaluationResult, directory: Path) -> None:
-    """Writes results.json and report.html into `directory`, which is made if needed."""
-    directory.mkdir(parents=True, exist_ok=True)
-    (directory / "results.json").write_text(result.to_json(), encoding="utf-8")
-    (directory / "report.html").write_text(render(result), encoding="utf-8")
+    """Writes results.json and report.html into `directory`, which is made if needed.
+
+    Raises:
+        ReportError: it cannot be written; what was there is left whole.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        _replace(directory / "results.json", result.to_json())
+        _replace(directory / "report.html", render(result))
+    except OSError as error:
+        raise ReportError(
+            f"the report cannot be written into {directory}: {error.strerror}", result
+        ) from error
+
+
+def _replace(path: Path, text: str) -> None:
+    """Writes `path` whole or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def render(result: EvaluationResult) -> str:

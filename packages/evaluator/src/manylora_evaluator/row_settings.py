@@ -65,7 +65,7 @@ RowSource: TypeAlias = Annotated[
 class Prompt(ConfigModel):
     """What is asked and expected, written from a row's columns: `{column}` is replaced.
 
-    Text stands as it is; any other value as JSON.
+    Text, dates and decimals stand as they are, other values as JSON; a null is refused.
     """
 
     system: str | None = None

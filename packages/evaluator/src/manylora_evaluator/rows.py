@@ -6,9 +6,12 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from datetime import date
+from decimal import Decimal
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, cast
+from uuid import UUID
 
 from pydantic import BaseModel, Field, ValidationError
 
@@ -93,12 +96,24 @@ def _json_lines(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
 
 def _columns(path: Path, number: int, line: bytes) -> Mapping[str, Any]:
     try:
-        value: Any = json.loads(line.decode("utf-8"))
+        # Editors on Windows write a byte order mark.
+        value: Any = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
     except (ValueError, RecursionError) as error:
         raise RowsError(path, f"is not JSON: {error}", number) from error
     if not isinstance(value, dict):
         raise RowsError(path, "must be a JSON object", number)
+    # JSON can escape what no text may hold, and nothing of such a row could be sent or written.
+    if b"\\u" in line and not _is_text(json.dumps(value, ensure_ascii=False)):
+        raise RowsError(path, "holds half a surrogate pair, which is not text", number)
     return cast("Mapping[str, Any]", value)
+
+
+def _is_text(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _parquet(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
@@ -139,11 +154,18 @@ def _written(path: Path, number: int, columns: Mapping[str, Any], prompt: Prompt
         columns = cast("Mapping[str, Any]", inner)
 
     def fill(template: str) -> str:
-        return template.format_map({name: _text(value(name)) for name in placeholders(template)})
+        return template.format_map({name: written(name) for name in placeholders(template)})
+
+    def written(name: str) -> str:
+        if value(name) is None:
+            raise RowsError(path, f"column {name!r} is null, which no text can stand for", number)
+        return text_of(value(name))
 
     def value(name: str) -> Any:
         if name not in columns:
             raise RowsError(path, f"has no column {name!r}", number)
+        if isinstance(columns[name], bytes):
+            raise RowsError(path, f"column {name!r} holds bytes, not text", number)
         return columns[name]
 
     messages = (
@@ -157,8 +179,9 @@ def _written(path: Path, number: int, columns: Mapping[str, Any], prompt: Prompt
     return _Line(messages=messages, expected=expected, row=dict(columns))
 
 
-def _text(value: Any) -> str:
-    return value if isinstance(value, str) else _json(value)
+def text_of(value: Any) -> str:
+    """A column's value as text: text, dates and decimals as they stand, all else as JSON."""
+    return str(value) if isinstance(value, str | date | Decimal | UUID) else _json(value)
 
 
 def _json(value: Any) -> str:

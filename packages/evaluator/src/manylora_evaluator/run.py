@@ -19,6 +19,7 @@ from manylora_evaluator.gates import gate
 from manylora_evaluator.judge.caller import Caller
 from manylora_evaluator.judge.judging import EXPECTED, Judge
 from manylora_evaluator.judge.model import open_model
+from manylora_evaluator.kept import KeptAnswers
 from manylora_evaluator.report import write_report
 from manylora_evaluator.results import EvaluationResult, TaskResult
 from manylora_evaluator.scorer_settings import JudgeSettings, PairwiseSettings
@@ -28,7 +29,7 @@ from manylora_evaluator.verdicts import Gate
 
 BARE_BASE = ""
 RETRIES = 3
-"""Times a row is asked again where the server is draining and says when to come back."""
+"""Times a row is asked again where the server is full or draining and says when to come back."""
 
 
 def evaluate(
@@ -40,6 +41,7 @@ def evaluate(
     tasks: Sequence[str] = (),
     limit: int | None = None,
     baseline: str | None = None,
+    resume: bool = False,
     console: Console | None = None,
 ) -> EvaluationResult:
     """Evaluates the suite at `suite_path` with the gateway at `server`.
@@ -48,11 +50,15 @@ def evaluate(
         suite_path: YAML, see suite.py.
         server: HOST:PORT; None: MANYLORA_SERVER, or 127.0.0.1:50051.
         adapters: references scored in each task beside the bare base and the task's own.
-        out: directory for results.json and report.html; None: nothing is written.
+        out: directory for results.json and report.html, and for answers.jsonl as long as some
+            answer is missing; None: nothing is written.
         tasks: names of the tasks to run; empty: all.
         limit: most rows of a task; None: as the suite says.
         baseline: reference that is scored too and that no other adapter may be worse than; the
             result's gates tell.
+        resume: whether answers that an earlier evaluation left in `out` are used again, so that
+            only what it did not get is asked. An adapter is known by its digest, the bare base by
+            the server's address.
         console: where progress bars go; None: nowhere.
 
     Raises:
@@ -60,20 +66,25 @@ def evaluate(
         RowsError, FixtureError, SuiteError: so are its rows, or they do not fit its scorers;
             nothing was asked.
         UnknownTaskError: the suite has no task of a name in `tasks`.
-        JudgeError: a judge lacks its key.
+        ResultsError: `out` cannot be written; seen before anything is asked.
+        JudgeError: a judge lacks its key, or cannot write its cache.
         StatusError: the server is away or cannot serve an adapter; seen before its first row.
         EvaluationFailedError: requests failed. The result, which it carries, is written.
+        ReportError: the result, which it carries, could not be written.
     """
     suite = load_suite(suite_path)
     prepared = [prepare(task, limit) for task in _chosen(suite, tasks)]
     _check_opponents(prepared, adapters, baseline)
     asked = [*([] if baseline is None else [baseline]), *adapters]
-    result = asyncio.run(_evaluate(suite, prepared, server, asked, console))
+    kept = None if out is None else KeptAnswers(out, resume=resume)
+    result = asyncio.run(_evaluate(suite, prepared, server, asked, kept, console))
     result = replace(result, gates=_gates(result, adapters, baseline))
     if out is not None:
         write_report(result, out)
     if result.failures or result.judge_failures:
         raise EvaluationFailedError(_failure(result), result)
+    if kept is not None:
+        kept.discard()
     return result
 
 
@@ -135,6 +146,7 @@ async def _evaluate(
     tasks: Sequence[PreparedTask],
     server: str | None,
     adapters: Sequence[str],
+    kept: KeptAnswers | None,
     console: Console | None,
 ) -> EvaluationResult:
     started_at, begun = datetime.now(UTC), time.monotonic()
@@ -151,7 +163,13 @@ async def _evaluate(
                 # One after the other, so that each column's seconds are its own.
                 columns = [
                     await ask_rows(
-                        client, task.settings, reference, task.rows, suite.concurrency, progress
+                        client,
+                        task.settings,
+                        reference,
+                        task.rows,
+                        suite.concurrency,
+                        progress,
+                        kept,
                     )
                     for reference in references
                 ]

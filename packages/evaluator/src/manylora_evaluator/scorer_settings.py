@@ -4,12 +4,16 @@ A scorer is written as its kind alone, `exact_match`, or as a mapping: `{kind: r
 Its `name` is that of its chief score, and the first part of the names of further ones.
 """
 
-from typing import Annotated, Any, Literal, Self, TypeAlias
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Literal, Self, TypeAlias, cast
 
 import regex
 from jsonschema.exceptions import SchemaError
 from jsonschema.validators import Draft202012Validator
 from pydantic import BeforeValidator, Field, field_validator, model_validator
+from referencing import Registry
+from referencing.exceptions import Unresolvable
+from referencing.jsonschema import DRAFT202012
 
 from manylora_evaluator.suite_path import SuitePath
 from manylora_registry.config import ConfigModel
@@ -66,6 +70,7 @@ class JsonSchemaSettings(ConfigModel):
             Draft202012Validator.check_schema(value)
         except SchemaError as error:
             raise ValueError(f"is not a JSON Schema: {error.message}") from error
+        _check_references(value)
         return value
 
 
@@ -184,6 +189,39 @@ class PairwiseSettings(ConfigModel):
     """Whether the judge is shown the expected answer beside the two."""
     samples: int = Field(default=1, ge=1, le=15)
     """Times each pair is judged in each order."""
+
+
+def _check_references(schema: Mapping[str, Any]) -> None:
+    """Looks up every reference of `schema`.
+
+    Raises:
+        ValueError: one leads nowhere, so that every answer would be wrong.
+    """
+    resource = DRAFT202012.create_resource(schema)
+    base = resource.id() or ""
+    resolver = Registry[Any]().with_resource(base, resource).resolver(base)
+    for reference in _references(schema):
+        try:
+            resolver.lookup(reference)
+        except Unresolvable as error:
+            raise ValueError(
+                f"$ref {reference!r} leads nowhere: only the schema itself is looked into"
+            ) from error
+
+
+def _references(schema: Mapping[str, Any]) -> Iterator[str]:
+    if isinstance(schema.get("$ref"), str):
+        yield schema["$ref"]
+    parts = [value for name, value in schema.items() if name not in _VALUES]
+    for part in parts:
+        inner = cast("list[object]", part) if isinstance(part, list) else [part]
+        for entry in inner:
+            # Below an $id of their own references start elsewhere.
+            if isinstance(entry, dict) and "$id" not in entry:
+                yield from _references(cast("dict[str, Any]", entry))
+
+
+_VALUES = {"enum", "const", "default", "examples"}
 
 
 def _kind_alone(value: object) -> object:

@@ -21,7 +21,7 @@ from manylora_evaluator.results import (
     TaskResult,
     Version,
 )
-from manylora_evaluator.rows import Row, load_rows
+from manylora_evaluator.rows import Row, load_rows, text_of
 from manylora_evaluator.scorer_settings import (
     AnyScorer,
     ClassificationSettings,
@@ -268,7 +268,9 @@ def check(threshold: Threshold, score: Score) -> ThresholdCheck:
 
 
 def _slices_of(task: Task, row: Row) -> Mapping[str, str]:
-    return {name: str(row.columns.get(name, MISSING)) for name in task.slices}
+    return {
+        name: text_of(row.columns[name]) if name in row.columns else MISSING for name in task.slices
+    }
 
 
 def _slices(

@@ -81,7 +81,7 @@ def _caption(result: EvaluationResult) -> str:
     tokens = sum(column.completion_tokens for column in columns)
     failed = f", [bold red]{result.failures} failed[/]" if result.failures else ""
     return (
-        f"held-out rows; percent, with 95 % bootstrap intervals\n"
+        f"held-out rows; percent, with 95 % confidence intervals\n"
         f"{result.requests} requests{failed}, {tokens} tokens in {result.seconds:.0f} s"
     )
 

@@ -1,4 +1,4 @@
-"""The servers: inference and administration over gRPC and OpenAI's API over HTTP, a port each."""
+"""The servers: inference and administration over gRPC, OpenAI's API and probes over HTTP."""
 
 # Generated modules of gRPC and protobuf; the health package has no types at all.
 # pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false
@@ -17,6 +17,7 @@ from manylora_gateway.calls import CallInterceptor
 from manylora_gateway.config import GatewayConfig, LimitsConfig, ListenConfig
 from manylora_gateway.errors import StartError
 from manylora_gateway.guard import Guard, HttpAuthentication
+from manylora_gateway.health import probes
 from manylora_gateway.inference import Inference
 from manylora_gateway.limits import Limits
 from manylora_gateway.openai_http.app import application
@@ -30,6 +31,8 @@ from manylora_gateway.tls import ServerTls
 INFERENCE_SERVICE: str = inference_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name
 ADMIN_SERVICE: str = admin_pb2.DESCRIPTOR.services_by_name["AdminService"].full_name
 
+KEEPALIVE_MS = 30_000
+MIN_PING_MS = 5_000
 FLUSH_S = 1.0
 """An answer that is whole may still be on its way to the wire."""
 DEFAULT_MESSAGE_BYTES = LimitsConfig().max_message_bytes
@@ -58,6 +61,9 @@ class Front:
         if listen.http is not None:
             context = None if tls is None else tls.context
             self._http = HttpServer(listen.http, "listen.http", context)
+        self._probes = None
+        if listen.health is not None:
+            self._probes = HttpServer(listen.health, "listen.health")
 
     @classmethod
     def configured(cls, config: GatewayConfig) -> "Front":
@@ -78,7 +84,16 @@ class Front:
     def addresses(self) -> dict[str, str]:
         """Where each server listens, as the ready line tells it."""
         addresses = {"grpc": self.inference_address, "admin": self.admin_address}
-        return addresses if self._http is None else addresses | {"http": self._http.address}
+        if self._http is not None:
+            addresses["http"] = self._http.address
+        if self._probes is not None:
+            addresses["health"] = self._probes.address
+        return addresses
+
+    async def answer_probes(self) -> None:
+        """Says on the port for probes how it goes, before anything else is served."""
+        if self._probes is not None:
+            await self._probes.start(probes(lambda: self._serving))
 
     async def start(
         self, inference: Inference, operations: Operations, limits: Limits, base: str
@@ -120,6 +135,8 @@ class Front:
         stops = [self._inference.stop(FLUSH_S), self._admin.stop(FLUSH_S)]
         if self._http is not None:
             stops.append(self._http.stop())
+        if self._probes is not None:
+            stops.append(self._probes.stop())
         await asyncio.gather(*stops)
 
     async def _set_health(self, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
@@ -139,6 +156,12 @@ def _bound(
         options=[
             # Without this two gateways would share a port and each get half of the requests.
             ("grpc.so_reuseport", 0),
+            # A client whose machine is gone says nothing; it would hold its places for hours.
+            ("grpc.keepalive_time_ms", KEEPALIVE_MS),
+            ("grpc.keepalive_timeout_ms", KEEPALIVE_MS),
+            # Clients behind load balancers ask often; gRPC would hang up on them.
+            ("grpc.http2.min_ping_interval_without_data_ms", MIN_PING_MS),
+            ("grpc.keepalive_permit_without_calls", 1),
             ("grpc.max_receive_message_length", max_message_bytes),
             ("grpc.max_send_message_length", -1),
         ],
@@ -147,7 +170,7 @@ def _bound(
         if tls is None:
             port = server.add_insecure_port(address)
         else:
-            port = server.add_secure_port(address, tls.credentials)
+            port = server.add_secure_port(address, tls.credentials())
     except RuntimeError as error:
         raise StartError(
             f"{field}: {address} cannot be listened on; is another server there?"

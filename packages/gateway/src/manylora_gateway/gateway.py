@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from manylora_gateway import cluster, tracing
 from manylora_gateway.admission import Admission
+from manylora_gateway.application import adapter_cache
 from manylora_gateway.config import GatewayConfig
 from manylora_gateway.deltas import DeltaReceiver
 from manylora_gateway.fleet import Fleet
@@ -56,11 +57,16 @@ async def run(
     stop = asyncio.Event()
     _listen_for_signals(stop)
     front = Front.configured(config)
+    await front.answer_probes()
+    addresses = dict(front.addresses)
+    metrics = Metrics(config.metrics.max_versions)
+    if config.listen.metrics is not None:
+        host, port = metrics.serve(config.listen.metrics)
+        addresses["metrics"] = f"{host}:{port}"
     async with _cluster(config, servable, scratch, stop, make_engine) as replicas:
         if replicas is None:
             return False
         tracing.configure(config.tracing, "manylora-gateway")
-        metrics = Metrics(config.metrics.max_versions)
         rollouts = Rollouts(config.state)
         routes = Routes(registry, servable, rollouts, config.follow.max_stale_s)
         swaps = Swaps(registry, routes, replicas, config.follow, metrics)
@@ -77,10 +83,6 @@ async def run(
         await fleet.begin()
         limits = Limits(config.limits, config.engine.max_context)
         await front.start(inference, operations, limits, config.base.resolve().name)
-        addresses = dict(front.addresses)
-        if config.listen.metrics is not None:
-            host, port = metrics.serve(config.listen.metrics)
-            addresses["metrics"] = f"{host}:{port}"
         print("ready", *(f"{name}={at}" for name, at in addresses.items()), flush=True)
         await stop.wait()
         logger.info("draining; running requests have %g s", config.drain_s)
@@ -107,14 +109,21 @@ async def _cluster(
     Raises:
         StartError: they did not start.
     """
-    logger.info("starting %d engine replica(s) of %s", config.engine.replicas, config.base.name)
-
-    cache, ray_files = config.cache or scratch / "adapters", scratch / "ray"
+    cache = adapter_cache(config, config.cache or scratch / "adapters")
+    ray_files = scratch / "ray"
+    if (application := config.ray_application) is None:
+        replicas = config.engine.replicas
+        logger.info("starting %d engine replica(s) of %s", replicas, config.base.name)
+    else:
+        logger.info("waiting for the engine replicas of %s", application)
 
     def start() -> tuple[Any, str]:
         cluster.start_ray(config, ray_files)
         loop.call_soon_threadsafe(_listen_for_signals, stop)
-        handle = cluster.deploy(config, servable, cache, ray_files, make_engine)
+        if application is None:
+            handle = cluster.deploy(config, servable, cache, ray_files, make_engine)
+        else:
+            handle = cluster.attach(application)
         return handle, cluster.reachable_host(config)
 
     loop = asyncio.get_running_loop()
@@ -142,7 +151,7 @@ async def _cluster(
         await receiver.close()
         try:
             async with asyncio.timeout(SHUTDOWN_S):
-                await _in_thread(cluster.stop)
+                await _in_thread(lambda: cluster.stop(config))
         except Exception as error:
             logger.debug("Ray did not shut down by itself: %s", error)
 

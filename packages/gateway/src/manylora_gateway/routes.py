@@ -69,11 +69,13 @@ class Routes:
         self._read_at = self._clock()
 
     @asynccontextmanager
-    async def use(self, reference: str, sticky: str = "") -> AsyncGenerator[Version | None, None]:
+    async def use(
+        self, reference: str, sticky: Callable[[], str] = str
+    ) -> AsyncGenerator[Version | None, None]:
         """The version `reference` means, counted as used while the context lasts.
 
-        None for the empty reference, the bare base. In a rollout, requests with equal `sticky`
-        get the same version.
+        None for the empty reference, the bare base. In a rollout, which alone asks for it,
+        requests with equal `sticky` get the same version.
 
         Raises:
             GatewayError: it names nothing, or a version that cannot be served.
@@ -93,7 +95,7 @@ class Routes:
                 if self._displaced.pop(version.digest, None) is not None:
                     self.drained.put_nowait(version)
 
-    async def resolve(self, reference: str, sticky: str = "") -> Version:
+    async def resolve(self, reference: str, sticky: Callable[[], str] = str) -> Version:
         """The servable version `reference` means now; its alias, if any, is followed from here on.
 
         Raises:
@@ -113,7 +115,7 @@ class Routes:
         key = (parsed.name, parsed.alias)
         serving = await self.serving(key)
         rollout = self.rollouts.get(key, serving)
-        return serving if rollout is None else rollout.choose(serving, key, sticky)
+        return serving if rollout is None else rollout.choose(serving, key, sticky())
 
     async def serving(self, key: AliasKey) -> Version:
         """What an alias means here by itself; it is followed from here on.

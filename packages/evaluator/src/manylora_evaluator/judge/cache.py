@@ -11,6 +11,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from manylora_evaluator.errors import JudgeError
 from manylora_evaluator.judge.model import Completion
 
 _COMPLETION = TypeAdapter(Completion)
@@ -26,7 +27,20 @@ class Cache:
     """Completions in `directory/ab/<key>.json`, each written whole or not at all."""
 
     def __init__(self, directory: Path) -> None:
+        """Makes the directory.
+
+        Raises:
+            JudgeError: it cannot be written.
+        """
         self._directory = directory
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=directory):
+                pass
+        except OSError as error:
+            raise JudgeError(
+                f"the judge's cache {directory} cannot be written: {error.strerror}"
+            ) from error
 
     def get(self, key: str) -> Completion | None:
         """What is kept under `key`; a file that is damaged counts as none."""

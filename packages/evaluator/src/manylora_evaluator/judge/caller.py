@@ -1,6 +1,7 @@
 """Asks a judge: cached, bounded, retried, and counted."""
 
 import asyncio
+import logging
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from manylora_evaluator.judge.settings import JudgeModel
 from manylora_evaluator.judgements import JudgeUsage
 
 LONGEST_WAIT_S = 60.0
+LOG = logging.getLogger(__name__)
 
 
 @dataclass
@@ -35,6 +37,11 @@ class Caller:
     """One judge for one evaluation. The same question is asked once, even while under way."""
 
     def __init__(self, settings: JudgeModel, model: Model) -> None:
+        """Prepares to ask `model`.
+
+        Raises:
+            JudgeError: the directory of its cache cannot be written.
+        """
         self._settings = settings
         self._model = model
         self._cache = None if settings.cache is None else Cache(settings.cache)
@@ -56,6 +63,7 @@ class Caller:
                 "schema": schema,
                 "max_tokens": self._settings.max_tokens,
                 "temperature": self._settings.temperature,
+                "response_format": self._settings.response_format,
                 "sample": sample,
             }
         )
@@ -75,7 +83,12 @@ class Caller:
         async with self._free:
             completion = await self._attempts(chat, schema, sample)
         if self._cache is not None:
-            self._cache.put(key, completion)
+            try:
+                self._cache.put(key, completion)
+            except OSError as error:
+                # The verdict is there and paid for; only the next evaluation will ask again.
+                LOG.warning("the judge's verdicts are no longer kept: %s", error)
+                self._cache = None
         return completion
 
     async def _attempts(self, chat: Chat, schema: Mapping[str, Any], sample: int) -> Completion:

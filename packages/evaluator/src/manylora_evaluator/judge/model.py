@@ -15,6 +15,7 @@ from manylora_client import (
     ClientError,
     DeadlineExceededError,
     ResourceExhaustedError,
+    SamplingOptions,
     UnavailableError,
 )
 from manylora_evaluator.errors import AttemptError
@@ -88,15 +89,16 @@ class _Gateway:
         # A digest is the same adapter wherever it is served; a base is known by its gateway.
         self.identity = pinned or f"{client.target} bare base"
 
-    async def complete(self, chat: Chat, schema: Mapping[str, Any], sample: int) -> Completion:  # noqa: ARG002 - the prompt states the form
+    async def complete(self, chat: Chat, schema: Mapping[str, Any], sample: int) -> Completion:
+        options: SamplingOptions = {
+            "max_tokens": self._settings.max_tokens,
+            "temperature": self._settings.temperature,
+            "seed": sample if self._settings.temperature else None,
+            "json_schema": schema if self._settings.response_format == "json_schema" else None,
+            "json_object": self._settings.response_format == "json_object",
+        }
         try:
-            answer = await self._client.generate(
-                chat,
-                self._pinned,
-                max_tokens=self._settings.max_tokens,
-                temperature=self._settings.temperature,
-                seed=sample if self._settings.temperature else None,
-            )
+            answer = await self._client.generate(chat, self._pinned, **options)
         except (ResourceExhaustedError, UnavailableError) as error:
             raise AttemptError(str(error), again=True, after=error.retry_after) from error
         except DeadlineExceededError as error:
@@ -111,7 +113,8 @@ class _OpenAI:
         self._settings = settings
         self._http = http
         self._url = f"{settings.url.rstrip('/')}/chat/completions"
-        self.identity = f"{self._url} {settings.model} {settings.response_format}"
+        more = json.dumps(settings.body, sort_keys=True) if settings.body else ""
+        self.identity = f"{self._url} {settings.model} {more}".rstrip()
 
     async def complete(self, chat: Chat, schema: Mapping[str, Any], sample: int) -> Completion:
         body: dict[str, Any] = {
@@ -127,6 +130,8 @@ class _OpenAI:
             body["response_format"] = {"type": "json_schema", "json_schema": form}
         elif self._settings.response_format == "json_object":
             body["response_format"] = {"type": "json_object"}
+        asked = body | self._settings.body
+        body = {name: value for name, value in asked.items() if value is not None}
         try:
             # httpx bounds the wait for each piece; a server that drips is bounded here.
             async with asyncio.timeout(self._settings.timeout_s):

@@ -1,9 +1,10 @@
 """Settings of the models that judge."""
 
 import os
-from typing import Annotated, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import Field
+import httpx
+from pydantic import Field, field_validator
 
 from manylora_evaluator.errors import JudgeError
 from manylora_evaluator.suite_path import SuitePath
@@ -24,6 +25,8 @@ class _Model(ConfigModel):
     backoff_s: float = Field(default=0.5, gt=0)
     """Seconds before the second attempt, doubled for each further one; a longer wait the server
     asks for is kept, up to a minute."""
+    response_format: Literal["json_schema", "json_object", "text"] = "json_schema"
+    """How the verdict's form is asked for: by its schema, as JSON, or in the prompt alone."""
     prompt_price: float = Field(default=0, ge=0)
     """Of a million prompt tokens, in any currency."""
     completion_price: float = Field(default=0, ge=0)
@@ -53,20 +56,33 @@ class OpenAIModel(_Model):
     """As the endpoint calls it."""
     api_key_env: str | None = None
     """Environment variable that holds the key; unset: none is sent."""
-    response_format: Literal["json_schema", "json_object", "text"] = "json_schema"
-    """How the verdict's form is asked for: by its schema, as JSON, or in the prompt alone."""
+
+    body: dict[str, Any] = Field(default_factory=dict[str, Any])
+    """Fields that are added to each request, or replace one of ours; null leaves one out, e.g.
+    `{max_tokens: null, max_completion_tokens: 512}` where an endpoint wants the other name."""
+
+    @field_validator("url")
+    @classmethod
+    def _is_an_address(cls, value: str) -> str:
+        try:
+            httpx.URL(value)
+        except httpx.InvalidURL as error:
+            raise ValueError(f"is no URL: {error}") from error
+        return value
 
     def api_key(self) -> str | None:
         """The key.
 
         Raises:
-            JudgeError: the environment does not hold it.
+            JudgeError: the environment does not hold it, or one that cannot be sent.
         """
         if self.api_key_env is None:
             return None
         key = os.environ.get(self.api_key_env)
         if not key:
             raise JudgeError(f"the judge {self.model} needs a key: set {self.api_key_env}")
+        if not (key.isascii() and key.isprintable()):
+            raise JudgeError(f"the key in {self.api_key_env} has characters that cannot be sent")
         return key
 
 

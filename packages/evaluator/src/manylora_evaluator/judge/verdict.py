@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeAlias, cast
 
 from manylora_evaluator.judge.model import Chat
 from manylora_evaluator.rows import Row
+from manylora_evaluator.scorers.json_answers import parse
 
 LONGEST_ANSWER = 20_000
 """Characters of an answer the judge is shown."""
@@ -104,10 +105,7 @@ def object_in(text: str) -> Mapping[str, Any]:
     What a model thinks aloud before the answer is passed over.
     """
     braces = re.search(r"\{.*\}", text.rpartition("</think>")[2], re.DOTALL)
-    try:
-        value: Any = json.loads(braces.group()) if braces else None
-    except (ValueError, RecursionError):
-        value = None
+    value = parse(braces.group()) if braces else None
     return cast("Mapping[str, Any]", value) if isinstance(value, dict) else {}
 
 
@@ -121,7 +119,7 @@ def _opinion(value: Any) -> Opinion:
 
 def _reason(fields: Mapping[str, Any]) -> str:
     reason = fields.get("reason")
-    return reason if isinstance(reason, str) else ""
+    return _sent(reason) if isinstance(reason, str) else ""
 
 
 def _conversation(row: Row) -> str:
@@ -141,9 +139,13 @@ def _chat(rules: str, shown: Mapping[str, str], question: str) -> Chat:
 
 
 def _cut(text: str) -> str:
-    # A lone surrogate cannot be sent.
-    text = text.encode("utf-8", "replace").decode()
+    text = _sent(text)
     return text if len(text) <= LONGEST_ANSWER else f"{text[:LONGEST_ANSWER]} [cut]"
+
+
+def _sent(text: str) -> str:
+    """`text` as it can be sent and written: JSON can escape half a surrogate pair."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def _object(properties: Mapping[str, Any]) -> Mapping[str, Any]:

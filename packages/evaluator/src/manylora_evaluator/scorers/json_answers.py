@@ -4,7 +4,9 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeAlias, cast
 
-from jsonschema.validators import Draft202012Validator
+import jsonschema.validators
+import regex
+from jsonschema.exceptions import ValidationError as SchemaFailure
 from referencing import Registry
 from referencing.exceptions import Unresolvable
 
@@ -17,6 +19,8 @@ Field: TypeAlias = tuple[tuple[str, ...], object]
 """A leaf of a JSON object: the path to it through nested objects, and its value."""
 
 VALID = "json_valid"
+PATTERN_S = 1.0
+"""Seconds for one pattern of a schema on one text."""
 
 
 class JsonValid:
@@ -108,12 +112,16 @@ class JsonFieldF1:
 
 
 class JsonSchema:
-    """The answer is JSON that a JSON Schema (draft 2020-12) accepts."""
+    """The answer is JSON that a JSON Schema (draft 2020-12) accepts.
+
+    Patterns of the schema are searched as the scorer `regex` does: one that backtracks for ever
+    on some answer is stopped after a second and does not match.
+    """
 
     def __init__(self, settings: JsonSchemaSettings) -> None:
         self.names = (settings.name,)
         # An empty registry: a reference to another document is an error and not a download.
-        validator: Any = Draft202012Validator(settings.schema_, registry=Registry())
+        validator: Any = _VALIDATOR(settings.schema_, registry=Registry[Any]())
         self._is_valid: Callable[[object], bool] = validator.is_valid
 
     def unfit(self, row: Row) -> str | None:  # noqa: ARG002 - any row will do
@@ -128,8 +136,39 @@ class JsonSchema:
     def _accepts(self, value: object) -> bool:
         try:
             return self._is_valid(value)
-        except (RecursionError, Unresolvable):
+        except (RecursionError, ArithmeticError, Unresolvable):
+            # Too deep, or a number of more digits than a float can be divided into.
             return False
+
+
+def _pattern(_: Any, pattern: str, value: object, __: Any) -> Iterator[SchemaFailure]:
+    if isinstance(value, str) and not _found(pattern, value):
+        yield SchemaFailure("does not match")
+
+
+def _pattern_properties(
+    validator: Any, patterns: Mapping[str, Any], value: object, _: Any
+) -> Iterator[SchemaFailure]:
+    if isinstance(value, dict):
+        for pattern, schema in patterns.items():
+            for name, inner in cast("dict[str, Any]", value).items():
+                if _found(pattern, name):
+                    yield from validator.descend(inner, schema)
+
+
+def _found(pattern: str, text: str) -> bool:
+    try:
+        return regex.search(pattern, text, timeout=PATTERN_S) is not None
+    except TimeoutError:
+        return False
+
+
+# The package's own classes of validators are made at run time and have no types.
+_VALIDATORS: Any = jsonschema.validators
+_VALIDATOR: Any = _VALIDATORS.extend(
+    _VALIDATORS.Draft202012Validator,
+    {"pattern": _pattern, "patternProperties": _pattern_properties},
+)
 
 
 class _Invalid:
@@ -140,9 +179,13 @@ INVALID = _Invalid()
 
 
 def parse(text: str) -> object:
-    """The JSON value that is all of `text`, else INVALID."""
+    """The JSON value that is all of `text`, else INVALID.
+
+    An object with the same key twice is invalid: which of the two values counts is anybody's
+    guess (RFC 8259, section 4).
+    """
     try:
-        return json.loads(text, parse_constant=_refuse)
+        return json.loads(text, parse_constant=_refuse, object_pairs_hook=_distinct)
     except (ValueError, RecursionError):
         # A model may well nest brackets until Python gives up.
         return INVALID
@@ -150,6 +193,13 @@ def parse(text: str) -> object:
 
 def _refuse(constant: str) -> None:
     raise ValueError(f"{constant} is not JSON")
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        raise ValueError("the same key twice")
+    return fields
 
 
 def _f1(wanted: set[Field], given: set[Field]) -> Tallies:
