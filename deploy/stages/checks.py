@@ -23,7 +23,7 @@ def servable(registry: Registry, stage: Stage, reference: str) -> Version:
         )
     if stage.gates.signatures:
         try:
-            registry.verify_signature(version, stage.gates.signatures)
+            registry.signatures.verify(version, stage.gates.signatures)
         except UnsignedError as error:
             raise CheckError(f"{stage.name} asks for a signature: {error}") from error
     return version

@@ -201,9 +201,9 @@ async def running_gateway(
     tls: TlsConfig | None = None,
     tenants: Path | None = None,
     max_stale_s: float = math.inf,
-    cache_bytes: int = 1 << 30,
     base: BaseModelIdentity = BASE,
     aliases: tuple[str, ...] = ("production",),
+    cache_bytes: int = 1 << 30,
 ) -> AsyncGenerator[RunningGateway, None]:
     """Serves `registry` on free ports while the context lasts."""
     config = engine or EngineConfig(slots=2, host_adapters=4, max_concurrent=8, turn_s=0)
