@@ -30,10 +30,15 @@ from manylora_trainer.errors import (
 from manylora_trainer.formats import Rendered
 from manylora_trainer.full import BaseWeights
 from manylora_trainer.interruption import Interruption
-from manylora_trainer.memory import ACTIVATION_SHARE, activation_bytes, device_memory
+from manylora_trainer.memory import (
+    activation_bytes,
+    memory_for_activations,
+    stating_memory_faults,
+)
 from manylora_trainer.plots import plot_curves
 from manylora_trainer.progress import Watch
 from manylora_trainer.recipe import Recipe, Task
+from manylora_trainer.repeatable import compute_repeatably
 from manylora_trainer.result import RunResult
 from manylora_trainer.run_directory import (
     MetricsFile,
@@ -98,6 +103,7 @@ def train_run(
 
     torch.set_num_threads(training.threads or max(1, (os.cpu_count() or 1) // workers.size))
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    compute_repeatably(device)
     tokenizer = ChatTokenizer(recipe.base)
     data: dict[str, TaskData[Rendered, Any]] = {}
     for task in recipe.tasks:
@@ -119,12 +125,13 @@ def train_run(
 
     watch.say(f"base {recipe.base.name} on {device}, steps {first + 1} to {last}")
     transformers.utils.logging.disable_progress_bar()
-    base = BaseModel(
-        recipe.base,
-        _dtype(recipe, device),
-        device,
-        four_bit=training.quantization == "nf4",
-    )
+    with stating_memory_faults(training.pack_tokens, how_to_resume):
+        base = BaseModel(
+            recipe.base,
+            _dtype(recipe, device),
+            device,
+            four_bit=training.quantization == "nf4",
+        )
     whole = BaseWeights(base.model) if recipe.kind == "full" else None
     if _recomputes(recipe, base):
         base.recompute_layers()
@@ -194,6 +201,7 @@ def train_run(
     metrics_bytes = 0 if checkpoint is None else checkpoint.metrics_bytes
     with (
         stating_storage_faults(path, how_to_resume),
+        stating_memory_faults(training.pack_tokens, how_to_resume),
         closing(
             MetricsFile(directory.metrics, metrics_bytes) if writes else NoMetrics()
         ) as metrics,
@@ -330,7 +338,7 @@ def _recomputes(recipe: Recipe, base: BaseModel) -> bool:
         return training.gradient_checkpointing == "on"
     tokens = max(training.pack_tokens, *(task.max_length for task in recipe.tasks))
     kept = activation_bytes(base.model.config, tokens, base.dtype)
-    return kept > ACTIVATION_SHARE * device_memory(base.device)
+    return kept > memory_for_activations(base.device)
 
 
 def _describe(task: Task, data: TaskData[Rendered, Any]) -> str:
