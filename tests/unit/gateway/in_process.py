@@ -201,12 +201,14 @@ async def running_gateway(
     tls: TlsConfig | None = None,
     tenants: Path | None = None,
     max_stale_s: float = math.inf,
+    base: BaseModelIdentity = BASE,
+    aliases: tuple[str, ...] = ("production",),
     cache_bytes: int = 1 << 30,
 ) -> AsyncGenerator[RunningGateway, None]:
     """Serves `registry` on free ports while the context lasts."""
     config = engine or EngineConfig(slots=2, host_adapters=4, max_concurrent=8, turn_s=0)
     limits = limits or LimitsConfig(default_max_tokens=4)
-    servable = Servable(BASE.fingerprint, MAX_RANK)
+    servable = Servable(base.fingerprint, MAX_RANK)
     cache = Cache(directory / "cache", cache_bytes)
 
     def make(index: int) -> tuple[FakeEngine, Worker]:
@@ -216,7 +218,7 @@ async def running_gateway(
     local = LocalReplicas(make, replicas)
     metrics, rollouts = Metrics(), Rollouts(directory / "state")
     routes = Routes(registry, servable, rollouts, max_stale_s)
-    swaps = Swaps(registry, routes, local, FollowConfig(poll_s=0.01), metrics)
+    swaps = Swaps(registry, routes, local, FollowConfig(poll_s=0.01, aliases=aliases), metrics)
     admission = Admission(limits)
     front = Front(
         ListenConfig(inference="127.0.0.1:0", admin="127.0.0.1:0", health="127.0.0.1:0"),

@@ -1,5 +1,6 @@
 """The ports are the gateway's own."""
 
+import asyncio
 import socket
 
 import httpx
@@ -8,6 +9,8 @@ import pytest
 from manylora_gateway.config import ListenConfig
 from manylora_gateway.errors import StartError
 from manylora_gateway.front import Front
+from manylora_gateway.health import probes
+from manylora_gateway.openai_http.server import HttpServer
 
 
 @pytest.mark.parametrize("field", ["inference", "admin", "http", "health"])
@@ -35,6 +38,21 @@ async def test_probes_are_answered_while_the_engine_is_still_loading() -> None:
     await front.announce(serving=False)
     assert (await probed(front, "/live"), await probed(front, "/health")) == (200, 503)
     await front.stop()
+
+
+@pytest.mark.parametrize("sent", [b"", b"GET /health HTTP/1.1\r\nhost: x\r\nx-slow: "])
+async def test_a_connection_without_a_whole_request_is_closed(sent: bytes) -> None:
+    server = HttpServer("127.0.0.1:0", "listen.http", idle_s=1)
+    await server.start(probes(lambda: True))
+    host, _, port = server.address.rpartition(":")
+    async with asyncio.timeout(30):
+        reader, writer = await asyncio.open_connection(host, int(port))
+        writer.write(sent)
+        assert await reader.read() == b""
+        writer.close()
+        async with httpx.AsyncClient() as http:
+            assert (await http.get(f"http://{server.address}/health")).status_code == 200
+    await server.stop()
 
 
 async def test_two_gateways_do_not_share_a_port() -> None:

@@ -2,12 +2,12 @@
 
 import asyncio
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import grpc
 from google.rpc import code_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2
 
 from manylora.admin.v1 import admin_pb2
 from manylora.inference.v1 import inference_pb2 as pb
@@ -167,9 +167,14 @@ async def test_both_ports_tell_their_health_and_their_services(gateway: RunningG
             checks: Any = health_pb2_grpc.HealthStub(channel)
             health = await checks.Check(health_pb2.HealthCheckRequest(service=service))
             assert health.status == health_pb2.HealthCheckResponse.SERVING
-            stub: Any = reflection_pb2_grpc.ServerReflectionStub(cast("Any", channel))
             ask = reflection_pb2.ServerReflectionRequest(list_services="")
-            async for reply in stub.ServerReflectionInfo(iter([ask])):
+            for version in ("v1", "v1alpha"):
+                reflect: Any = channel.stream_stream(
+                    f"/grpc.reflection.{version}.ServerReflection/ServerReflectionInfo",
+                    reflection_pb2.ServerReflectionRequest.SerializeToString,
+                    reflection_pb2.ServerReflectionResponse.FromString,
+                )
+                (reply,) = [reply async for reply in reflect(iter([ask]))]
                 names = {entry.name for entry in reply.list_services_response.service}
                 assert {service, "grpc.health.v1.Health"} <= names
 

@@ -46,3 +46,22 @@ def test_secrets_are_named_and_never_told(resources: Resources) -> None:
             assert {"secretRef": {"name": "manylora-registry"}} in container["envFrom"]
             for variable in container.get("env", []):
                 assert not {"TOKEN", "PASSWORD", "SECRET", "KEY"} & set(variable["name"].split("_"))
+
+
+def test_every_config_map_that_is_named_is_there(resources: Resources) -> None:
+    there = {
+        resource["metadata"]["name"] for resource in resources if resource["kind"] == "ConfigMap"
+    }
+    named = {
+        source["configMapRef"]["name"]
+        for pod in pods(resources)
+        for container in pod["containers"]
+        for source in container["envFrom"]
+        if "configMapRef" in source
+    } | {
+        volume["configMap"]["name"]
+        for pod in pods(resources)
+        for volume in pod["volumes"]
+        if "configMap" in volume
+    }
+    assert named == there

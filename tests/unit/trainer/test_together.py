@@ -7,6 +7,7 @@ import pytest
 from safetensors.numpy import load_file
 
 import manylora_trainer
+from manylora_trainer.saved_runs import read_run
 
 DIFFERENT = {
     "all": {"lora": {"rank": 4, "alpha": 8}},
@@ -174,6 +175,10 @@ def test_an_adapter_ends_when_validation_gets_no_better_and_keeps_its_best_weigh
     assert entries(both, "early", "ended")[0][0] == ended
     assert entries(both, "early", "loss")[-1][0] == ended
     assert result.tasks["early"].stopped is None
+    assert f"step {ended}" in (result.tasks["early"].ended_early or "")
+    saved = read_run(both).tasks
+    assert saved["early"].ended_early == result.tasks["early"].ended_early
+    assert saved["steady"].ended_early is None
     assert result.tasks["early"].metrics["validation_loss"] == best
 
     # The saved weights are those of the best step, and the other adapter did not notice.

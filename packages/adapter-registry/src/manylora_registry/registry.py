@@ -14,6 +14,7 @@ from manylora_registry.blobs import BlobStore, open_blob_store
 from manylora_registry.cache import Cache
 from manylora_registry.catalog import Catalog, Description
 from manylora_registry.database import Database
+from manylora_registry.deployments import Deployments
 from manylora_registry.description import check_description, one_line
 from manylora_registry.diff import VersionDiff, diff
 from manylora_registry.evaluations import Evaluations, check_suite_name
@@ -32,6 +33,7 @@ from manylora_registry.version import (
     Adapter,
     Alias,
     AliasMove,
+    Deployment,
     Evaluation,
     Event,
     GarbageReport,
@@ -65,6 +67,7 @@ class Registry:
         self._files = Files(blobs, self._catalog)
         self._aliases = Aliases(database)
         self._evaluations = Evaluations(database)
+        self._deployments = Deployments(database)
 
     @classmethod
     def open(
@@ -383,6 +386,65 @@ class Registry:
             NotFoundError: there is no such version.
         """
         return self._evaluations.of(_reference(version))
+
+    def record_deployment(
+        self,
+        stage: str,
+        action: str,
+        outcome: str,
+        *,
+        step: str = "",
+        version: Version | None = None,
+        actor: str | None = None,
+        why: str = "",
+        detail: Mapping[str, Any] | None = None,
+        key: str | None = None,
+    ) -> Deployment:
+        """Keeps for ever what was done to a stage and what came of it.
+
+        Args:
+            stage: the stage, e.g. `production`.
+            action: what was done, e.g. `promote`.
+            outcome: what came of it, e.g. `done`.
+            step: the part of the action that this is about; empty: the whole.
+            version: the version it was about.
+            actor: who did it; else the user and host of this process.
+            why: the reason; one line.
+            detail: figures and reasons, as JSON.
+            key: a record whose key is there already is returned unchanged, so that whoever was
+                interrupted can repeat himself; None: a key of its own.
+
+        Raises:
+            InvalidNameError: a stage, an action or an outcome cannot be called that.
+            DescriptionError: the detail is not JSON, or too large.
+        """
+        reason = Reason.of(actor, why)
+        return self._deployments.add(
+            stage,
+            action,
+            outcome,
+            step=step,
+            version=version,
+            actor=reason.actor,
+            why=reason.why,
+            detail=detail or {},
+            key=key,
+        )
+
+    def deployments(
+        self, name: str | None = None, *, stage: str | None = None, limit: int | None = None
+    ) -> list[Deployment]:
+        """The newest records of deployments, oldest first.
+
+        Args:
+            name: only those about this adapter.
+            stage: only those of this stage.
+            limit: at most so many; None: all.
+
+        Raises:
+            AdapterNotFoundError: there is no such adapter.
+        """
+        return self._deployments.all(name, stage, limit)
 
     def describe(
         self,

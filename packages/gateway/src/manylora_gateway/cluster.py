@@ -250,6 +250,7 @@ def attach(application: str) -> "DeploymentHandle[EngineReplica]":
     Raises:
         StartError: they failed to start.
     """
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
     while True:
         found = serve.status().applications.get(application)
         if found is not None and found.status == ApplicationStatus.RUNNING:

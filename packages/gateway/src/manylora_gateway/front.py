@@ -8,7 +8,7 @@ import asyncio
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
+from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 from manylora.admin.v1 import admin_pb2, admin_pb2_grpc
 from manylora.inference.v1 import inference_pb2, inference_pb2_grpc
@@ -31,6 +31,7 @@ from manylora_gateway.tls import ServerTls
 INFERENCE_SERVICE: str = inference_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name
 ADMIN_SERVICE: str = admin_pb2.DESCRIPTOR.services_by_name["AdminService"].full_name
 
+REFLECTION_V1 = "grpc.reflection.v1.ServerReflection"
 KEEPALIVE_MS = 30_000
 MIN_PING_MS = 5_000
 FLUSH_S = 1.0
@@ -112,8 +113,7 @@ class Front:
         admin_pb2_grpc.add_AdminServiceServicer_to_server(AdminServicer(operations), self._admin)
         for server, service in ((self._inference, INFERENCE_SERVICE), (self._admin, ADMIN_SERVICE)):
             health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
-            names = (service, health.SERVICE_NAME, reflection.SERVICE_NAME)
-            reflection.enable_server_reflection(names, server)
+            _reflect(server, (service, health.SERVICE_NAME, reflection.SERVICE_NAME))
         await self.announce(serving=True)
         await self._inference.start()
         await self._admin.start()
@@ -142,6 +142,20 @@ class Front:
     async def _set_health(self, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
         for service in ("", INFERENCE_SERVICE, ADMIN_SERVICE):
             await self._health.set(service, status)
+
+
+def _reflect(server: grpc.aio.Server, services: tuple[str, ...]) -> None:
+    """Lets clients without our protos find them, by both names of the reflection service."""
+    reflection.enable_server_reflection(services, server)
+    # The same messages under a name of their own, which is all that some clients ask for.
+    method = grpc.stream_stream_rpc_method_handler(
+        reflection.aio.ReflectionServicer(services).ServerReflectionInfo,
+        reflection_pb2.ServerReflectionRequest.FromString,
+        reflection_pb2.ServerReflectionResponse.SerializeToString,
+    )
+    server.add_generic_rpc_handlers(
+        (grpc.method_handlers_generic_handler(REFLECTION_V1, {"ServerReflectionInfo": method}),)
+    )
 
 
 def _bound(

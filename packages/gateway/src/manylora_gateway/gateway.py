@@ -78,12 +78,23 @@ async def run(
             routes, replicas, rollouts, admission, fleet, metrics, config.drain_s
         )
         logger.info("loading the adapters that are served now")
-        await swaps.begin(warm)
-        await operations.restore_rollouts()
-        await fleet.begin()
+
+        async def load() -> None:
+            await swaps.begin(warm)
+            await operations.restore_rollouts()
+            await fleet.begin()
+
+        loading = asyncio.ensure_future(load())
+        if not await _unless(stop, loading):
+            loading.cancel()
+            await asyncio.gather(loading, return_exceptions=True)
+            await fleet.close()
+            await swaps.close()
+            return False
+        await loading
         limits = Limits(config.limits, config.engine.max_context)
         await front.start(inference, operations, limits, config.base.resolve().name)
-        print("ready", *(f"{name}={at}" for name, at in addresses.items()), flush=True)
+        _tell("ready", *(f"{name}={at}" for name, at in addresses.items()))
         await stop.wait()
         logger.info("draining; running requests have %g s", config.drain_s)
         if left := await operations.drain(config.drain_s):
@@ -128,16 +139,7 @@ async def _cluster(
 
     loop = asyncio.get_running_loop()
     starting = asyncio.ensure_future(_in_thread(start))
-    stopping = asyncio.ensure_future(stop.wait())
-    first: Set[asyncio.Future[Any]] = set()
-    while not first:
-        first, _ = await asyncio.wait(
-            (starting, stopping), timeout=STILL_STARTING_S, return_when=asyncio.FIRST_COMPLETED
-        )
-        if not first:
-            logger.info("still starting the engine")
-    stopping.cancel()
-    if not starting.done():
+    if not await _unless(stop, starting):
         # Whoever shuts Ray down under a start makes Serve begin another Ray; the caller ends
         # the processes instead.
         starting.cancel()
@@ -154,6 +156,20 @@ async def _cluster(
                 await _in_thread(lambda: cluster.stop(config))
         except Exception as error:
             logger.debug("Ray did not shut down by itself: %s", error)
+
+
+async def _unless(stop: asyncio.Event, work: asyncio.Future[Any]) -> bool:
+    """Waits until `work` has ended, however; False where `stop` came first and it goes on."""
+    stopping = asyncio.ensure_future(stop.wait())
+    first: Set[asyncio.Future[Any]] = set()
+    while not first:
+        first, _ = await asyncio.wait(
+            (work, stopping), timeout=STILL_STARTING_S, return_when=asyncio.FIRST_COMPLETED
+        )
+        if not first:
+            logger.info("still starting")
+    stopping.cancel()
+    return work.done()
 
 
 async def _in_thread(work: Callable[[], Result]) -> Result:
@@ -185,6 +201,14 @@ async def _in_thread(work: Callable[[], Result]) -> Result:
 
     threading.Thread(target=run, daemon=True).start()
     return await result
+
+
+def _tell(*words: str) -> None:
+    """Prints a line on stdout, if anybody reads it: a supervisor may have closed it."""
+    try:
+        print(*words, flush=True)
+    except OSError as error:
+        logger.warning("stdout cannot be written: %s", error)
 
 
 def _listen_for_signals(stop: asyncio.Event) -> None:

@@ -13,7 +13,7 @@ from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
-from manylora_gateway.errors import RegistryLostError, from_registry
+from manylora_gateway.errors import RegistryLostError, YankedAdapterError, from_registry
 from manylora_gateway.rollouts import AliasKey, Rollout, Rollouts
 from manylora_gateway.worker import Servable
 from manylora_registry import AdapterReference, Registry, Version
@@ -27,7 +27,7 @@ class Route:
     """One followed alias."""
 
     serving: Version | None = None
-    """What requests get; None until its first version is ready, then never again."""
+    """What requests get; None until its first version is ready, and where that was yanked."""
     pending: Version | None = None
     """What the registry's alias points at, where that is not served yet."""
     pending_error: Exception | None = None
@@ -58,6 +58,7 @@ class Routes:
         self._displaced: dict[str, Version] = {}
         # Numbers and digests never change their meaning; a busy client costs one look-up.
         self._fixed: OrderedDict[str, Version] = OrderedDict()
+        self._withdrawals = 0
 
     @property
     def registry_age_s(self) -> float:
@@ -131,7 +132,8 @@ class Routes:
         if route.serving is not None:
             return route.serving
         if route.pending_error is not None:
-            raise route.pending_error
+            # One error for many requests: each raise would lengthen its traceback for good.
+            raise route.pending_error.with_traceback(None)
         assert route.pending is not None
         return route.pending
 
@@ -161,7 +163,11 @@ class Routes:
         text = str(reference)
         version = self._fixed.get(text)
         if version is None:
-            version = self._fixed[text] = await self._ask_registry(reference)
+            withdrawals = self._withdrawals
+            version = await self._ask_registry(reference)
+            # What was read before a withdrawal and arrives after it must not be kept.
+            if withdrawals == self._withdrawals:
+                self._fixed[text] = version
             if len(self._fixed) > FIXED_REFERENCES_KEPT:
                 self._fixed.popitem(last=False)
         return version
@@ -187,7 +193,8 @@ class Routes:
         self._servable.check(version)
 
     def forget_fixed(self, name: str) -> None:
-        """Drops what numbers and digests of `name` resolved to: one of them was yanked."""
+        """Drops what numbers and digests of `name` resolved to: one of them was withdrawn."""
+        self._withdrawals += 1
         for text in [text for text in self._fixed if text.startswith(f"{name}@")]:
             del self._fixed[text]
 
@@ -203,6 +210,19 @@ class Routes:
         else:
             route.pending = route.pending_error = None
         return route
+
+    def aliases_of(self, name: str) -> list[AliasKey]:
+        """The followed aliases of an adapter."""
+        return [key for key in self._routes if key[0] == name]
+
+    def withdraw(self, key: AliasKey, yanked: Version) -> Version | None:
+        """Has `key` serve nothing, if it serves `yanked`, which it returns then."""
+        route = self._routes.get(key)
+        if route is None or route.serving is None or route.serving.digest != yanked.digest:
+            return None
+        serving, route.serving, route.pending = route.serving, None, None
+        route.pending_error = YankedAdapterError(f"{yanked.name}@{yanked.number} was yanked.")
+        return serving
 
     def flip(self, key: AliasKey, version: Version) -> Version | None:
         """From here on `key` means `version`; returns what it meant before."""

@@ -11,7 +11,7 @@ import uuid
 from collections.abc import AsyncGenerator
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import grpc
 
@@ -62,7 +62,7 @@ async def _answering(
     """
     request_id = uuid.uuid4().hex
     # Typed as if every call had a deadline.
-    remaining_s: float | None = context.time_remaining()
+    remaining_s = cast("float | None", context.time_remaining())
     if remaining_s is not None:
         set_call(replace(current_call(), deadline=time.monotonic() + remaining_s))
     deadline = asyncio.timeout(remaining_s)

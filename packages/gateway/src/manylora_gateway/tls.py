@@ -53,7 +53,8 @@ class ServerTls:
         """For one gRPC server."""
         given = self._now
 
-        def fetch() -> grpc.ServerCertificateConfiguration | None:
+        # None, which the types do not know of, keeps what was given before.
+        def fetch() -> Any:
             nonlocal given
             if (now := self._current()) is given:
                 return None

@@ -56,8 +56,9 @@ class Servable:
                 f"{version.name}@{version.number} has rank {version.rank}; this gateway takes up "
                 f"to {self.max_rank} (engine.max_rank)."
             )
-        if version.yanked:
-            raise YankedAdapterError(f"{version.name}@{version.number} was yanked.")
+        if version.yanked or version.deleted:
+            how = "deleted" if version.deleted else "yanked"
+            raise YankedAdapterError(f"{version.name}@{version.number} was {how}.")
 
 
 class Versions(Protocol):

@@ -95,7 +95,7 @@ class BaseModel:
 
     @property
     def _head_dim(self) -> int:
-        config = self.model.config
+        config = self.model.config.get_text_config()
         own: int | None = getattr(config, "head_dim", None)
         return own or config.hidden_size // config.num_attention_heads
 

@@ -31,8 +31,9 @@ from manylora_trainer.formats import Rendered
 from manylora_trainer.full import BaseWeights
 from manylora_trainer.interruption import Interruption
 from manylora_trainer.memory import (
-    activation_bytes,
-    memory_for_activations,
+    architecture_of,
+    dtype_of,
+    recomputes,
     stating_memory_faults,
 )
 from manylora_trainer.plots import plot_curves
@@ -128,12 +129,12 @@ def train_run(
     with stating_memory_faults(training.pack_tokens, how_to_resume):
         base = BaseModel(
             recipe.base,
-            _dtype(recipe, device),
+            dtype_of(recipe, device),
             device,
             four_bit=training.quantization == "nf4",
         )
     whole = BaseWeights(base.model) if recipe.kind == "full" else None
-    if _recomputes(recipe, base):
+    if recomputes(recipe, architecture_of(base.model.config, identity), device):
         base.recompute_layers()
     trainees = Trainees(
         base,
@@ -318,27 +319,6 @@ def _check_steps(path: Path, trainee: Trainee, done: int) -> None:
         raise RecipeChangedError(
             f"{path}: {trainee.name} has done {done} steps, so it cannot end at {steps}"
         )
-
-
-def _dtype(recipe: Recipe, device: torch.device) -> torch.dtype:
-    if recipe.kind == "full":
-        return torch.float32
-    match recipe.training.dtype:
-        case "float32":
-            return torch.float32
-        case "bfloat16":
-            return torch.bfloat16
-        case "auto":
-            return torch.bfloat16 if device.type == "cuda" else torch.float32
-
-
-def _recomputes(recipe: Recipe, base: BaseModel) -> bool:
-    training = recipe.training
-    if training.gradient_checkpointing != "auto":
-        return training.gradient_checkpointing == "on"
-    tokens = max(training.pack_tokens, *(task.max_length for task in recipe.tasks))
-    kept = activation_bytes(base.model.config, tokens, base.dtype)
-    return kept > memory_for_activations(base.device)
 
 
 def _describe(task: Task, data: TaskData[Rendered, Any]) -> str:
