@@ -94,7 +94,7 @@ async def run(
         await loading
         limits = Limits(config.limits, config.engine.max_context)
         await front.start(inference, operations, limits, config.base.resolve().name)
-        print("ready", *(f"{name}={at}" for name, at in addresses.items()), flush=True)
+        _tell("ready", *(f"{name}={at}" for name, at in addresses.items()))
         await stop.wait()
         logger.info("draining; running requests have %g s", config.drain_s)
         if left := await operations.drain(config.drain_s):
@@ -201,6 +201,14 @@ async def _in_thread(work: Callable[[], Result]) -> Result:
 
     threading.Thread(target=run, daemon=True).start()
     return await result
+
+
+def _tell(*words: str) -> None:
+    """Prints a line on stdout, if anybody reads it: a supervisor may have closed it."""
+    try:
+        print(*words, flush=True)
+    except OSError as error:
+        logger.warning("stdout cannot be written: %s", error)
 
 
 def _listen_for_signals(stop: asyncio.Event) -> None:

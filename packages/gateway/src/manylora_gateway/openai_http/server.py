@@ -5,10 +5,11 @@ import contextlib
 import socket
 import ssl
 from collections.abc import Generator
+from typing import cast
 
 import uvicorn
 from starlette.types import ASGIApp
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
 from manylora_gateway.errors import StartError
 
@@ -105,7 +106,8 @@ class _Connection(H11Protocol):
 
     def _look(self, seen: object) -> None:
         """Hangs up where no request has begun since `seen`, and none is being answered."""
-        newest = self.cycle
+        # Typed as if there were always one.
+        newest = cast("RequestResponseCycle | None", self.cycle)
         if newest is seen and (newest is None or newest.response_complete):
             self.transport.close()
         else:
