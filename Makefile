@@ -53,6 +53,8 @@ check: setup ## Check format, lint, types, import rules, and the protos with the
 	.venv/bin/basedpyright
 	.venv/bin/lint-imports
 	.venv/bin/buf lint protos
+	.venv/bin/hadolint deploy/docker/Dockerfile
+	.venv/bin/python -m deploy.kubernetes.check
 	@stubs=$$(mktemp -d); trap 'rm -rf "$$stubs"' EXIT; \
 	PATH=$$PWD/.venv/bin:$$PATH .venv/bin/python protos/generate.py "$$stubs"; \
 	for generated in "$$stubs"/manylora/*; do \
@@ -72,6 +74,22 @@ protos: setup ## Generate the stubs from the protos
 .PHONY: bench
 bench: setup $(BASE)/manylora-base.json ## Run one benchmark, e.g. make bench NAME=lora_cpu
 	PYTHONPATH=. $(RUN)/python benchmarks/$(NAME).py
+
+.PHONY: requirements
+requirements: setup ## Write what the images install, with hashes, from the workspace
+	for extra in cpu gpu; do \
+	    $(UV) export --quiet --no-dev --extra $$extra --no-emit-workspace --no-annotate --no-header \
+	        --output-file deploy/docker/requirements-$$extra.txt; \
+	done
+	echo uv==$(UV_VERSION) | $(UV) pip compile --quiet --generate-hashes --no-annotate --no-header \
+	    --no-emit-index-url --output-file deploy/docker/requirements-build.txt -
+
+IMAGE ?= manylora
+.PHONY: images
+images: requirements ## Build the images IMAGE:cpu and IMAGE:gpu with docker
+	for extra in cpu gpu; do \
+	    docker build -f deploy/docker/Dockerfile --build-arg EXTRA=$$extra -t $(IMAGE):$$extra .; \
+	done
 
 .PHONY: clean
 clean: ## Remove what the commands made (not .venv)

@@ -2,8 +2,11 @@
 
 Part one, no model: an engine that makes up tokens behind the whole gateway (gRPC, admission, Ray
 Serve, pool), as fast as asked at 64 streams, and the same deltas through a plain Ray Serve
-streaming handle. Part two, with `--real`: the base model in vLLM behind the gateway and the same
-requests to `AsyncLLM` called directly, turn about.
+streaming handle. Part two, with `--real`: the base model in vLLM behind the gateway (gRPC, and HTTP
+with the `openai` client), the same requests to `AsyncLLM` called directly, and to `vllm serve` with
+the `openai` client; one after the other, each alone on the machine.
+
+    PYTHONPATH=. python benchmarks/gateway.py [--real] [--no-synthetic]
 
 Prints a table and, last, one JSON line.
 """
@@ -12,18 +15,22 @@ import argparse
 import asyncio
 import json
 import os
+import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+import httpx
 import numpy as np
 from safetensors.numpy import save_file
 
+from benchmarks import openai_stream
 from manylora_client import AsyncClient
 from manylora_registry import Registry
 
@@ -150,8 +157,51 @@ def synthetic(streams: int, seconds: float, directory: Path) -> dict[str, float]
     return figures
 
 
-def real(base: Path, streams: int, tokens: int, rounds: int, directory: Path) -> dict[str, float]:
-    """The gateway beside the engine it holds, turn about, each alone on the machine."""
+@contextmanager
+def vllm_serve(base: Path, streams: int) -> Generator[str, None, None]:
+    """The URL of vLLM's own OpenAI server, its engine as the gateway's."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    engine = f"--dtype float32 --max-model-len 512 --max-num-seqs {streams} --enforce-eager"
+    lora = "--enable-lora --max-loras 5 --max-lora-rank 16"
+    process = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(base)),
+            *f"--host 127.0.0.1 --port {port} {engine} {lora} --disable-log-stats".split(),
+        ],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env={
+            **os.environ,
+            "HF_HUB_OFFLINE": "1",
+            "OMP_NUM_THREADS": str(len(os.sched_getaffinity(0))),
+            "VLLM_CPU_KVCACHE_SPACE": "1",
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            "VLLM_LOGGING_LEVEL": "WARNING",
+            "VLLM_NO_USAGE_STATS": "1",
+        },
+    )
+    url = f"http://127.0.0.1:{port}"
+    try:
+        while True:
+            if process.poll() is not None:
+                raise SystemExit(f"vllm serve ended with status {process.returncode}")
+            try:
+                if httpx.get(f"{url}/health").is_success:
+                    break
+            except httpx.TransportError:
+                time.sleep(0.5)
+        yield url
+    finally:
+        process.terminate()
+        process.wait(90)
+
+
+def real(
+    base: Path, streams: int, tokens: int, rounds: int, peers: Sequence[str], directory: Path
+) -> dict[str, float]:
+    """The gateway beside the engine it holds and vLLM's own server, each alone on the machine."""
     registry = directory / "real-registry"
     Registry.open(registry).close()
     config = directory / "real.yaml"
@@ -159,23 +209,42 @@ def real(base: Path, streams: int, tokens: int, rounds: int, directory: Path) ->
         CONFIG.format(base=base, registry=registry, context=512, streams=streams, interval_ms=20)
     )
     prompt = list(range(100, 164))
-    through: list[tuple[float, float]] = []
+
+    def over_http(url: str, model: str) -> list[tuple[float, float]]:
+        work = (streams, tokens, prompt)
+        return [asyncio.run(openai_stream.stream_all(url, model, *work)) for _ in range(rounds + 1)]
+
+    measured: dict[str, Sequence[Sequence[float]]] = {}
     with Served(["manylora_cli", "serve"], config) as ready:
-        for _ in range(rounds + 1):
-            speed, first, _ = asyncio.run(stream_all(ready["grpc"], streams, tokens, prompt))
-            through.append((speed, first))
-    alone: list[list[float]] = told(
-        "engine_alone.py", str(config), str(streams), str(tokens), str(rounds + 1)
-    )
-    # The first round of each warms up.
-    ours = [median(column) for column in zip(*through[1:], strict=True)]
-    theirs = [median(column) for column in zip(*alone[1:], strict=True)]
-    print(f"{streams} streams, gateway: {ours[0]:.1f} tokens/s, first after {ours[1]:.3f} s")
-    print(f"{streams} streams, engine:  {theirs[0]:.1f} tokens/s, first after {theirs[1]:.3f} s")
-    return {
-        "tokens_per_s_vs_engine": ours[0] / theirs[0],
-        "ttft_vs_engine": ours[1] / theirs[1],
-    }
+        measured["gateway"] = [
+            asyncio.run(stream_all(ready["grpc"], streams, tokens, prompt))[:2]
+            for _ in range(rounds + 1)
+        ]
+        if "vllm-serve" in peers:
+            measured["gateway, HTTP"] = over_http(f"http://{ready['http']}", base.name)
+    if "engine" in peers:
+        measured["engine"] = told(
+            "engine_alone.py", str(config), str(streams), str(tokens), str(rounds + 1)
+        )
+    if "vllm-serve" in peers:
+        with vllm_serve(base, streams) as url:
+            measured["vllm serve"] = over_http(url, str(base))
+    medians: dict[str, tuple[float, float]] = {}
+    for name, found in measured.items():
+        # The first round of each warms up.
+        speed, first = (median(column) for column in zip(*found[1:], strict=True))
+        medians[name] = (speed, first)
+        print(f"{streams} streams, {name:<13} {speed:7.1f} tokens/s, first after {first:.3f} s")
+    figures: dict[str, float] = {}
+    for label, ours, theirs in (
+        ("vs_engine", "gateway", "engine"),
+        ("vs_vllm_serve", "gateway", "vllm serve"),
+        ("http_vs_vllm_serve", "gateway, HTTP", "vllm serve"),
+    ):
+        if theirs in medians:
+            figures[f"tokens_per_s_{label}"] = medians[ours][0] / medians[theirs][0]
+            figures[f"ttft_{label}"] = medians[ours][1] / medians[theirs][1]
+    return figures
 
 
 def main() -> None:
@@ -184,16 +253,25 @@ def main() -> None:
     parser.add_argument("--streams", type=int, default=64, help="of the synthetic engine")
     parser.add_argument("--seconds", type=float, default=8, help="of each synthetic round")
     parser.add_argument("--real", action="store_true", help="measure the base model too")
+    peers = ["engine", "vllm-serve"]
+    parser.add_argument("--peers", nargs="+", choices=peers, default=peers, help="of --real")
+    parser.add_argument("--synthetic", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--base", type=Path, default=ROOT / "bases/smollm2-135m")
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=48)
     options = parser.parse_args()
     figures: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as scratch:
-        figures |= synthetic(options.streams, options.seconds, Path(scratch))
+        if options.synthetic:
+            figures |= synthetic(options.streams, options.seconds, Path(scratch))
         if options.real:
             figures |= real(
-                options.base.resolve(), 16, options.tokens, options.rounds, Path(scratch)
+                options.base.resolve(),
+                16,
+                options.tokens,
+                options.rounds,
+                options.peers,
+                Path(scratch),
             )
     print(json.dumps({name: round(value, 3) for name, value in figures.items()}))
 

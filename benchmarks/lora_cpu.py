@@ -5,7 +5,7 @@ vLLM with our kernels, with its own, with LoRA off, and transformers + PEFT's mi
 Each runs in a process of its own, all alike in threads and settings; they take turns, one at work
 at a time, so that what else the machine does falls on all of them. Medians of the rounds.
 
-    python benchmarks/lora_cpu.py [--base DIR] [--quick]
+    python benchmarks/lora_cpu.py [--base DIR] [--quick] [--only off grouped]
 """
 
 from __future__ import annotations
@@ -276,6 +276,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="one round of a quarter the tokens")
+    parser.add_argument(
+        "--only", nargs="+", choices=list(PLAN), default=list(PLAN), help="leave out the others"
+    )
     parser.add_argument("--verbose", action="store_true", help="show what the processes log")
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     parser.add_argument("--directory", type=Path, help=argparse.SUPPRESS)
@@ -327,7 +330,7 @@ def main() -> None:
         for path in load.adapters:
             write_adapter(path, tensors, load.rank)
         children: dict[str, Child] = {}
-        for name in PLAN:
+        for name in options.only:
             print(f"starting {TITLES[name]} ...", file=sys.stderr)
             children[name] = start(name, options, directory)
             children[name].answer()
@@ -343,6 +346,11 @@ def main() -> None:
                 for mode in PLAN[name]:
                     child.measure("decode", mode)
                     child.measure("prefill", mode)
+                    last = [child.measured[what, mode][-1] for what in ("decode", "prefill")]
+                    print(
+                        f"  {TITLES[name]}, {mode}: decode {last[0]:.1f}, prefill {last[1]:.1f}",
+                        file=sys.stderr,
+                    )
         for child in children.values():
             child.close()
     report(children, tokens, load, options.threads)
@@ -360,19 +368,19 @@ def report(
     same = {
         name: sum(mine == theirs for mine, theirs in zip(rows, tokens["peft"], strict=True))
         for name, rows in tokens.items()
+        if "peft" in tokens
     }
     result: dict[str, float] = {}
     for name, child in children.items():
         for mode in PLAN[name]:
             decode, prefill = child.rate("decode", mode), child.rate("prefill", mode)
-            shown = f"{same[name]}/{load.requests}" if mode == "mixed" else ""
+            shown = f"{same[name]}/{load.requests}" if mode == "mixed" and same else ""
             print(f"{TITLES[name]:<24}{mode:<10}{decode:>10.1f}{prefill:>10.1f}{shown:>10}")
             result[f"decode_{name}_{mode}"] = round(decode, 1)
             result[f"prefill_{name}_{mode}"] = round(prefill, 1)
-    ours = children["grouped"]
     ratios = {
         f"{what}_mixed_vs_{label}": round(
-            ours.rate(what, "mixed") / children[peer].rate(what, mode), 3
+            children["grouped"].rate(what, "mixed") / children[peer].rate(what, mode), 3
         )
         for label, peer, mode in (
             ("lora_off", "off", "bare"),
@@ -380,6 +388,7 @@ def report(
             ("peft", "peft", "mixed"),
         )
         for what in ("decode", "prefill")
+        if {"grouped", peer} <= set(children)
     }
     agreement = {f"rows_as_peft_{name}": count for name, count in same.items() if name != "peft"}
     print(json.dumps(ratios | result | agreement))

@@ -66,12 +66,7 @@ def main() -> None:
     figures: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch)
-        with Registry.open(root / "registry") as registry:
-            for index in range(max(options.adapters)):
-                # Small, so that 512 are published quickly; their slots are as big as any.
-                directory = root / f"adapter-{index}"
-                source = write_random_adapter(directory, identity, RANK, index, ("q_proj",))
-                registry.publish(f"adapter-{index}", source, base=identity)
+        Registry.open(root / "registry").close()
         config = root / "gateway.yaml"
         config.write_text(
             CONFIG.format(
@@ -82,7 +77,15 @@ def main() -> None:
                 interval_ms=20,
             )
         )
-        with Served(["manylora_cli", "serve"], config) as ready:
+        # Its engine takes a minute to start: time to publish them all.
+        served = Served(["manylora_cli", "serve"], config)
+        with Registry.open(root / "registry") as registry:
+            for index in range(max(options.adapters)):
+                # Small, so that 512 are published quickly; their slots are as big as any.
+                directory = root / f"adapter-{index}"
+                source = write_random_adapter(directory, identity, RANK, index, ("q_proj",))
+                registry.publish(f"adapter-{index}", source, base=identity)
+        with served as ready:
             for count in options.adapters:
                 speed, late = asyncio.run(
                     measure(

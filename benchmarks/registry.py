@@ -1,7 +1,7 @@
 """Publish, materialize, resolve and list, beside plain copies and MLflow's registry.
 
     make bench NAME=registry
-    python benchmarks/registry.py [--rounds 9] [--quick]
+    python benchmarks/registry.py [--rounds 9] [--quick] [--part files]...
 
 Every timing is a median over rounds in which the contenders take turns, all in one run on one
 file system. The copy is what a careful script does: read, sha256, write, fsync file and directory.
@@ -30,7 +30,7 @@ import sqlalchemy as sa
 from safetensors.numpy import save_file
 
 from manylora_registry import BaseModelIdentity, Registry, schema
-from manylora_registry.blobs import sync
+from manylora_registry.syncs import sync
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 WIDTH = 2048
 RANK = 16
 PAIR_BYTES = 2 * RANK * WIDTH * 4
+PARTS = ("files", "resolving", "moving", "listing", "memory")
 PAGE = 100
 """Rows of one page of a list."""
 
@@ -137,22 +138,10 @@ def files(place: Path, rounds: int, megabytes: int) -> dict[str, float]:
 
 def resolving(place: Path, count: int, adapters: int) -> dict[str, float]:
     """Resolving an alias, beside MLflow over SQLite and Postgres with as many models."""
-    base = identity(1, 64)
     names = [f"adapter-{n}" for n in range(adapters)]
-    adapter = place / "small"
-    adapter.mkdir()
-    write_config(adapter, 1)
     taken: dict[str, list[float]] = {}
     with Registry.open(place / "resolve") as registry:
-        for seed, name in enumerate(names):
-            weights = np.full((1, 64), seed + 1, np.float32)
-            prefix = "base_model.model.model.layers.0.q_proj"
-            save_file(
-                {f"{prefix}.lora_A.weight": weights, f"{prefix}.lora_B.weight": weights.T.copy()},
-                adapter / "adapter_model.safetensors",
-            )
-            registry.publish(name, adapter, base=base)
-            registry.set_alias(name, "production", 1)
+        publish_small(registry, place / "small", names)
         peers = {
             "mlflow_sqlite": f"sqlite:///{place / 'mlflow.sqlite'}",
             "mlflow_postgres": start_postgres(place / "postgres"),
@@ -176,6 +165,21 @@ def resolving(place: Path, count: int, adapters: int) -> dict[str, float]:
         result[f"resolve_vs_{peer}"] = round(middle[peer] / middle["resolve"], 1)
     result["resolve_vs_mlflow"] = min(result[f"resolve_vs_{peer}"] for peer in peers)
     return result
+
+
+def publish_small(registry: Registry, adapter: Path, names: list[str]) -> None:
+    """An adapter of each name with an alias; `adapter` is a directory to write them in."""
+    adapter.mkdir()
+    write_config(adapter, 1)
+    prefix = "base_model.model.model.layers.0.q_proj"
+    for seed, name in enumerate(names, 1):
+        weights = np.full((1, 64), seed, np.float32)
+        save_file(
+            {f"{prefix}.lora_A.weight": weights, f"{prefix}.lora_B.weight": weights.T.copy()},
+            adapter / "adapter_model.safetensors",
+        )
+        registry.publish(name, adapter, base=identity(1, 64))
+        registry.set_alias(name, "production", 1)
 
 
 def start_postgres(directory: Path) -> str:
@@ -222,7 +226,7 @@ def fill(registry: Registry, adapters: int, versions: int) -> None:
     now = int(datetime.now(UTC).timestamp() * 1e6)
     rng = np.random.default_rng(0)
     f1 = rng.random(adapters * versions)
-    with registry._database.write() as connection:
+    with registry.database.write() as connection:
         for table, rows in (
             (
                 schema.adapters,
@@ -269,21 +273,27 @@ def fill(registry: Registry, adapters: int, versions: int) -> None:
 
 def moving(place: Path, writers: int, moves: int) -> dict[str, float]:
     """Alias moves a second, each durable, by several processes at once."""
-    command = [sys.executable, __file__, "--move", str(place / "resolve"), str(moves)]
+    with Registry.open(place / "moves") as registry:
+        publish_small(registry, place / "moved", [f"adapter-{n}" for n in range(writers)])
+    command = [sys.executable, __file__, "--move", str(place / "moves"), str(moves)]
     started = [
         subprocess.Popen(
             [*command, f"adapter-{n}"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
         for n in range(writers)
     ]
-    for process in started:
-        assert process.stdout is not None
-        process.stdout.readline()
+    told = [process.stdout.readline() for process in started if process.stdout]
     began = time.perf_counter()
     for process in started:
-        process.communicate("go\n")
+        # Not `communicate`, which would wait for each before the next may begin.
+        assert process.stdin is not None
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    told += [process.stdout.readline() for process in started if process.stdout]
     elapsed = time.perf_counter() - began
-    if any(process.returncode for process in started):
+    for process in started:
+        process.communicate()
+    if told != ["ready\n"] * writers + ["done\n"] * writers:
         raise SystemExit("a writer failed")
     return {"alias_moves_per_s": round(writers * moves / elapsed, 1), "writers": writers}
 
@@ -295,6 +305,7 @@ def move(directory: str, moves: str, name: str) -> None:
         sys.stdin.readline()
         for _ in range(int(moves)):
             registry.set_alias(name, "canary", 1)
+        print("done", flush=True)
 
 
 def publish_large(directory: str, megabytes: str) -> None:
@@ -371,6 +382,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--quick", action="store_true", help="everything smaller, to see it run")
+    parser.add_argument("--part", action="append", choices=PARTS, help="only this; repeatable")
     parser.add_argument("--move", nargs=3, help=argparse.SUPPRESS)
     parser.add_argument("--large", nargs=2, help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -389,20 +401,19 @@ def main() -> None:
     result: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as temporary:
         place = Path(temporary)
-        for what, part in (
-            ("files", lambda: files(place, 2 if quick else options.rounds, 4 if quick else 20)),
-            ("resolving", lambda: resolving(place, 400 if quick else 8000, 8 if quick else 100)),
-            ("alias moves", lambda: moving(place, 8, 5 if quick else 100)),
-            (
-                "listing",
-                lambda: listing(place, 200 if quick else 10_000, 10, 10 if quick else 100),
-            ),
-            ("memory", lambda: memory(place, 128 if quick else 2048)),
-        ):
+        parts: dict[str, Callable[[], dict[str, float]]] = {
+            "files": lambda: files(place, 2 if quick else options.rounds, 4 if quick else 20),
+            "resolving": lambda: resolving(place, 400 if quick else 8000, 8 if quick else 100),
+            "moving": lambda: moving(place, 8, 5 if quick else 100),
+            "listing": lambda: listing(place, 200 if quick else 10_000, 10, 10 if quick else 100),
+            "memory": lambda: memory(place, 128 if quick else 2048),
+        }
+        for what in options.part or PARTS:
             print(f"{what} ...", file=sys.stderr)
-            result |= part()
-    for key, value in result.items():
-        print(f"{key:<28}{value:>14,.3f}".rstrip("0").rstrip("."))
+            found = parts[what]()
+            for key, value in found.items():
+                print(f"{key:<28}{value:>14,.3f}".rstrip("0").rstrip("."), flush=True)
+            result |= found
     print(json.dumps(result))
 
 

@@ -20,6 +20,9 @@ import zlib
 from collections.abc import AsyncGenerator, Sequence
 from pathlib import Path
 
+from ray.serve import Application
+
+from manylora_gateway.application import Arguments, application
 from manylora_gateway.config import EngineConfig
 from manylora_gateway.engine import Delta, Finish, Prompt, Sampling, TextPrompt, TokenPrompt
 from manylora_gateway.errors import AdapterLoadError, InvalidRequestError, Violation
@@ -93,6 +96,13 @@ def make_engine(base: Path, config: EngineConfig, gpus: int) -> SyntheticEngine:
     """For a replica."""
     del base, gpus
     return SyntheticEngine(config)
+
+
+def engines(args: Arguments) -> Application:
+    """For a Serve config, in the place of the gateway's own."""
+    from benchmarks import synthetic
+
+    return application(args, synthetic.make_engine)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import os
 import signal
 from collections import Counter
 
+import psutil
 import pytest
 
 from benchmarks.synthetic import expected_tokens
@@ -45,6 +46,11 @@ async def test_an_adapter_has_a_home_and_a_hot_one_spreads(gateway: Gateway) -> 
             entry.adapter.name for replica in gateway.replicas() for entry in replica.adapters
         )
         assert holders["grey"] == 2
+
+
+def test_replicas_are_not_behind_everything_else_on_the_machine(gateway: Gateway) -> None:
+    front = psutil.Process(gateway.process.pid)
+    assert {one.nice() for one in replica_processes(gateway)} == {front.nice()}
 
 
 async def test_a_swap_loads_everywhere_before_anyone_gets_the_new_version(

@@ -1,5 +1,8 @@
 /* Kills the process at the n-th call that changes a file below a directory.
  *
+ * Threads are counted together and one at a time. Calls they make at the same moment come in any
+ * order, which is what a test wants: no order among them may matter.
+ *
  * Preloaded, so that it sees the calls of the interpreter and of SQLite alike; the code under
  * test knows nothing of it. Calls that only read are left out: being killed before one is the
  * same as being killed before the next one that changes something. Every call is logged before
@@ -10,6 +13,7 @@
 #include <dlfcn.h>
 #include <fcntl.h>
 #include <limits.h>
+#include <pthread.h>
 #include <signal.h>
 #include <stdarg.h>
 #include <stdio.h>
@@ -18,11 +22,13 @@
 #include <unistd.h>
 
 static char root[PATH_MAX];
-static long left = -1; /* calls still to be made; -1: not armed */
+static int armed;
+static long left;      /* calls still to be made */
 static int tear;       /* half of a write is done before the process dies */
 static int logged = -1;
 static int traced = -1;
 static ssize_t (*real_write)(int, const void *, size_t);
+static pthread_mutex_t logging = PTHREAD_MUTEX_INITIALIZER;
 
 void crash_arm(const char *directory, long calls, int torn, const char *log) {
     logged = open(log, O_WRONLY | O_CREAT | O_APPEND, 0600);
@@ -33,20 +39,23 @@ void crash_arm(const char *directory, long calls, int torn, const char *log) {
     strncpy(root, directory, sizeof root - 1);
     tear = torn;
     left = calls;
+    armed = 1;
 }
 
 static void die(void) { kill(getpid(), SIGKILL); }
 
 static void trace(const char *name, const char *path, const char *target, long offset,
                   const void *data, size_t size) {
-    if (left < 0 || strncmp(path, root, strlen(root)) != 0) return;
+    if (!armed || strncmp(path, root, strlen(root)) != 0) return;
+    pthread_mutex_lock(&logging);
     dprintf(traced, "%s\t%s\t%s\t%ld\t%zu\n", name, path, target, offset, data ? size : 0);
     if (data) real_write(traced, data, size);
+    pthread_mutex_unlock(&logging);
 }
 
 static void trace_at(const char *name, int fd, long offset, const void *data, size_t size) {
     char link[64], path[PATH_MAX];
-    if (left < 0) return;
+    if (!armed) return;
     snprintf(link, sizeof link, "/proc/self/fd/%d", fd);
     ssize_t length = readlink(link, path, sizeof path - 1);
     if (length < 0) return;
@@ -56,14 +65,18 @@ static void trace_at(const char *name, int fd, long offset, const void *data, si
 
 /* Whether the process is to die at this call. */
 static int due(const char *name, const char *path, const char *target) {
-    if (left < 0 || strncmp(path, root, strlen(root)) != 0) return 0;
+    if (!armed || strncmp(path, root, strlen(root)) != 0) return 0;
+    pthread_mutex_lock(&logging);
     dprintf(logged, target ? "%s %s -> %s\n" : "%s %s\n", name, path, target);
-    return left-- == 0;
+    int now = left-- == 0;
+    /* Nobody else gets on while this one dies. */
+    if (!now) pthread_mutex_unlock(&logging);
+    return now;
 }
 
 static int due_at(const char *name, int fd) {
     char link[64], path[PATH_MAX];
-    if (left < 0) return 0;
+    if (!armed) return 0;
     snprintf(link, sizeof link, "/proc/self/fd/%d", fd);
     ssize_t length = readlink(link, path, sizeof path - 1);
     if (length < 0) return 0;

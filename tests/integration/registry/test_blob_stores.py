@@ -49,9 +49,9 @@ def store(request, tmp_path, monkeypatch):
 def put(store, content):
     digest = digest_of(content)
     with store.staging() as staging:
-        file = staging / "blob"
+        file = staging.directory / "blob"
         file.write_bytes(content)
-        store.put(file, digest)
+        staging.put({digest: file})
         assert not file.exists()
     return digest
 
@@ -115,10 +115,11 @@ class TestEveryStore:
 
     def test_hands_out_no_blob_by_another_name(self, store, tmp_path):
         with store.staging() as staging:
-            (staging / "blob").write_bytes(CONTENT)
+            blob = staging.directory / "blob"
+            blob.write_bytes(CONTENT)
             wrong = digest_of(b"another")
             try:
-                store.put(staging / "blob", wrong)
+                staging.put({wrong: blob})
             except BlobStoreError:
                 assert [*store.digests()] == []  # S3 checks while it receives.
                 return
@@ -149,9 +150,10 @@ class TestEveryStore:
 
     def test_leaves_living_publishers_alone(self, store):
         with store.staging() as staging:
-            (staging / "blob").write_bytes(CONTENT)
+            blob = staging.directory / "blob"
+            blob.write_bytes(CONTENT)
             assert store.sweep(timedelta()) == 0
-            store.put(staging / "blob", digest_of(CONTENT))
+            staging.put({digest_of(CONTENT): blob})
         assert [*store.digests()] == [digest_of(CONTENT)]
 
     def test_moves_large_blobs_in_little_memory(self, store, tmp_path):
@@ -167,8 +169,8 @@ class TestEveryStore:
 
         tracemalloc.start()
         with store.staging() as staging:
-            shutil.move(large, staging / "large")
-            store.put(staging / "large", digest)
+            shutil.move(large, staging.directory)
+            staging.put({digest: staging.directory / "large"})
         copy_verified(store, digest, size, tmp_path / "copy")
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
@@ -182,7 +184,7 @@ def test_a_local_store_clears_up_after_the_dead(tmp_path):
     child = os.fork()
     if child == 0:
         staging = store.staging()
-        (staging.__enter__() / "blob").write_bytes(CONTENT)
+        (staging.__enter__().directory / "blob").write_bytes(CONTENT)
         os._exit(9)
     os.waitpid(child, 0)
 

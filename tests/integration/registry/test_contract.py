@@ -11,6 +11,7 @@ from manylora_registry.errors import (
     VersionNotFoundError,
     YankedError,
 )
+from manylora_registry.transfer import export_version
 
 
 def content(directory):
@@ -31,7 +32,7 @@ def test_a_version_comes_out_as_it_went_in(registry, make_adapter, base, tmp_pat
     assert (version.number, version.metrics["loss"], version.metrics["steps"]) == (1, 0.1, 60)
     assert (version.tags, version.lineage) == ({"lang": "en"}, {"run": "r1"})
     assert content(registry.materialize(version, tmp_path / "cache")) == content(adapter)
-    registry.export(version, tmp_path / "out")
+    export_version(registry, version, tmp_path / "out")
     assert registry.publish("again", tmp_path / "out", base=base).digest == version.digest
 
 

@@ -1,5 +1,6 @@
 """Deleting, leases and garbage collection: nothing that is needed goes, nothing else stays."""
 
+import contextlib
 import hashlib
 from datetime import timedelta
 from typing import cast
@@ -122,9 +123,10 @@ def test_a_lease_keeps_a_version_until_it_is_released_or_runs_out(registry, publ
 def test_blobs_nobody_needs_wait_out_their_grace(registry, publish, blobs, base, make_adapter):
     publish(1)
     with blobs.staging() as staging:
-        (staging / "file").write_bytes(b"left over")
+        file = staging.directory / "file"
+        file.write_bytes(b"left over")
         digest = "sha256:" + hashlib.sha256(b"left over").hexdigest()
-        blobs.put(staging / "file", digest)
+        staging.put({digest: file})
 
     assert registry.verify().unreferenced == (digest,)
     report = registry.collect_garbage(grace=timedelta(hours=1))
@@ -151,18 +153,24 @@ def test_a_dry_run_changes_nothing(registry, publish, blobs):
 
 
 class _CollectedMeanwhile:
-    """A store of blobs whose registry is collected by somebody else after each blob."""
+    """A store of blobs, or its staging, whose registry is collected after each blob."""
 
-    def __init__(self, store, collect):
-        self._store = store
+    def __init__(self, real, collect):
+        self._real = real
         self._collect = collect
 
     def __getattr__(self, name):
-        return getattr(self._store, name)
+        return getattr(self._real, name)
 
-    def put(self, file, digest):
-        self._store.put(file, digest)
-        self._collect()
+    @contextlib.contextmanager
+    def staging(self):
+        with self._real.staging() as staging:
+            yield _CollectedMeanwhile(staging, self._collect)
+
+    def put(self, files):
+        for digest, file in files.items():
+            self._real.put({digest: file})
+            self._collect()
 
 
 def collected_meanwhile(store, collect) -> BlobStore:
@@ -208,13 +216,13 @@ def test_an_upload_whose_lease_was_collected_publishes_nothing(
 @pytest.mark.parametrize("place", ["local"], indirect=True)
 def test_staging_that_was_left_over_goes_and_staging_in_use_stays(registry, blobs):
     with blobs.staging() as used:
-        (used / "file").write_bytes(b"")
-        left = used.parent / "dead"
+        (used.directory / "file").write_bytes(b"")
+        left = used.directory.parent / "dead"
         left.mkdir()
         registry.collect_garbage(grace=timedelta(hours=1))
         assert left.exists()
         registry.collect_garbage(grace=NOW)
-        assert (used / "file").exists()
+        assert (used.directory / "file").exists()
         assert not left.exists()
 
 
@@ -222,8 +230,9 @@ def test_a_damaged_blob_is_set_aside_and_publishing_again_heals_it(registry, pub
     version = publish(1)
     publish(2)
     with blobs.staging() as staging:
-        (staging / "file").write_bytes(b"something else")
-        blobs.put(staging / "file", version.digest)
+        file = staging.directory / "file"
+        file.write_bytes(b"something else")
+        staging.put({version.digest: file})
 
     found = registry.verify()
     assert (found.affected, found.set_aside) == (("spelling@1",), ())

@@ -1,6 +1,7 @@
 """Evaluations, protected aliases, rollback, tags and metrics, on every kind of registry."""
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -141,3 +142,22 @@ def test_a_watcher_is_woken_by_the_change_itself(registry, publish, place):
     assert not watcher.is_alive()
     assert [event.version for event in seen] == [1, 2, 3]
     assert list(registry.events(seen[0].sequence)) == seen[1:]
+
+
+@pytest.mark.parametrize("database", ["postgres"], indirect=True)
+@pytest.mark.parametrize("place", ["local"], indirect=True)
+def test_a_watcher_lives_on_when_its_connection_is_dropped(registry, publish, postgres):
+    stop = threading.Event()
+    publish(1)
+    watched = registry.watch(0, stop=stop, poll_seconds=0.05)
+    assert next(watched).version == 1
+    with ThreadPoolExecutor(1) as thread:
+        second = thread.submit(next, watched)
+        with postgres.connect() as connection:
+            connection.exec_driver_sql(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+                "WHERE query LIKE 'LISTEN %%'"
+            )
+        publish(2)
+
+        assert second.result(30).version == 2

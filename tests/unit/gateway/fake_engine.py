@@ -2,6 +2,7 @@
 
 import asyncio
 import math
+import threading
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -59,11 +60,15 @@ class FakeEngine:
         """Adapter of every generation under way, "base" for none."""
         self.prompts: list[list[int]] = []
         self.samplings: list[Sampling] = []
+        self.repeats = 1
+        """How often a token says its word."""
         self.dead = False
         self._loading = asyncio.Event()
         self._loading.set()
         self._speaking = asyncio.Event()
         self._speaking.set()
+        self._reading = threading.Event()
+        self._reading.set()
         self._changed = asyncio.Condition()
 
     def hold_loads(self) -> None:
@@ -79,6 +84,13 @@ class FakeEngine:
 
     def let_answer(self) -> None:
         self._speaking.set()
+
+    def hold_reading(self) -> None:
+        """Prompts that are too long take until `let_read`."""
+        self._reading.clear()
+
+    def let_read(self) -> None:
+        self._reading.set()
 
     async def until_running(self, count: int) -> None:
         """Until `count` generations are under way."""
@@ -117,6 +129,7 @@ class FakeEngine:
         else:
             ids = [len(turn.content) for turn in prompt.messages]
         if len(ids) >= MAX_CONTEXT:
+            assert self._reading.wait(10), "nothing else ran while a long prompt was read"
             raise InvalidRequestError([Violation("text", "is too long")])
         return ids
 
@@ -138,7 +151,7 @@ class FakeEngine:
                 self.check_health()
                 last = index == sampling.max_tokens
                 finish = Finish("length", len(token_ids), index) if last else None
-                word = f"{adapter or 'base'} "
+                word = f"{adapter or 'base'} " * self.repeats
                 for choice in range(sampling.n):
                     logprobs = () if sampling.logprobs is None else (scores(index, word, sampling),)
                     yield Delta(word, (index,), logprobs, finish, choice)

@@ -39,7 +39,7 @@ from manylora_gateway.routes import Routes
 from manylora_gateway.swaps import Swaps
 from manylora_gateway.tls import ServerTls
 from manylora_gateway.worker import Servable, Worker
-from manylora_registry import BaseModelIdentity, Registry, Version
+from manylora_registry import BaseModelIdentity, Cache, Registry, Version
 from tests.unit.gateway.fake_engine import MAX_CONTEXT, FakeEngine
 
 MODULE = "model.layers.0.self_attn.q_proj"
@@ -120,7 +120,7 @@ class LocalReplicas:
                 yield delta
 
     async def count_tokens(self, prompt: Prompt) -> int:
-        return self._workers[0].count_tokens(prompt)
+        return await self._workers[0].count_tokens(prompt)
 
     async def prepare(self, version: Version) -> None:
         await asyncio.gather(*(worker.prepare(version) for worker in self._workers))
@@ -201,12 +201,15 @@ async def running_gateway(
     tls: TlsConfig | None = None,
     tenants: Path | None = None,
     max_stale_s: float = math.inf,
+    base: BaseModelIdentity = BASE,
+    aliases: tuple[str, ...] = ("production",),
+    cache_bytes: int = 1 << 30,
 ) -> AsyncGenerator[RunningGateway, None]:
     """Serves `registry` on free ports while the context lasts."""
     config = engine or EngineConfig(slots=2, host_adapters=4, max_concurrent=8, turn_s=0)
     limits = limits or LimitsConfig(default_max_tokens=4)
-    servable = Servable(BASE.fingerprint, MAX_RANK)
-    cache = directory / "cache"
+    servable = Servable(base.fingerprint, MAX_RANK)
+    cache = Cache(directory / "cache", cache_bytes)
 
     def make(index: int) -> tuple[FakeEngine, Worker]:
         fake = FakeEngine(config.slots + 1)
@@ -215,10 +218,10 @@ async def running_gateway(
     local = LocalReplicas(make, replicas)
     metrics, rollouts = Metrics(), Rollouts(directory / "state")
     routes = Routes(registry, servable, rollouts, max_stale_s)
-    swaps = Swaps(registry, routes, local, FollowConfig(poll_s=0.01), metrics)
+    swaps = Swaps(registry, routes, local, FollowConfig(poll_s=0.01, aliases=aliases), metrics)
     admission = Admission(limits)
     front = Front(
-        ListenConfig(inference="127.0.0.1:0", admin="127.0.0.1:0"),
+        ListenConfig(inference="127.0.0.1:0", admin="127.0.0.1:0", health="127.0.0.1:0"),
         None if tls is None else ServerTls(tls),
         None if tenants is None else Access(tenants),
     )
@@ -227,6 +230,7 @@ async def running_gateway(
     operations = Operations(routes, local, rollouts, admission, fleet, metrics, drain_s=5)
     await swaps.begin(warm=config.slots)
     await operations.restore_rollouts()
+    await front.answer_probes()
     await front.start(inference, operations, Limits(limits, MAX_CONTEXT), BASE_NAME)
     channel = grpc.aio.insecure_channel(front.inference_address)
     admin_channel = grpc.aio.insecure_channel(front.admin_address)

@@ -51,6 +51,11 @@ def test_every_mistake_comes_at_once_with_its_line(tmp_path: Path) -> None:
     }
 
 
+def test_an_application_needs_the_cluster_it_is_in(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="ray_address"):
+        load_config(write(tmp_path, "{base: model, ray_application: manylora}"), GatewayConfig)
+
+
 def test_paths_are_read_from_the_files_place(tmp_path: Path) -> None:
     text = (
         "{base: ../bases/small, registry: registry, cache: /var/cache/adapters, tenants: who.yaml,"

@@ -2,6 +2,7 @@
 
 import asyncio
 import math
+import traceback
 from collections.abc import Awaitable
 from pathlib import Path
 from typing import TypeVar
@@ -16,7 +17,7 @@ from manylora.inference.v1 import inference_pb2 as pb
 from manylora_gateway.config import EngineConfig, LimitsConfig
 from manylora_gateway.errors import UnservableError
 from manylora_gateway.worker import Servable, Worker
-from manylora_registry import Registry, Version
+from manylora_registry import Cache, Registry, Version
 from tests.unit.gateway.conftest import Publish, Start
 from tests.unit.gateway.fake_engine import FakeEngine
 from tests.unit.gateway.in_process import BASE, MAX_RANK, OTHER_BASE, RunningGateway
@@ -205,7 +206,8 @@ async def test_a_worker_trusts_no_front(
     stranger, wide = published("stranger", 3, base=OTHER_BASE), published("wide", 4, rank=16)
     engine = FakeEngine(2)
     servable = Servable(BASE.fingerprint, MAX_RANK)
-    worker = Worker("one", engine, registry, tmp_path / "cache", servable, EngineConfig(slots=1))
+    cache = Cache(tmp_path / "cache")
+    worker = Worker("one", engine, registry, cache, servable, EngineConfig(slots=1))
     for version in (stranger, wide):
         with pytest.raises(UnservableError):
             await worker.prepare(version)
@@ -219,6 +221,40 @@ async def test_a_rank_above_the_engines_is_refused(
     request = pb.GenerateRequest(text="hi", adapter="wide@1")
     status = await refused(gateway.inference.Generate(request))
     assert told(status) == ("FAILED_PRECONDITION", "ADAPTER_RANK_TOO_HIGH")
+
+
+async def test_a_deleted_version_is_refused_though_it_was_answered_before(
+    gateway: RunningGateway, registry: Registry, published: Publish
+) -> None:
+    published("red", 5)
+    request = pb.GenerateRequest(text="hi", adapter="red@2")
+    assert (await gateway.inference.Generate(request)).adapter.number == 2
+    registry.delete("red@2")
+
+    async def ask_until_refused() -> None:
+        while True:
+            await gateway.inference.Generate(request)
+
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        async with asyncio.timeout(20):
+            await ask_until_refused()
+    assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+
+
+async def test_an_error_that_many_get_does_not_grow(
+    gateway: RunningGateway, registry: Registry, published: Publish
+) -> None:
+    published("stranger", 5, base=OTHER_BASE)
+    registry.set_alias("stranger", "production", 1)
+    await gateway.until_failed("stranger@production")
+    route = gateway.routes.get(("stranger", "production"))
+    assert route is not None
+    lengths: list[int] = []
+    for _ in range(3):
+        await refused(gateway.inference.Generate(pb.GenerateRequest(text="hi", adapter="stranger")))
+        assert route.pending_error is not None
+        lengths.append(len(traceback.extract_tb(route.pending_error.__traceback__)))
+    assert lengths[0] == lengths[-1]
 
 
 async def test_a_yanked_version_is_refused(

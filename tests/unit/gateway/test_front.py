@@ -1,15 +1,19 @@
 """The ports are the gateway's own."""
 
+import asyncio
 import socket
 
+import httpx
 import pytest
 
 from manylora_gateway.config import ListenConfig
 from manylora_gateway.errors import StartError
 from manylora_gateway.front import Front
+from manylora_gateway.health import probes
+from manylora_gateway.openai_http.server import HttpServer
 
 
-@pytest.mark.parametrize("field", ["inference", "admin"])
+@pytest.mark.parametrize("field", ["inference", "admin", "http", "health"])
 async def test_a_taken_port_is_known_before_anything_starts(field: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = f"127.0.0.1:{taken.getsockname()[1]}"
@@ -18,6 +22,37 @@ async def test_a_taken_port_is_known_before_anything_starts(field: str) -> None:
         )
         with pytest.raises(StartError, match=f"listen.{field}: {address}"):
             Front(listen)
+
+
+async def probed(front: Front, path: str) -> int:
+    async with httpx.AsyncClient() as http:
+        return (await http.get(f"http://{front.addresses['health']}{path}")).status_code
+
+
+async def test_probes_are_answered_while_the_engine_is_still_loading() -> None:
+    front = Front(ListenConfig(inference="127.0.0.1:0", admin="127.0.0.1:0", health="127.0.0.1:0"))
+    await front.answer_probes()
+    assert (await probed(front, "/live"), await probed(front, "/health")) == (200, 503)
+    await front.announce(serving=True)
+    assert await probed(front, "/health") == 200
+    await front.announce(serving=False)
+    assert (await probed(front, "/live"), await probed(front, "/health")) == (200, 503)
+    await front.stop()
+
+
+@pytest.mark.parametrize("sent", [b"", b"GET /health HTTP/1.1\r\nhost: x\r\nx-slow: "])
+async def test_a_connection_without_a_whole_request_is_closed(sent: bytes) -> None:
+    server = HttpServer("127.0.0.1:0", "listen.http", idle_s=1)
+    await server.start(probes(lambda: True))
+    host, _, port = server.address.rpartition(":")
+    async with asyncio.timeout(30):
+        reader, writer = await asyncio.open_connection(host, int(port))
+        writer.write(sent)
+        assert await reader.read() == b""
+        writer.close()
+        async with httpx.AsyncClient() as http:
+            assert (await http.get(f"http://{server.address}/health")).status_code == 200
+    await server.stop()
 
 
 async def test_two_gateways_do_not_share_a_port() -> None:

@@ -1,6 +1,8 @@
 """Requests that end early free what they held; a full or ending gateway says so."""
 
 import asyncio
+import json
+import socket
 
 import grpc
 import pytest
@@ -9,10 +11,13 @@ from google.rpc import error_details_pb2
 from manylora.admin.v1 import admin_pb2
 from manylora.inference.v1 import inference_pb2 as pb
 from manylora_gateway.config import EngineConfig, LimitsConfig
+from manylora_gateway.worker import LONG_PROMPT
 from manylora_registry import Version
 from tests.unit.gateway.conftest import Publish, Start
+from tests.unit.gateway.fake_engine import MAX_CONTEXT
 from tests.unit.gateway.in_process import RunningGateway
 from tests.unit.gateway.test_errors import detail, refused, told
+from tests.unit.gateway.test_observing import until
 
 SAY = pb.GenerateRequest(adapter="red", text="hi")
 
@@ -96,6 +101,59 @@ async def test_a_draining_gateway_ends_what_runs_and_takes_no_more(
     gateway.engine.let_answer()
     assert (await running).text
     await drained
+
+
+LOUD = 10_000
+"""Repeats of a word that make an answer more than any window or socket takes."""
+
+
+async def test_a_client_that_reads_nothing_loses_its_place(
+    served: dict[str, Version], start: Start
+) -> None:
+    async with start(limits=LimitsConfig(max_requests=2, stall_s=0.3)) as gateway:
+        gateway.engine.repeats = LOUD
+        sampling = pb.Sampling(max_tokens=MAX_CONTEXT)
+        call = gateway.inference.GenerateStream(
+            pb.GenerateRequest(adapter="red", text="hi", sampling=sampling)
+        )
+        await call.read()
+        await until(lambda: not gateway.admission.inside)
+        gateway.engine.repeats = 1
+        assert (await gateway.inference.Generate(SAY)).text
+        call.cancel()
+
+
+async def test_an_http_client_that_reads_nothing_loses_its_place(
+    served: dict[str, Version], start: Start
+) -> None:
+    async with start(limits=LimitsConfig(max_requests=2, stall_s=0.3)) as gateway:
+        gateway.engine.repeats = LOUD
+        content = json.dumps(
+            {"model": "red", "prompt": "hi", "max_tokens": MAX_CONTEXT, "stream": True}
+        ).encode()
+        host, _, port = gateway.front.addresses["http"].rpartition(":")
+        silent = socket.socket()
+        silent.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        silent.setblocking(False)
+        with silent:
+            loop = asyncio.get_running_loop()
+            await loop.sock_connect(silent, (host, int(port)))
+            path, length = "/v1/completions", len(content)
+            head = f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-length: {length}\r\n\r\n"
+            await loop.sock_sendall(silent, head.encode() + content)
+            await until(lambda: gateway.admission.inside == 1)
+            await until(lambda: not gateway.admission.inside)
+
+
+async def test_a_long_prompt_is_read_beside_the_others(gateway: RunningGateway) -> None:
+    gateway.engine.hold_reading()
+    long = pb.GenerateRequest(adapter="red", text="x" * LONG_PROMPT)
+    reading = asyncio.ensure_future(refused(gateway.inference.Generate(long)))
+    for _ in range(3):
+        assert (await gateway.inference.Generate(SAY)).text
+    assert not reading.done()
+    gateway.engine.let_read()
+    assert told(await reading)[0] == "INVALID_ARGUMENT"
 
 
 async def test_a_load_outlives_the_client_who_asked_for_it(

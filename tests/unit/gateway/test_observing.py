@@ -59,6 +59,25 @@ async def test_metrics_tell_requests_tokens_and_residents(gateway: RunningGatewa
         assert line in text.splitlines(), line
 
 
+async def test_a_passed_deadline_is_told_from_a_client_that_left(gateway: RunningGateway) -> None:
+    gateway.engine.hold_answers()
+    with pytest.raises(grpc.aio.AioRpcError):
+        await gateway.inference.Generate(SAY, timeout=0.2)
+    await gateway.engine.until_running(0)
+    call = gateway.inference.Generate(SAY, timeout=60)
+    await gateway.engine.until_running(1)
+    call.cancel()
+    await gateway.engine.until_running(0)
+    text = scraped(gateway.metrics)
+    for line in (
+        'manylora_requests_total{adapter="red",code="DEADLINE_EXCEEDED",version="1"} 1.0',
+        'manylora_requests_total{adapter="red",code="CANCELLED",version="1"} 1.0',
+        'manylora_rejections_total{reason="DEADLINE_EXCEEDED"} 1.0',
+        'manylora_rejections_total{reason="CANCELLED"} 1.0',
+    ):
+        assert line in text.splitlines(), line
+
+
 def test_labels_are_bounded_and_given_back() -> None:
     metrics = Metrics(max_versions=2)
     one, two, three = map(version, ("one", "two", "three"))
@@ -71,11 +90,9 @@ def test_labels_are_bounded_and_given_back() -> None:
     assert 'adapter="one"' not in scraped(metrics)
 
 
-def test_every_query_of_the_dashboard_has_its_metric() -> None:
-    board = json.loads((ROOT / "deploy/dashboards/gateway.json").read_text())
-    queries = [target["expr"] for panel in board["panels"] for target in panel.get("targets", ())]
-    assert len(queries) >= 10
-    known = {
+def scraped_names() -> set[str]:
+    """Every name that Prometheus gets a metric of the gateway under."""
+    return {
         sample
         for family in Metrics().registry.collect()
         for sample in (
@@ -86,6 +103,13 @@ def test_every_query_of_the_dashboard_has_its_metric() -> None:
             else (family.name,)
         )
     }
+
+
+def test_every_query_of_the_dashboard_has_its_metric() -> None:
+    board = json.loads((ROOT / "deploy/dashboards/gateway.json").read_text())
+    queries = [target["expr"] for panel in board["panels"] for target in panel.get("targets", ())]
+    assert len(queries) >= 10
+    known = scraped_names()
     for query in queries:
         names = set(re.findall(r"manylora_\w+", query))
         assert names, query

@@ -272,6 +272,58 @@ async def test_a_certificate_says_who_calls(
             assert reply.status_code == 401
 
 
+async def test_replaced_certificates_count_from_the_next_connection_on(
+    served: dict[str, Version],
+    start: Start,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    old, new = Authority(tmp_path, "old"), Authority(tmp_path, "new")
+    pair, trusted = old.server(), tmp_path / "trusted.pem"
+    write(trusted, old.certificate.read_text())
+    ours = old.issue("ours")
+    mine = {old: ours, new: new.issue("theirs")}
+    async with start(
+        tls=TlsConfig(certificate=pair.certificate, key=pair.key, client_ca=trusted)
+    ) as gateway:
+        address, web = gateway.front.inference_address, gateway.front.addresses["http"]
+
+        async def reached(authority: Authority) -> tuple[bool, bool]:
+            """Whether a new client of `authority` is answered over gRPC and over HTTPS."""
+            files = mine[authority]
+            credentials = tls_credentials(authority.certificate, files.certificate, files.key)
+            async with AsyncClient(address, credentials=credentials, timeout=10) as client:
+                try:
+                    await client.generate("hi", "red")
+                    grpc_answers = True
+                except UnreachableError:
+                    grpc_answers = False
+            context = ssl.create_default_context(cafile=str(authority.certificate))
+            context.load_cert_chain(files.certificate, files.key)
+            async with httpx.AsyncClient(verify=context) as http:
+                try:
+                    https_answers = (await http.get(f"https://{web}/health")).status_code == 200
+                except httpx.TransportError:
+                    https_answers = False
+            return grpc_answers, https_answers
+
+        assert await reached(old) == (True, True)
+        credentials = tls_credentials(old.certificate, ours.certificate, ours.key)
+        async with AsyncClient(address, credentials=credentials, timeout=10) as standing:
+            await standing.generate("hi", "red")
+            # The certificate without its key: half of a replacement.
+            half = new.server()
+            key = half.key.read_text()
+            write(half.key, ours.key.read_text())
+            assert await reached(old) == (True, True)
+            assert "TLS as before" in caplog.text
+            write(half.key, key)
+            write(trusted, new.certificate.read_text())
+            assert await reached(new) == (True, True)
+            assert await reached(old) == (False, False)
+            assert (await standing.generate("hi", "red")).adapter is not None
+
+
 def test_tls_files_that_do_not_fit_are_told_at_the_start(tmp_path: Path) -> None:
     authority = Authority(tmp_path)
     one, other = authority.server(), authority.issue("other")

@@ -2,17 +2,17 @@
 
 import asyncio
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import grpc
 from google.rpc import code_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2
 
 from manylora.admin.v1 import admin_pb2
 from manylora.inference.v1 import inference_pb2 as pb
 from manylora_gateway.config import EngineConfig
-from manylora_registry import Registry, Version
+from manylora_registry import Cache, Registry, Version
 from tests.unit.gateway.conftest import Publish, Start
 from tests.unit.gateway.in_process import RunningGateway
 
@@ -167,9 +167,14 @@ async def test_both_ports_tell_their_health_and_their_services(gateway: RunningG
             checks: Any = health_pb2_grpc.HealthStub(channel)
             health = await checks.Check(health_pb2.HealthCheckRequest(service=service))
             assert health.status == health_pb2.HealthCheckResponse.SERVING
-            stub: Any = reflection_pb2_grpc.ServerReflectionStub(cast("Any", channel))
             ask = reflection_pb2.ServerReflectionRequest(list_services="")
-            async for reply in stub.ServerReflectionInfo(iter([ask])):
+            for version in ("v1", "v1alpha"):
+                reflect: Any = channel.stream_stream(
+                    f"/grpc.reflection.{version}.ServerReflection/ServerReflectionInfo",
+                    reflection_pb2.ServerReflectionRequest.SerializeToString,
+                    reflection_pb2.ServerReflectionResponse.FromString,
+                )
+                (reply,) = [reply async for reply in reflect(iter([ask]))]
                 names = {entry.name for entry in reply.list_services_response.service}
                 assert {service, "grpc.health.v1.Health"} <= names
 
@@ -180,6 +185,30 @@ async def test_verified_copies_are_what_the_engine_reads(
     directory = gateway.engine.loaded[served["red"].engine_name]
     assert directory.is_relative_to(tmp_path / "cache")
     assert served["red"].digest.removeprefix("sha256:") in str(directory)
+
+
+async def test_copies_on_disk_have_a_limit_and_those_in_the_engine_stay(
+    start: Start, published: Publish, tmp_path: Path
+) -> None:
+    versions = {name: published(name, seed) for seed, name in enumerate("abcdef")}
+    size = Cache(tmp_path / "cache").size
+    config = EngineConfig(slots=1, host_adapters=2, max_concurrent=2, turn_s=0)
+    async with start(engine=config) as gateway:
+        await gateway.inference.Generate(pb.GenerateRequest(adapter="a@1", text="hi"))
+        each = size()
+    async with start(engine=config, cache_bytes=4 * each) as gateway:
+        for name in "abcdef":
+            await gateway.inference.Generate(pb.GenerateRequest(adapter=f"{name}@1", text="hi"))
+            assert size() <= 4.5 * each
+            assert all(directory.is_dir() for directory in gateway.engine.loaded.values())
+        assert gateway.engine.loads[-1] == versions["f"].engine_name
+        # What went is fetched again.
+        await gateway.inference.Generate(pb.GenerateRequest(adapter="a@1", text="hi"))
+    async with start(engine=config, cache_bytes=1) as gateway:
+        for name in "abab":
+            await gateway.inference.Generate(pb.GenerateRequest(adapter=f"{name}@1", text="hi"))
+            assert all(directory.is_dir() for directory in gateway.engine.loaded.values())
+    assert size() == 0
 
 
 async def test_one_slot_is_enough_for_many_adapters(

@@ -5,10 +5,12 @@ import asyncio
 import grpc
 import pytest
 
+from manylora.admin.v1 import admin_pb2
 from manylora.inference.v1 import inference_pb2 as pb
 from manylora_registry import Registry, Version
 from tests.unit.gateway.conftest import Publish, Start
 from tests.unit.gateway.in_process import OTHER_BASE, RunningGateway
+from tests.unit.gateway.test_errors import refused, told
 
 
 async def stream(gateway: RunningGateway, adapter: str) -> tuple[int, str]:
@@ -127,6 +129,42 @@ async def test_a_failure_on_one_replica_is_a_failure(
         # What could be retried is: the replica recovers.
         gateway.engines[1].refused.clear()
         await gateway.until_serving("red@production", 2)
+
+
+async def test_a_yanked_version_is_served_no_more_and_the_next_one_is(
+    gateway: RunningGateway, served: dict[str, Version], registry: Registry, published: Publish
+) -> None:
+    red, request = served["red"], pb.GenerateRequest(adapter="red", text="hi")
+    gateway.engine.hold_answers()
+    running = gateway.inference.Generate(request)
+    await gateway.engine.until_running(1)
+    registry.yank("red@1")
+    entry = await gateway.until_failed("red@production")
+    assert not entry.HasField("serving")
+    status = await refused(gateway.inference.Generate(request))
+    assert told(status) == ("FAILED_PRECONDITION", "ADAPTER_YANKED")
+    # Who was answered is answered to the end.
+    gateway.engine.let_answer()
+    assert (await running).adapter.digest == red.digest
+    await gateway.engine.until_gone(red.engine_name)
+    published("red", 5)
+    registry.set_alias("red", "production", 2)
+    await gateway.until_serving("red@production", 2)
+    assert (await stream(gateway, "red"))[0] == 2
+
+
+async def test_a_rollout_ends_with_a_version_it_needs(
+    gateway: RunningGateway, registry: Registry, published: Publish
+) -> None:
+    published("red", 5)
+    shares = [admin_pb2.RolloutShare(version=2, percent=100)]
+    await gateway.admin.SetRollout(admin_pb2.SetRolloutRequest(adapter="red", shares=shares))
+    assert (await stream(gateway, "red"))[0] == 2
+    registry.yank("red@2")
+    async with asyncio.timeout(20):
+        while (await stream(gateway, "red"))[0] == 2:
+            pass
+    assert (await stream(gateway, "red"))[0] == 1
 
 
 async def test_a_rollback_is_a_swap(

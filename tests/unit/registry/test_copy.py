@@ -7,6 +7,7 @@ import pytest
 
 from manylora_registry import Registry
 from manylora_registry.errors import CorruptBlobError, DestinationError
+from manylora_registry.transfer import copy_registry
 
 
 @pytest.fixture
@@ -42,7 +43,7 @@ def everything(registry):
 def test_the_copy_is_the_same_and_goes_on_alike(filled, target, base, make_adapter, tmp_path):
     told = []
 
-    report = filled.copy_to(target, lambda arrived, total: told.append((arrived, total)))
+    report = copy_registry(filled, target, lambda arrived, total: told.append((arrived, total)))
 
     assert report.ok
     assert (report.versions, report.moves) == (4, 3)
@@ -60,10 +61,10 @@ def test_the_copy_is_the_same_and_goes_on_alike(filled, target, base, make_adapt
 
 
 def test_what_is_copied_already_is_not_copied_again(filled, target):
-    filled.copy_to(target)
+    copy_registry(filled, target)
     told = []
 
-    assert filled.copy_to(target, lambda arrived, total: told.append((arrived, total))).ok
+    assert copy_registry(filled, target, lambda arrived, total: told.append((arrived, total))).ok
 
     assert {arrived for arrived, _ in told} == {told[0][1]}
     assert everything(target) == everything(filled)
@@ -84,14 +85,14 @@ def test_a_copy_killed_anywhere_goes_on(filled, target, tmp_path):
                 Registry.open(tmp_path / "registry") as source,
                 Registry.open(tmp_path / "target") as into,
             ):
-                source.copy_to(into, die)
+                copy_registry(source, into, die)
             os._exit(1)
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         assert status == -signal.SIGKILL
         assert target.adapters() == []
         assert len(target.verify().unreferenced) == killed_at
 
-    assert filled.copy_to(target).ok
+    assert copy_registry(filled, target).ok
     assert everything(target) == everything(filled)
     assert target.verify().unreferenced == ()
 
@@ -101,7 +102,7 @@ def test_another_registry_is_not_written_over(filled, target, base, make_adapter
     before = everything(target)
 
     with pytest.raises(DestinationError, match="something else"):
-        filled.copy_to(target)
+        copy_registry(filled, target)
 
     assert everything(target) == before
     assert target.verify().ok
@@ -114,6 +115,6 @@ def test_a_damaged_blob_is_not_copied(filled, target, tmp_path):
         blob.write_bytes(b"{}")
 
     with pytest.raises(CorruptBlobError):
-        filled.copy_to(target)
+        copy_registry(filled, target)
 
     assert target.adapters() == []

@@ -20,6 +20,7 @@ from manylora_registry.errors import (
     SourceError,
     WrongBaseError,
 )
+from manylora_registry.transfer import export_version, import_version
 
 FORMATS = ["peft", "hf", "oci", "tar"]
 CARD = "---\nlicense: mit\n---\n# Spelling\n\nCorrects it. \u00e9\r\n"
@@ -62,8 +63,8 @@ def test_it_comes_back_with_its_digest(
 ):
     version = registry.publish("words", make_adapter(7, card=card), base=base, **DESCRIBED)
 
-    registry.export(version, tmp_path / "out", format_)
-    back = other.import_adapter("again", tmp_path / "out", base=base)
+    export_version(registry, version, tmp_path / "out", format_)
+    back = import_version(other, "again", tmp_path / "out", base=base)
 
     assert (back.digest, back.size, back.rank) == (version.digest, version.size, version.rank)
     if format_ != "peft":  # Which has no place for it.
@@ -77,7 +78,7 @@ def test_it_comes_back_with_its_digest(
 def test_the_same_version_is_the_same_bytes(registry, version, tmp_path, format_):
     outs = [tmp_path / "one", tmp_path / "two"]
     for out in outs:
-        registry.export(version, out, format_)
+        export_version(registry, version, out, format_)
 
     one, two = ((out.read_bytes() if out.is_file() else tree(out)) for out in outs)
     assert one == two
@@ -85,7 +86,7 @@ def test_the_same_version_is_the_same_bytes(registry, version, tmp_path, format_
 
 
 def test_the_hub_understands_the_card(registry, version, tmp_path):
-    registry.export(version, tmp_path / "out", "hf")
+    export_version(registry, version, tmp_path / "out", "hf")
 
     card = ModelCard.load(tmp_path / "out" / "README.md")
     data = card.data.to_dict()
@@ -112,7 +113,7 @@ def test_a_base_that_is_known_by_fingerprint_alone_is_not_named_to_the_hub(
     registry, base, make_adapter, tmp_path
 ):
     version = registry.publish("words", make_adapter(), base=base)
-    registry.export(version, tmp_path / "out", "hf")
+    export_version(registry, version, tmp_path / "out", "hf")
 
     front = yaml.safe_load((tmp_path / "out" / "README.md").read_text().split("---")[1])
     assert "base_model" not in front
@@ -120,7 +121,7 @@ def test_a_base_that_is_known_by_fingerprint_alone_is_not_named_to_the_hub(
 
 
 def test_the_layout_is_as_the_image_spec_says(registry, version, tmp_path):
-    registry.export(version, tmp_path / "out", "oci")
+    export_version(registry, version, tmp_path / "out", "oci")
 
     files = tree(tmp_path / "out")
     assert json.loads(files.pop("oci-layout")) == {"imageLayoutVersion": "1.0.0"}
@@ -151,7 +152,7 @@ def test_nothing_is_written_over(registry, version, tmp_path, format_):
         (out / "novel.txt").write_text("mine")
 
     with pytest.raises(DestinationError, match="give a new path"):
-        registry.export(version, out, format_)
+        export_version(registry, version, out, format_)
 
     assert (out.read_text() if out.is_file() else tree(out)) in ("mine", {"novel.txt": b"mine"})
 
@@ -166,18 +167,18 @@ def test_a_damaged_blob_leaves_nothing(registry, version, tmp_path, format_):
     weights.write_bytes(weights.read_bytes()[:-1] + b"\0")
 
     with pytest.raises(CorruptBlobError):
-        registry.export(version, tmp_path / "out", format_)
+        export_version(registry, version, tmp_path / "out", format_)
 
     assert {*tmp_path.iterdir()} == before
 
 
 @pytest.mark.parametrize("format_", ["hf", "oci", "tar"])
 def test_a_version_of_another_base_is_refused(registry, base, version, other, tmp_path, format_):
-    registry.export(version, tmp_path / "out", format_)
+    export_version(registry, version, tmp_path / "out", format_)
     wrong = BaseModelIdentity("sha256:" + "c" * 64, base.tensors)
 
     with pytest.raises(WrongBaseError):
-        other.import_adapter("again", tmp_path / "out", base=wrong)
+        import_version(other, "again", tmp_path / "out", base=wrong)
 
     assert other.adapters() == []
 
@@ -185,14 +186,14 @@ def test_a_version_of_another_base_is_refused(registry, base, version, other, tm
 class TestHostileSources:
     @pytest.fixture
     def layout(self, registry, version, tmp_path):
-        registry.export(version, tmp_path / "layout", "oci")
+        export_version(registry, version, tmp_path / "layout", "oci")
         return tmp_path / "layout"
 
     @pytest.fixture
     def refused(self, other, base):
         def refuse(source, says=None):
             with pytest.raises(SourceError, match=says) as failed:
-                other.import_adapter("again", source, base=base)
+                import_version(other, "again", source, base=base)
             assert "\n" not in str(failed.value)
             assert other.adapters() == []
             assert other.verify().unreferenced == ()
@@ -283,7 +284,7 @@ class TestHostileSources:
                     pass
             tar.addfile(entry, io.BytesIO())
         if kind == "climbing":
-            other.import_adapter("again", archive, base=base)  # It is never looked at.
+            import_version(other, "again", archive, base=base)  # It is never looked at.
             assert not [*tmp_path.rglob("evil")]
         else:
             refused(archive)
@@ -293,7 +294,7 @@ class TestHostileSources:
         with tarfile.open(archive, "w", format=tarfile.GNU_FORMAT) as tar:
             tar.add(layout, ".")
 
-        assert other.import_adapter("again", archive, base=base).digest == version.digest
+        assert import_version(other, "again", archive, base=base).digest == version.digest
 
     def test_a_tar_with_an_endless_header_is_refused(self, refused, tmp_path):
         entry = tarfile.TarInfo("x")
@@ -317,7 +318,7 @@ class TestHostileSources:
     def test_a_byte_changed_anywhere_is_refused_or_is_not_of_the_adapter(
         self, registry, version, base, other, tmp_path
     ):
-        registry.export(version, tmp_path / "good.tar", "tar")
+        export_version(registry, version, tmp_path / "good.tar", "tar")
         good = (tmp_path / "good.tar").read_bytes()
 
         @settings(
@@ -331,7 +332,7 @@ class TestHostileSources:
             content[at] ^= change
             (tmp_path / "it.tar").write_bytes(content)
             try:
-                found = other.import_adapter("again", tmp_path / "it.tar", base=base)
+                found = import_version(other, "again", tmp_path / "it.tar", base=base)
             except RegistryError:
                 pass
             else:

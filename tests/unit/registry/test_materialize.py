@@ -6,6 +6,7 @@ import pytest
 
 from manylora_registry.errors import CorruptBlobError, DestinationError
 from manylora_registry.manifest import load_manifest
+from manylora_registry.transfer import export_version
 
 
 @pytest.fixture
@@ -65,7 +66,7 @@ def test_a_damaged_blob_is_detected_and_leaves_nothing(
     registry, published, tmp_path, blob_of, title, damage
 ):
     _, version = published
-    manifest = load_manifest(registry._blobs, version.digest)
+    manifest = load_manifest(registry.blobs, version.digest)
     digests = {"manifest": version.digest, **{file.title: file.digest for file in manifest.files}}
     blob = blob_of(digests[title])
     blob.chmod(0o644)
@@ -81,7 +82,7 @@ def test_a_damaged_blob_is_detected_and_leaves_nothing(
     with pytest.raises(CorruptBlobError) as failed:
         registry.materialize(version, tmp_path / "cache")
     with pytest.raises(CorruptBlobError):
-        registry.export(version, tmp_path / "out")
+        export_version(registry, version, tmp_path / "out")
 
     assert failed.value.digest == digests[title]
     assert [path for path in tmp_path.glob("cache/*") if path.is_dir()] == []
@@ -124,7 +125,7 @@ def test_a_damaged_directory_is_noticed_and_replaced(registry, published, tmp_pa
 
 def test_an_export_publishes_to_the_same_digest(registry, base, published, tmp_path):
     _, version = published
-    registry.export(version, tmp_path / "out")
+    export_version(registry, version, tmp_path / "out")
 
     assert registry.publish("other", tmp_path / "out", base=base).digest == version.digest
 
@@ -135,7 +136,7 @@ def test_an_export_overwrites_nothing(registry, published, tmp_path):
     (tmp_path / "out" / "novel.txt").write_text("mine")
 
     with pytest.raises(DestinationError):
-        registry.export(version, tmp_path / "out")
+        export_version(registry, version, tmp_path / "out")
 
     assert content(tmp_path / "out") == {"novel.txt": b"mine"}
 

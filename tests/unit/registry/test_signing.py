@@ -12,7 +12,13 @@ from typer.testing import CliRunner
 
 from manylora_cli.registry import app
 from manylora_registry import Cache, Registry
-from manylora_registry.errors import CorruptBlobError, SigningKeyError, UnsignedError
+from manylora_registry.errors import (
+    CorruptBlobError,
+    SigningKeyError,
+    SourceError,
+    UnsignedError,
+)
+from manylora_registry.transfer import copy_registry, export_version, import_version
 
 
 @pytest.fixture
@@ -64,11 +70,11 @@ def blob_of(tmp_path, digest):
 
 
 def test_a_signature_is_found_by_its_key(registry, version, ours, theirs):
-    registry.sign(version, ours[0])
+    registry.signatures.sign(version, ours[0])
 
-    assert registry.verify_signature(version, [theirs[1], ours[1]]) == ours[1]
+    assert registry.signatures.verify(version, [theirs[1], ours[1]]) == ours[1]
     with pytest.raises(UnsignedError, match="1 signatures"):
-        registry.verify_signature(version, [theirs[1]])
+        registry.signatures.verify(version, [theirs[1]])
     report = registry.verify()
     assert (report.ok, report.unreferenced) == (True, ())
 
@@ -76,7 +82,7 @@ def test_a_signature_is_found_by_its_key(registry, version, ours, theirs):
 def test_a_signature_is_no_part_of_the_version(
     registry, base, version, make_adapter, ours, tmp_path
 ):
-    registry.sign(version, ours[0])
+    registry.signatures.sign(version, ours[0])
 
     assert registry.find("spelling@1") == version
     assert registry.publish("spelling", make_adapter(), base=base) == version
@@ -87,15 +93,15 @@ def test_a_signature_is_no_part_of_the_version(
 
 
 def test_what_is_published_with_a_key_is_signed(registry, base, make_adapter, ours):
-    registry.sign_published_with(ours[0])
+    registry.signatures.sign_published_with(ours[0])
     version = registry.publish("spelling", make_adapter(), base=base)
 
-    assert registry.verify_signature(version, [ours[1]]) == ours[1]
+    assert registry.signatures.verify(version, [ours[1]]) == ours[1]
 
 
 def test_a_key_that_cannot_sign_publishes_nothing(registry, base, make_adapter, ours, tmp_path):
     for key in (tmp_path / "nothing.pem", ours[1]):
-        registry.sign_published_with(key)
+        registry.signatures.sign_published_with(key)
         with pytest.raises(SigningKeyError, match=key.name):
             registry.publish("spelling", make_adapter(), base=base)
     assert registry.adapters() == []
@@ -104,18 +110,18 @@ def test_a_key_that_cannot_sign_publishes_nothing(registry, base, make_adapter, 
 def test_an_encrypted_key_needs_its_password(registry, version, make_key, monkeypatch):
     private, public = make_key("locked", b"open sesame")
     with pytest.raises(SigningKeyError):
-        registry.sign(version, private)
+        registry.signatures.sign(version, private)
     monkeypatch.setenv("MANYLORA_SIGN_KEY_PASSWORD", "open sesame")
 
-    registry.sign(version, private)
+    registry.signatures.sign(version, private)
 
-    assert registry.verify_signature(version, [public]) == public
+    assert registry.signatures.verify(version, [public]) == public
 
 
 class TestWhereSignaturesAreRequired:
     @pytest.fixture(autouse=True)
     def policy(self, version, registry, ours):
-        registry.require_signatures_of([ours[1]])
+        registry.signatures.require([ours[1]])
 
     def test_nothing_unsigned_is_resolved_or_materialized(self, registry, version, tmp_path):
         for use in (
@@ -130,13 +136,13 @@ class TestWhereSignaturesAreRequired:
         assert not (tmp_path / "cache").exists()
 
     def test_what_a_trusted_key_signed_is(self, registry, version, ours, tmp_path):
-        registry.sign(version, ours[0])
+        registry.signatures.sign(version, ours[0])
 
         assert registry.resolve("spelling@1") == version
         assert registry.materialize(version, tmp_path / "cache").is_dir()
 
     def test_what_another_key_signed_is_not(self, registry, version, theirs):
-        registry.sign(version, theirs[0])
+        registry.signatures.sign(version, theirs[0])
 
         with pytest.raises(UnsignedError):
             registry.resolve("spelling@1")
@@ -144,10 +150,10 @@ class TestWhereSignaturesAreRequired:
     def test_the_signature_of_another_version_does_not_do(
         self, registry, version, base, make_adapter, ours, tmp_path
     ):
-        registry.sign(version, ours[0])
+        registry.signatures.sign(version, ours[0])
         other = registry.publish("spelling", make_adapter(1), base=base)
         # Whoever can write to the database can attach any signature to any version.
-        registry._signatures.add(other, self.signature(registry, version))
+        registry.signatures.add(other, self.signature(registry, version))
 
         with pytest.raises(UnsignedError):
             registry.resolve("spelling@2")
@@ -156,7 +162,7 @@ class TestWhereSignaturesAreRequired:
     def test_a_signature_that_was_changed_does_not_do(
         self, registry, version, ours, tmp_path, base, make_adapter
     ):
-        registry.sign(version, ours[0])
+        registry.signatures.sign(version, ours[0])
         bundle = json.loads(self.signature(registry, version))
         envelope = bundle["dsseEnvelope"]
         contents = (
@@ -166,12 +172,12 @@ class TestWhereSignaturesAreRequired:
         )  # fmt: skip
         for seed, content in enumerate(contents, start=1):
             other = registry.publish("other", make_adapter(seed), base=base)
-            registry._signatures.add(other, content.encode())
+            registry.signatures.add(other, content.encode())
             with pytest.raises(UnsignedError):
                 registry.resolve(f"other@{other.number}")
 
     def test_damaged_blobs_are_noticed(self, registry, version, ours, tmp_path):
-        digest = registry.sign(version, ours[0])
+        digest = registry.signatures.sign(version, ours[0])
         blob_of(tmp_path, digest).write_bytes(b"{}")
 
         with pytest.raises(CorruptBlobError):
@@ -182,10 +188,10 @@ class TestWhereSignaturesAreRequired:
     def signature(registry, version):
         (found,) = {
             blob
-            for blob in registry._blobs.digests()
-            if b"dsseEnvelope" in registry._blobs.open(blob).read()
+            for blob in registry.blobs.digests()
+            if b"dsseEnvelope" in registry.blobs.open(blob).read()
         }
-        return registry._blobs.open(found).read()
+        return registry.blobs.open(found).read()
 
 
 def test_the_environment_sets_the_policy(registry, version, ours, theirs, tmp_path, monkeypatch):
@@ -196,7 +202,7 @@ def test_the_environment_sets_the_policy(registry, version, ours, theirs, tmp_pa
     with Registry.open(tmp_path / "registry") as strict:
         with pytest.raises(UnsignedError):
             strict.resolve("spelling@1")
-        registry.sign(version, ours[0])
+        registry.signatures.sign(version, ours[0])
         assert strict.resolve("spelling@1") == version
     monkeypatch.setenv("MANYLORA_REQUIRE_SIGNATURE", str(tmp_path / "gone.pub"))
     with (
@@ -207,19 +213,19 @@ def test_the_environment_sets_the_policy(registry, version, ours, theirs, tmp_pa
 
 
 def test_signatures_are_copied(registry, version, ours, tmp_path):
-    registry.sign(version, ours[0])
+    registry.signatures.sign(version, ours[0])
     with Registry.open(tmp_path / "target") as target:
-        assert registry.copy_to(target).ok
+        assert copy_registry(registry, target).ok
 
-        assert target.verify_signature(version, [ours[1]]) == ours[1]
+        assert target.signatures.verify(version, [ours[1]]) == ours[1]
 
 
 def test_the_reference_tool_agrees(registry, version, ours, tmp_path):
-    digest = registry.sign(version, ours[0])
+    digest = registry.signatures.sign(version, ours[0])
     directory = tmp_path / "signed"
     directory.mkdir()
-    (directory / "manifest.json").write_bytes(registry._blobs.open(version.digest).read())
-    (tmp_path / "bundle").write_bytes(registry._blobs.open(digest).read())
+    (directory / "manifest.json").write_bytes(registry.blobs.open(version.digest).read())
+    (tmp_path / "bundle").write_bytes(registry.blobs.open(digest).read())
 
     done = subprocess.run(
         [sys.executable, "-m", "model_signing", "verify", "key", directory,
@@ -246,3 +252,83 @@ def test_the_verbs_sign_and_check(registry, version, ours, theirs, tmp_path):
     assert (signed.exit_code, good.exit_code, bad.exit_code) == (0, 0, 1)
     assert json.loads(good.stdout)["signed_by"] == str(ours[1])
     assert isinstance(bad.exception, UnsignedError)
+
+
+class TestSignaturesTravel:
+    """In every form that has room for them, and the digest stays what it was."""
+
+    @pytest.fixture
+    def other(self, tmp_path):
+        with Registry.open(tmp_path / "other") as opened:
+            yield opened
+
+    @pytest.fixture(params=["hf", "oci", "tar"])
+    def out(self, request, registry, version, ours, theirs, tmp_path):
+        """An export with two signatures."""
+        for private, _ in (ours, theirs):
+            registry.signatures.sign(version, private)
+        export_version(registry, version, tmp_path / "out", request.param)
+        return tmp_path / "out"
+
+    def test_and_are_good_where_they_arrive(self, out, version, other, base, ours, theirs):
+        arrived = import_version(other, "again", out, base=base)
+        assert (arrived.number, arrived.digest) == (1, version.digest)
+        assert import_version(other, "again", out, base=base) == arrived
+
+        for _, public in (ours, theirs):
+            assert other.signatures.verify(arrived, [public]) == public
+        assert other.verify().ok
+        other.signatures.require([ours[1]])
+        assert other.resolve("again@1") == arrived
+
+    def test_and_are_checked_before_anything_is_visible(self, out, other, base, ours, make_key):
+        other.signatures.require([make_key("strangers")[1]])
+        with pytest.raises(UnsignedError, match="2 signatures"):
+            import_version(other, "again", out, base=base)
+        assert other.adapters() == []
+
+        other.signatures.require([ours[1]])
+        assert import_version(other, "again", out, base=base).number == 1
+
+    def test_what_is_unsigned_does_not_arrive_where_signatures_are_required(
+        self, registry, version, other, base, ours, tmp_path
+    ):
+        export_version(registry, version, tmp_path / "out", "oci")
+        other.signatures.require([ours[1]])
+
+        with pytest.raises(UnsignedError):
+            import_version(other, "again", tmp_path / "out", base=base)
+        assert other.adapters() == []
+
+    @pytest.mark.parametrize("what", ["of another version", "no signature", "a link"])
+    def test_what_is_no_signature_of_the_version_is_refused(
+        self, registry, version, other, base, ours, make_adapter, tmp_path, what
+    ):
+        registry.signatures.sign(version, ours[0])
+        export_version(registry, version, tmp_path / "out", "hf")
+        bundle = tmp_path / "out" / "manylora" / "signatures" / "1.json"
+        if what == "of another version":
+            second = registry.publish("spelling", make_adapter(2), base=base)
+            registry.signatures.sign(second, ours[0])
+            bundle.write_bytes(registry.signatures.of(second)[0])
+        elif what == "no signature":
+            bundle.write_bytes(b'{"dsseEnvelope": {"payload": "e30="}}')
+        else:
+            bundle.rename(tmp_path / "bundle")
+            bundle.symlink_to(tmp_path / "bundle")
+
+        with pytest.raises(SourceError):
+            import_version(other, "again", tmp_path / "out", base=base)
+        assert other.adapters() == []
+
+    def test_in_a_layout_they_refer_to_the_version(self, registry, version, ours, tmp_path):
+        registry.signatures.sign(version, ours[0])
+        export_version(registry, version, tmp_path / "out", "oci")
+
+        described, referrer = json.loads((tmp_path / "out/index.json").read_text())["manifests"]
+        blobs = tmp_path / "out/blobs/sha256"
+        manifest = json.loads((blobs / referrer["digest"][7:]).read_text())
+        assert described["digest"] == manifest["subject"]["digest"] == version.digest
+        assert manifest["artifactType"] == "application/vnd.dev.sigstore.bundle.v0.3+json"
+        (layer,) = manifest["layers"]
+        assert [(blobs / layer["digest"][7:]).read_bytes()] == registry.signatures.of(version)

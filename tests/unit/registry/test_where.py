@@ -1,5 +1,7 @@
 """The filter language: what it means, and where it is wrong."""
 
+import hashlib
+
 import pytest
 
 from manylora_registry.errors import QueryError
@@ -73,6 +75,7 @@ def found(registry, base, make_adapter):
         ("alias~prod*", "a2"),
         ("parent=a@1", "b1 b2"),
         ("digest~sha256:*", "a1 a2 a3 b1 b2"),
+        ("file~sha256:*", "a1 a2 a3 b1 b2"),
         ("created>2020-01-01", "a1 a2 a3 b1 b2"),
         ("created<2020-01-01T12:00:00+02:00", ""),
     ],
@@ -153,3 +156,8 @@ def test_wrong_orders_limits_and_keys_are_refused(found, registry):
 def test_deleted_versions_are_left_out(found, registry):
     registry.delete("b@2")
     assert found("name=b") == ["b1"]
+
+
+def test_versions_are_found_by_a_file_of_theirs(found, make_adapter):
+    weights = (make_adapter(2) / "adapter_model.safetensors").read_bytes()
+    assert found(f"file=sha256:{hashlib.sha256(weights).hexdigest()}") == ["a3"]

@@ -1,6 +1,10 @@
 """Rows become examples: formats, the mask, and clear words about bad rows."""
 
+import json
 import shutil
+from datetime import UTC, date, datetime, time
+from decimal import Decimal
+from uuid import UUID
 
 import numpy as np
 import pytest
@@ -122,6 +126,28 @@ def test_a_template_that_changes_earlier_answers_cannot_learn_them(tiny_base, tm
         ChatTokenizer(base).encode([rendered])
 
 
+def test_what_databases_hold_is_written_alike_in_text_and_in_json():
+    columns = {
+        "price": Decimal("1.50"),
+        "at": datetime(2026, 1, 2, 3, 4, tzinfo=UTC),
+        "day": date(2026, 1, 2),
+        "opens": time(8, 30),
+        "id": UUID(int=1),
+    }
+    expected = {
+        "price": "1.50",
+        "at": "2026-01-02 03:04:00+00:00",
+        "day": "2026-01-02",
+        "opens": "08:30:00",
+        "id": "00000000-0000-0000-0000-000000000001",
+    }
+    for column, text in expected.items():
+        settings = template(prompt=f"{{{column}}}", completion=None, completion_json=[column])
+        rendered = render(settings, Row(1, columns))
+        assert rendered.messages[-1].content == text
+        assert json.loads(rendered.completion) == {column: text}
+
+
 @pytest.mark.parametrize(
     ("settings", "columns", "field", "said"),
     [
@@ -148,6 +174,13 @@ def test_a_template_that_changes_earlier_answers_cannot_learn_them(tiny_base, tm
         (template(), {"wrong": "a"}, "right", "missing"),
         (template(), {"wrong": ["a"], "right": "b"}, "wrong", "must be text or a number"),
         (template(), {"wrong": "a", "right": " "}, "completion", "renders to nothing"),
+        (template(), {"wrong": "a", "right": float("nan")}, "right", "is nan, not a number"),
+        (
+            template(completion=None, completion_json=["x"]),
+            {"wrong": "a", "x": [b"a"]},
+            "x",
+            "bytes has no form in it",
+        ),
         (
             template(completion=None, completion_json=["x"]),
             {"wrong": "a", "x": float("nan")},

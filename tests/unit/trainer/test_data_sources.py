@@ -229,6 +229,7 @@ def test_a_large_source_is_read_at_several_places_at_once(tmp_path):
         (b'{"a": ', "not JSON"),
         (b"[" * 100_000, "not JSON"),
         (b"[1, 2]", "must be an object with columns, is list"),
+        (b'{"b": {"a": 1, "a": 2}}', "the key 'a' stands in an object twice"),
         (b'{"a": "\xff"}', "not UTF-8: invalid start byte at byte 7"),
         (b'{"a": "' + b"x" * (10 << 20) + b'"}', "longer than 4 MiB"),
     ],
@@ -244,6 +245,33 @@ def test_a_malformed_line_is_named_and_the_next_one_read(tmp_path, line, said):
     assert str(bad.error).startswith(f"{path}, row 3: ")
     assert (last.number, last.columns) == (4, {"a": 2})
     assert list(source.rows(bad.after)) == [last]
+
+
+def test_a_json_array_is_told_from_json_lines(tmp_path):
+    (tmp_path / "rows.json").write_text(json.dumps(ROWS[:2], indent=1))
+    row = next(opened({"kind": "jsonl", "path": str(tmp_path / "rows.json")}).rows())
+    assert "the file is a JSON array; write one object a line" in str(row.error)
+
+
+def test_a_packed_file_is_known_by_its_end_in_capitals_too(tmp_path):
+    (tmp_path / "ROWS.JSONL.GZ").write_bytes(gzip.compress(lines(ROWS[:2])))
+    rows = opened({"kind": "jsonl", "path": str(tmp_path / "ROWS.JSONL.GZ")}).rows()
+    assert [row.columns for row in rows] == ROWS[:2]
+
+
+def test_narrow_floats_in_parquet_are_read_as_they_were_written(tmp_path):
+    narrow = {kind: pyarrow.array([0.1, None, 2.5]).cast(kind) for kind in ("float", "halffloat")}
+    pyarrow.parquet.write_table(pyarrow.table(narrow), tmp_path / "rows.parquet")
+    rows = list(opened({"kind": "parquet", "path": str(tmp_path / "rows.parquet")}).rows())
+    assert [row.columns["float"] for row in rows] == [0.1, None, 2.5]
+    assert [row.columns["halffloat"] for row in rows][1:] == [None, 2.5]
+
+
+def test_a_query_may_end_with_a_comment(tmp_path):
+    url = f"sqlite:///{database(tmp_path)}"
+    query = "select * from things -- all of them"
+    rows = opened({"kind": "sql", "url": url, "query": query, "key": "id"}).rows()
+    assert [row.columns for row in rows] == ROWS
 
 
 def test_text_in_parquet_that_is_not_utf8_names_row_and_column(tmp_path):
@@ -262,6 +290,13 @@ def refused(settings):
     with pytest.raises(SourceError) as caught:
         list(opened(settings).rows())
     return str(caught.value)
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path):
+    twins = pyarrow.Table.from_arrays([pyarrow.array(["a"])] * 2, names=["text", "text"])
+    pyarrow.parquet.write_table(twins, tmp_path / "rows.parquet")
+    said = refused({"kind": "parquet", "path": str(tmp_path / "rows.parquet")})
+    assert said == f"{tmp_path}/rows.parquet has several columns named text"
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])

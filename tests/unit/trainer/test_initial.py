@@ -4,7 +4,9 @@ import pytest
 from safetensors.numpy import load_file
 
 import manylora_trainer
+from manylora_registry import Registry
 from manylora_trainer.errors import InitialAdapterError
+from manylora_trainer.publish import publish_run
 
 WEIGHTS = "adapters/word/adapter_model.safetensors"
 STILL = {"learning_rate": 1e-12}
@@ -47,3 +49,18 @@ def test_a_missing_adapter_is_one_clear_error(make_task, write_recipe, tmp_path)
     task = make_task("word", lora={"rank": 4, "alpha": 8, "init_from": str(tmp_path / "nowhere")})
     with pytest.raises(InitialAdapterError, match="nowhere cannot be read"):
         manylora_trainer.train(write_recipe(task), tmp_path / "run")
+
+
+def test_what_went_on_from_a_version_names_it_as_its_parent(
+    first, make_task, write_recipe, tmp_path
+):
+    lora = {"rank": 4, "alpha": 8, "init_from": str(first / "adapters/word")}
+    recipe = write_recipe(make_task("word", lora=lora, steps=1))
+    manylora_trainer.train(recipe, tmp_path / "second")
+    with Registry.open(tmp_path / "unrelated") as registry:
+        (version,) = publish_run(tmp_path / "second", registry)
+        assert version.parent is None
+    with Registry.open(tmp_path / "registry") as registry:
+        (fresh,) = publish_run(tmp_path / "first", registry)
+        (version,) = publish_run(tmp_path / "second", registry)
+        assert (fresh.parent, version.parent) == (None, "word@1")

@@ -7,6 +7,7 @@ import pytest
 from safetensors.numpy import load_file
 
 import manylora_trainer
+from manylora_trainer.saved_runs import read_run
 
 DIFFERENT = {
     "all": {"lora": {"rank": 4, "alpha": 8}},
@@ -174,6 +175,10 @@ def test_an_adapter_ends_when_validation_gets_no_better_and_keeps_its_best_weigh
     assert entries(both, "early", "ended")[0][0] == ended
     assert entries(both, "early", "loss")[-1][0] == ended
     assert result.tasks["early"].stopped is None
+    assert f"step {ended}" in (result.tasks["early"].ended_early or "")
+    saved = read_run(both).tasks
+    assert saved["early"].ended_early == result.tasks["early"].ended_early
+    assert saved["steady"].ended_early is None
     assert result.tasks["early"].metrics["validation_loss"] == best
 
     # The saved weights are those of the best step, and the other adapter did not notice.
@@ -198,3 +203,14 @@ def test_equal_runs_are_equal_bytes(make_task, write_recipe, tmp_path):
             for run in ("one", "two")
         )
         assert one == two
+
+
+def test_a_base_in_bfloat16_trains_almost_alike(make_task, write_recipe, tmp_path):
+    losses: dict[str, float] = {}
+    for dtype in ("float32", "bfloat16"):
+        recipe = write_recipe(make_task("one"), dtype=dtype)
+        result = manylora_trainer.train(recipe, tmp_path / dtype)
+        losses[dtype] = result.tasks["one"].metrics["validation_loss"]
+    weights = load_file(tmp_path / "bfloat16/adapters/one/adapter_model.safetensors")
+    assert {str(tensor.dtype) for tensor in weights.values()} == {"float32"}
+    assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.02)

@@ -1,22 +1,16 @@
 """Content-addressed bytes: a blob is found by the sha256 of its content and never changes.
 
-In a local store a blob is written as restic writes a pack: into a private staging directory while
-hashing, synced, renamed to its final name, and then the directories are synced. So a blob that
-can be seen is whole, and a blob that was acknowledged survives a power cut. `s3_store` promises
-the same over the S3 API.
+`local_store` keeps them in a directory, `s3_store` in a bucket. In both a blob that can be seen is
+whole, and a blob that was acknowledged survives a power cut.
 """
 
-import contextlib
 import errno
-import fcntl
 import hashlib
 import io
 import os
-import shutil
 import stat
-import time
-import uuid
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -25,7 +19,7 @@ from pathlib import Path
 from typing import Protocol
 from urllib.parse import unquote, urlsplit
 
-from manylora_registry.errors import BlobStoreError, CorruptBlobError, RegistryLocationError
+from manylora_registry.errors import CorruptBlobError, RegistryLocationError
 
 CHUNK_BYTES = 1 << 20
 READ_ATTEMPTS = 3
@@ -45,6 +39,29 @@ class BlobSource(Protocol):
         ...
 
 
+class Staging(Protocol):
+    """A private directory for files on their way into a store."""
+
+    @property
+    def directory(self) -> Path:
+        """Empty at first."""
+        ...
+
+    def settle(self, file: Path, /) -> None:
+        """Begins to bring a file that is not written any more to disk, should `put` need that.
+
+        Returns at once: the file can be read and checked meanwhile.
+        """
+        ...
+
+    def put(self, files: Mapping[str, Path]) -> None:
+        """Takes over staged files, each by its digest; durable when this returns.
+
+        A blob that is there already is replaced by the same bytes, which heals a damaged one.
+        """
+        ...
+
+
 class BlobStore(BlobSource, Protocol):
     """Where blobs lie.
 
@@ -52,17 +69,10 @@ class BlobStore(BlobSource, Protocol):
     that cannot be reached or refuses.
     """
 
-    def staging(self) -> AbstractContextManager[Path]:
-        """A private empty directory for files on their way into the store; removed at the end.
+    def staging(self) -> AbstractContextManager[Staging]:
+        """A place for files on their way into the store; removed at the end.
 
         An OSError inside of it, such as a full disk, comes out as BlobStoreError.
-        """
-        ...
-
-    def put(self, file: Path, digest: str) -> None:
-        """Takes over a staged file whose sha256 is `digest`; durable when this returns.
-
-        A blob that is there already is replaced by the same bytes, which heals a damaged one.
         """
         ...
 
@@ -101,6 +111,8 @@ def open_blob_store(url: str) -> BlobStore:
     """
     parts = urlsplit(url)
     if parts.scheme == "file" and not parts.netloc and parts.path.startswith("/"):
+        from manylora_registry.local_store import LocalBlobStore
+
         return LocalBlobStore(Path(unquote(parts.path)))
     if parts.scheme == "s3" and parts.netloc and not (parts.query or parts.fragment):
         try:
@@ -130,14 +142,24 @@ def copy_hashed(source: BufferedIOBase, target: Path, limit: int) -> Copied:
     """
     digest = hashlib.sha256()
     size = 0
-    buffer = memoryview(bytearray(CHUNK_BYTES))
-    with target.open("xb") as out:
-        while count := source.readinto(buffer):
+    # One is hashed, by another thread, while the other is filled: hashing takes as long as copying.
+    buffers = [memoryview(bytearray(CHUNK_BYTES)) for _ in range(2)]
+    hashed: Future[None] | None = None
+    with ThreadPoolExecutor(1) as hasher, target.open("xb", buffering=0) as out:
+        while count := source.readinto(buffers[0]):
             size += count
             if size > limit:
                 return Copied("", limit + 1)
-            digest.update(buffer[:count])
-            out.write(buffer[:count])
+            chunk = buffers[0][:count]
+            before, hashed = hashed, hasher.submit(digest.update, chunk)
+            written = 0
+            while written < count:
+                written += out.write(chunk[written:])
+            if before:
+                before.result()
+            buffers.reverse()
+        if hashed:
+            hashed.result()
     return Copied(f"sha256:{digest.hexdigest()}", size)
 
 
@@ -195,125 +217,3 @@ def copy_verified(blobs: BlobSource, digest: str, size: int, target: Path) -> No
             return
         target.unlink()
     raise CorruptBlobError(digest, "does not match its digest")
-
-
-class LocalBlobStore:
-    """Blobs as files `blobs/sha256/ab/<64 hexadecimal digits>` below a directory."""
-
-    def __init__(self, root: Path) -> None:
-        self._blobs = root / "blobs" / "sha256"
-        self._incoming = root / "incoming"
-        self._damaged = root / "damaged"
-        self._durable: set[Path] = set()
-        """Directories of blobs that this process knows to survive a power cut."""
-
-    @contextlib.contextmanager
-    def staging(self) -> Generator[Path]:
-        """See `BlobStore`; on the same file system as the blobs, so that `put` is a rename."""
-        self._incoming.mkdir(parents=True, exist_ok=True)
-        directory = self._incoming / uuid.uuid4().hex
-        with _flock(self._incoming, fcntl.LOCK_SH):
-            directory.mkdir(mode=0o700)
-            owned = os.open(directory, os.O_RDONLY)
-            fcntl.flock(owned, fcntl.LOCK_EX)
-        try:
-            yield directory
-        except OSError as error:
-            raise BlobStoreError(
-                f"{self._incoming.parent} cannot be written: {error.strerror}"
-            ) from error
-        finally:
-            shutil.rmtree(directory, ignore_errors=True)
-            os.close(owned)
-
-    def put(self, file: Path, digest: str) -> None:
-        """See `BlobStore`."""
-        target = self._path(digest)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        file.chmod(stat.S_IRUSR | stat.S_IRGRP | stat.S_IROTH)
-        sync(file)
-        file.replace(target)
-        sync(target.parent)
-        # The levels above up to the registry's root, even if the directory was there: who made it
-        # may have died before syncing it. Directories are never removed, so once is enough.
-        if target.parent not in self._durable:
-            for directory in target.parent.parents[:3]:
-                sync(directory)
-            self._durable.add(target.parent)
-
-    def open(self, digest: str) -> BufferedIOBase:
-        """See `BlobStore`."""
-        try:
-            return self._path(digest).open("rb")
-        except FileNotFoundError as error:
-            raise CorruptBlobError(digest, "is missing") from error
-
-    def digests(self) -> Iterator[str]:
-        """See `BlobStore`."""
-        for path in self._blobs.glob("??/*"):
-            yield f"sha256:{path.name}"
-
-    def size(self, digest: str) -> int:
-        """See `BlobStore`."""
-        try:
-            return self._path(digest).stat().st_size
-        except FileNotFoundError:
-            return 0
-
-    def delete(self, digest: str) -> None:
-        """See `BlobStore`."""
-        path = self._path(digest)
-        with contextlib.suppress(FileNotFoundError):
-            path.unlink()
-            sync(path.parent)
-
-    def set_aside(self, digest: str) -> None:
-        """See `BlobStore`."""
-        path = self._path(digest)
-        self._damaged.mkdir(parents=True, exist_ok=True)
-        with contextlib.suppress(FileNotFoundError):
-            path.replace(self._damaged / path.name)
-            for directory in (self._damaged, path.parent, self._damaged.parent):
-                sync(directory)
-
-    def sweep(self, unused: timedelta) -> int:
-        """See `BlobStore`; a publisher holds a lock on its directory while it lives."""
-        if not self._incoming.is_dir():
-            return 0
-        latest = time.time() - unused.total_seconds()
-        count = 0
-        # Alone here, no publisher is between making its directory and locking it.
-        with _flock(self._incoming, fcntl.LOCK_EX):
-            for directory in self._incoming.iterdir():
-                with (
-                    contextlib.suppress(BlockingIOError, FileNotFoundError),
-                    _flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB),
-                ):
-                    if directory.stat().st_mtime <= latest:
-                        shutil.rmtree(directory)
-                        count += 1
-        return count
-
-    def _path(self, digest: str) -> Path:
-        name = digest.removeprefix("sha256:")
-        return self._blobs / name[:2] / name
-
-
-def sync(path: Path) -> None:
-    """Waits until the file's content, or the directory's entries, are on disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-@contextlib.contextmanager
-def _flock(path: Path, mode: int) -> Generator[None]:
-    """Holds an advisory lock on a directory; the kernel drops it when the process dies."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, mode)
-        yield
-    finally:
-        os.close(handle)

@@ -68,8 +68,9 @@ def _copy_blobs(
     progress(arrived, len(needed))
     for count, digest in enumerate(missing, arrived + 1):
         with target.staging() as staging:
-            copy_verified(source, digest, source.size(digest), staging / "blob")
-            target.put(staging / "blob", digest)
+            blob = staging.directory / "blob"
+            copy_verified(source, digest, source.size(digest), blob)
+            staging.put({digest: blob})
         progress(count, len(needed))
 
 

@@ -15,10 +15,17 @@ from typing import Protocol
 
 import sqlalchemy as sa
 from sqlalchemy.engine import URL, Connection, Engine
-from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
+from sqlalchemy.exc import (
+    DatabaseError,
+    DBAPIError,
+    InterfaceError,
+    InternalError,
+    OperationalError,
+)
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from manylora_registry.errors import (
+    DatabaseDamagedError,
     DatabaseUnavailableError,
     RegistryLocationError,
     SchemaTooNewError,
@@ -103,6 +110,7 @@ class Database:
         RegistryLocationError: it holds no registry, and none is to be made.
         SchemaTooNewError: it was migrated further by a newer library; nothing is touched.
         DatabaseUnavailableError: it cannot be reached or opened.
+        DatabaseDamagedError: it is damaged, or no database.
     """
 
     def __init__(self, url: URL, *, create: bool = True) -> None:
@@ -207,8 +215,17 @@ class Database:
             yield
         except (OperationalError, InterfaceError, PoolTimeoutError) as error:
             cause = error.orig if isinstance(error, DBAPIError) else error
-            lines = str(cause).strip().splitlines() or [type(cause).__name__]
-            raise DatabaseUnavailableError(self._name, lines[0]) from error
+            raise DatabaseUnavailableError(self._name, _first_line(cause)) from error
+        except DatabaseError as error:
+            # Of the general kind is what SQLite says of a file that is malformed, and of the
+            # internal kind what Postgres says of a page; the others are mistakes of ours.
+            if type(error) not in (DatabaseError, InternalError):
+                raise
+            raise DatabaseDamagedError(self._name, _first_line(error.orig)) from error
+
+
+def _first_line(cause: BaseException | None) -> str:
+    return (str(cause).strip().splitlines() or [type(cause).__name__])[0]
 
 
 def _backend(url: URL) -> Backend:

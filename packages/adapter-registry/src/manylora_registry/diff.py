@@ -69,8 +69,8 @@ def diff(blobs: BlobStore, before: Version, after: Version) -> VersionDiff:
         BlobStoreError: one cannot be read.
     """
     with blobs.staging() as staging:
-        first = _Weights.load(blobs, before.digest, staging / "before")
-        second = _Weights.load(blobs, after.digest, staging / "after")
+        first = _Weights.load(blobs, before.digest, staging.directory / "before")
+        second = _Weights.load(blobs, after.digest, staging.directory / "after")
         modules = sorted({*first.modules, *second.modules})
         changes = tuple(_compare(module, first, second) for module in modules)
     return VersionDiff(

@@ -5,6 +5,7 @@ RegistryError
 ├── BaseError                  a directory is not a usable base model
 ├── RegistryLocationError      there is no registry where it was looked for
 ├── DatabaseUnavailableError   the registry's database cannot be reached, or is locked too long
+├── DatabaseDamagedError       the registry's database is damaged, or is no database
 ├── SchemaTooNewError          the registry was written by a newer version of this library
 ├── InvalidReferenceError      a text is not NAME[@SELECTOR]
 ├── InvalidNameError           an adapter or alias may not be called that
@@ -22,12 +23,13 @@ RegistryError
 ├── AliasConflictError         somebody else moved the alias first
 ├── AliasProtectedError        the version has not passed the gate of a protected alias
 ├── VersionInUseError          a version cannot be deleted while an alias points at it
+├── LeaseError                 a lease was asked for that cannot be given
 ├── LeaseExpiredError          a lease ran out before what it protected was done
 ├── QueryError                 a filter or an order of `list` cannot be read
 ├── CorruptBlobError           stored bytes are gone or differ from their digest
 ├── BlobStoreError             the store of blobs cannot be reached, or refuses
 ├── SourceError                what is to be imported is no exported version, or damaged
-└── DestinationError           an export would write over something
+└── DestinationError           a place to write a version to is taken, or cannot be written
 """
 
 from collections.abc import Sequence
@@ -97,6 +99,18 @@ class DatabaseUnavailableError(RegistryError):
 
     def __init__(self, database: str, cause: str) -> None:
         super().__init__(f"the registry's database {database} cannot be used: {cause}")
+
+
+class DatabaseDamagedError(RegistryError):
+    """The registry's database is damaged, or what is in its place is no database."""
+
+    reason = "REGISTRY_DAMAGED"
+
+    def __init__(self, database: str, cause: str) -> None:
+        super().__init__(
+            f"the registry's database {database} is damaged: {cause}. Restore it from a backup; "
+            "the blobs are not touched"
+        )
 
 
 class SchemaTooNewError(RegistryError):
@@ -211,6 +225,12 @@ class VersionInUseError(RegistryError):
     reason = "VERSION_IN_USE"
 
 
+class LeaseError(RegistryError):
+    """A lease was asked for that cannot be given."""
+
+    reason = "LEASE_INVALID"
+
+
 class LeaseExpiredError(RegistryError):
     """A lease ran out, and what it protected may have been collected."""
 
@@ -264,6 +284,6 @@ class SourceError(RegistryError):
 
 
 class DestinationError(RegistryError):
-    """An export would write over something that is there."""
+    """A place to write a version to is taken, full or not to be written to."""
 
     reason = "DESTINATION"

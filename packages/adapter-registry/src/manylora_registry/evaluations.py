@@ -103,7 +103,7 @@ def check_suite_name(suite: str) -> None:
 def _as_json(reference: AdapterReference, result: Mapping[str, Any]) -> str:
     try:
         content = json.dumps(dict(result), allow_nan=False)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         problem = Problem("result", f"is not JSON: {error}")
         raise DescriptionError(str(reference), [problem]) from error
     if len(content) > RESULT_BYTES:

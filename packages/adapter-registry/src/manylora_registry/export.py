@@ -2,24 +2,25 @@
 
 peft   adapter_config.json, adapter_model.safetensors and the card, as published
 hf     the same with a model card the Hugging Face hub understands; what that changed, the
-       manifest and the description are kept in `manylora/`
+       manifest, the description and the signatures are kept in `manylora/`
 oci    an OCI image layout, which ORAS, skopeo and crane copy to any container registry:
        https://github.com/opencontainers/image-spec/blob/main/image-layout.md
-tar    that layout as one file; the same version is the same bytes
+       Signatures refer to the version: `oras cp -r` takes them along.
+tar    that layout as one file; the same version with the same signatures is the same bytes
 """
 
 import contextlib
 import shutil
 import tarfile
 import uuid
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import yaml
 
 from manylora_registry.adapter_config import read_config
-from manylora_registry.blobs import BlobStore, copy_verified, sync
+from manylora_registry.blobs import BlobStore, copy_verified
 from manylora_registry.errors import DestinationError
 from manylora_registry.manifest import (
     ARTIFACT_TYPE,
@@ -28,8 +29,11 @@ from manylora_registry.manifest import (
     MANIFEST_TYPE,
     Manifest,
     canonical_json,
+    digest_of,
     load_manifest,
 )
+from manylora_registry.signing import SIGNATURE_TYPE
+from manylora_registry.syncs import Syncs, sync
 from manylora_registry.version import Version
 
 Format = Literal["peft", "hf", "oci", "tar"]
@@ -39,11 +43,18 @@ OCI_BLOBS = "blobs/sha256"
 HF_DIRECTORY = "manylora"
 MANIFEST_FILE = "manifest.json"
 DESCRIPTION_FILE = "description.json"
+SIGNATURES_DIRECTORY = "signatures"
 DESCRIPTION = "io.manylora.description"
 """Annotation of the index: metrics, tags and lineage, which are no part of the identity."""
 
 
-def export(blobs: BlobStore, version: Version, destination: Path, format_: Format) -> None:
+def export(
+    blobs: BlobStore,
+    version: Version,
+    destination: Path,
+    format_: Format,
+    signatures: Sequence[bytes],
+) -> None:
     """Writes the version to a new `destination`, verified, at once or not at all.
 
     Raises:
@@ -60,10 +71,13 @@ def export(blobs: BlobStore, version: Version, destination: Path, format_: Forma
                 _write_files(blobs, manifest, content)
             case "hf":
                 _write_hugging_face(blobs, manifest, version, content)
+                _write_signatures(content / HF_DIRECTORY / SIGNATURES_DIRECTORY, signatures)
             case "oci" | "tar":
-                _write_layout(blobs, manifest, version, content)
-        for path in [*content.rglob("*"), content]:
-            sync(path)
+                _write_layout(blobs, manifest, version, signatures, content)
+        with Syncs() as syncs:
+            for path in [*content.rglob("*"), content]:
+                syncs.begin(path)
+            syncs.wait()
         if format_ == "tar":
             _pack(content, partial / "tar")
             # Unlike a rename, a link does not replace what is there.
@@ -110,6 +124,12 @@ def _write_hugging_face(
         card.rename(ours / CARD_FILE)
     front = yaml.safe_dump(_front_matter(directory, version), sort_keys=False, allow_unicode=True)
     card.write_text(f"---\n{front}---\n{body or _body(version)}", encoding="utf-8")
+
+
+def _write_signatures(directory: Path, signatures: Sequence[bytes]) -> None:
+    for number, signature in enumerate(signatures, 1):
+        directory.mkdir(exist_ok=True)
+        (directory / f"{number}.json").write_bytes(signature)
 
 
 def _front_matter(directory: Path, version: Version) -> dict[str, object]:
@@ -160,32 +180,60 @@ def _body(version: Version) -> str:
     )
 
 
-def _write_layout(blobs: BlobStore, manifest: Manifest, version: Version, directory: Path) -> None:
+def _write_layout(
+    blobs: BlobStore,
+    manifest: Manifest,
+    version: Version,
+    signatures: Sequence[bytes],
+    directory: Path,
+) -> None:
     stored = directory / OCI_BLOBS
     stored.mkdir(parents=True)
     for file in {file.digest: file for file in manifest.files}.values():
         copy_verified(blobs, file.digest, file.size, stored / file.digest.removeprefix("sha256:"))
-    content = manifest.to_bytes()
-    (stored / version.digest.removeprefix("sha256:")).write_bytes(content)
+
+    def store(content: bytes, kind: str) -> dict[str, Any]:
+        digest = digest_of(content)
+        (stored / digest.removeprefix("sha256:")).write_bytes(content)
+        return {"mediaType": kind, "digest": digest, "size": len(content)}
+
+    described = store(manifest.to_bytes(), MANIFEST_TYPE)
     (directory / OCI_MARK).write_bytes(canonical_json({"imageLayoutVersion": "1.0.0"}))
     index = {
         "schemaVersion": 2,
         "mediaType": "application/vnd.oci.image.index.v1+json",
         "manifests": [
             {
-                "mediaType": MANIFEST_TYPE,
+                **described,
                 "artifactType": ARTIFACT_TYPE,
-                "digest": version.digest,
-                "size": len(content),
                 "annotations": {
                     "org.opencontainers.image.ref.name": str(version.number),
                     "org.opencontainers.image.title": version.name,
                     DESCRIPTION: _description(version).decode(),
                 },
-            }
+            },
+            *(_referrer(described, signature, store) for signature in signatures),
         ],
     }
     (directory / OCI_INDEX).write_bytes(canonical_json(index))
+
+
+def _referrer(
+    subject: dict[str, Any], signature: bytes, store: Callable[[bytes, str], dict[str, Any]]
+) -> dict[str, Any]:
+    """Stores a manifest that refers to the version's and holds a signature of it.
+
+    https://github.com/opencontainers/image-spec/blob/main/manifest.md#guidelines-for-artifact-usage
+    """
+    manifest = {
+        "schemaVersion": 2,
+        "mediaType": MANIFEST_TYPE,
+        "artifactType": SIGNATURE_TYPE,
+        "config": store(b"{}", "application/vnd.oci.empty.v1+json"),
+        "layers": [store(signature, SIGNATURE_TYPE)],
+        "subject": subject,
+    }
+    return {**store(canonical_json(manifest), MANIFEST_TYPE), "artifactType": SIGNATURE_TYPE}
 
 
 def _description(version: Version) -> bytes:

@@ -14,7 +14,12 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from manylora_registry.database import Database
-from manylora_registry.errors import DatabaseUnavailableError, DeletedError, LeaseExpiredError
+from manylora_registry.errors import (
+    DatabaseUnavailableError,
+    DeletedError,
+    LeaseError,
+    LeaseExpiredError,
+)
 from manylora_registry.reference import AdapterReference
 from manylora_registry.rows import find_row, time
 from manylora_registry.schema import condemned, lease_blobs, leases
@@ -22,6 +27,7 @@ from manylora_registry.schema import condemned, lease_blobs, leases
 UPLOAD_SECONDS = 24 * 3600
 """Longer than any upload of an adapter takes, as it is not renewed."""
 SERVING_SECONDS = 3600
+LONGEST_SECONDS = 366 * 24 * 3600
 
 
 class Lease:
@@ -41,6 +47,7 @@ class Lease:
         """Makes it last `seconds` from now, or as many as it was taken for.
 
         Raises:
+            LeaseError: it cannot last that long.
             LeaseExpiredError: it has run out; resolve again and take a new one.
         """
         with self._database.write() as connection:
@@ -81,6 +88,7 @@ def lease_version(
     """Takes a serving lease on a version.
 
     Raises:
+        LeaseError: it cannot last that long.
         NotFoundError: there is no such version.
         DeletedError: its bytes are gone, or a collection may be about to remove them.
     """
@@ -154,4 +162,6 @@ def _end(connection: Connection, identities: Iterable[str]) -> int:
 
 
 def _after(now: int, seconds: float) -> int:
+    if not 0 <= seconds <= LONGEST_SECONDS:
+        raise LeaseError(f"a lease lasts from 0 to {LONGEST_SECONDS} seconds, not {seconds}")
     return now + int(seconds * 1_000_000)

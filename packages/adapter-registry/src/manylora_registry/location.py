@@ -7,8 +7,8 @@ from pathlib import Path
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError
 
-from manylora_registry.blobs import sync
 from manylora_registry.errors import RegistryLocationError
+from manylora_registry.syncs import sync
 
 DIRECTORY_VARIABLE = "MANYLORA_REGISTRY"
 DATABASE_VARIABLE = "MANYLORA_REGISTRY_DATABASE"

@@ -15,8 +15,9 @@ from collections.abc import Generator
 from pathlib import Path
 from typing import TextIO
 
-from manylora_registry.blobs import BlobStore, copy_verified, hash_file, sync
-from manylora_registry.manifest import AdapterFile, Manifest, load_manifest
+from manylora_registry.blobs import BlobStore, copy_verified, hash_file
+from manylora_registry.manifest import Manifest, load_manifest
+from manylora_registry.syncs import Syncs, sync
 
 
 def materialize(blobs: BlobStore, digest: str, directory: Path) -> Path:
@@ -52,18 +53,16 @@ def _written(blobs: BlobStore, manifest: Manifest, parent: Path) -> Generator[Pa
     directory = parent / f".{uuid.uuid4().hex}.partial"
     directory.mkdir()
     try:
-        for file in manifest.files:
-            _write(blobs, file, directory / file.title)
-        sync(directory)
+        with Syncs() as syncs:
+            for file in manifest.files:
+                copy_verified(blobs, file.digest, file.size, directory / file.title)
+                (directory / file.title).chmod(0o444)
+                syncs.begin(directory / file.title)
+            syncs.begin(directory)
+            syncs.wait()
         yield directory
     finally:
         shutil.rmtree(directory, ignore_errors=True)
-
-
-def _write(blobs: BlobStore, file: AdapterFile, target: Path) -> None:
-    copy_verified(blobs, file.digest, file.size, target)
-    target.chmod(0o444)
-    sync(target)
 
 
 @contextlib.contextmanager

@@ -124,9 +124,11 @@ class _Listener:
             stop.wait(max(0.0, end - time.monotonic()))
 
     def close(self) -> None:
-        if self._connection is not None:
-            self._connection.close()
-        self._connection = None
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            # One that the server has dropped cannot be told good-bye.
+            with contextlib.suppress(DBAPIError, self._error):
+                connection.close()
 
     @property
     def _error(self) -> type[Exception]:

@@ -47,6 +47,9 @@ def find_versions(
     """
     if not 1 <= limit <= MOST:
         raise QueryError(f"a page has 1 to {MOST} versions, not {limit}")
+    for what, text in (("filter", where), ("order", sort)):
+        if not _is_comparable(text):
+            raise QueryError(f"the {what} holds what is no character")
     order = _order(sort)
     with database.read() as connection:
         condition = parse_where(where, connection.dialect.name)
@@ -90,6 +93,13 @@ def _order(sort: str) -> _Order:
     return _Order(sort, source, columns, (held, int), which, descending)
 
 
+def _is_comparable(value: str | float) -> bool:
+    """Whether every database can be asked for it: no halves of characters, no NUL, 64 bits."""
+    if not isinstance(value, str):
+        return abs(value) < 1 << 63
+    return "\0" not in value and value.encode(errors="ignore").decode() == value
+
+
 def _key(order: _Order, *values: Any) -> str:
     content = json.dumps([order.text, *values], separators=(",", ":"))
     return base64.urlsafe_b64encode(content.encode()).decode().rstrip("=")
@@ -102,6 +112,7 @@ def _read_key(text: str, order: _Order) -> list[Any]:
         content = None
     if isinstance(content, list):
         sort, *values = cast("list[Any]", content) or [None]
-        if sort == order.text and tuple(map(type, values)) == order.types:
+        right = sort == order.text and tuple(map(type, values)) == order.types
+        if right and all(map(_is_comparable, values)):
             return values
     raise QueryError("the key to go on from is none that was given for this order")

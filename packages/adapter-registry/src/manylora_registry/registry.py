@@ -1,26 +1,24 @@
 """The registry: publish, resolve, move aliases, materialize."""
 
 import threading
-from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from manylora_registry import materialize as files
 from manylora_registry.aliases import Aliases, Reason, this_user
 from manylora_registry.base import BaseModelIdentity
 from manylora_registry.blobs import BlobStore, open_blob_store
 from manylora_registry.cache import Cache
 from manylora_registry.catalog import Catalog, Description
-from manylora_registry.copy import Progress, copy
 from manylora_registry.database import Database
+from manylora_registry.deployments import Deployments
 from manylora_registry.description import check_description, one_line
 from manylora_registry.diff import VersionDiff, diff
-from manylora_registry.errors import CorruptBlobError, DeletedError, WrongBaseError
 from manylora_registry.evaluations import Evaluations, check_suite_name
-from manylora_registry.export import Format, export
+from manylora_registry.files import Files
 from manylora_registry.garbage import collect_garbage
 from manylora_registry.leases import SERVING_SECONDS, Lease, lease_version, uploading
 from manylora_registry.location import DATABASE_FILE, locate, prepare
@@ -29,14 +27,13 @@ from manylora_registry.query import find_versions
 from manylora_registry.reference import AdapterReference, check_adapter_name, check_alias_name
 from manylora_registry.rows import require_served
 from manylora_registry.signatures import Signatures
-from manylora_registry.signing import required_keys, sign_manifest
-from manylora_registry.staging import largest_adapter, stage_adapter
-from manylora_registry.unpack import unpack
+from manylora_registry.staging import stage_adapter
 from manylora_registry.verify import verify
 from manylora_registry.version import (
     Adapter,
     Alias,
     AliasMove,
+    Deployment,
     Evaluation,
     Event,
     GarbageReport,
@@ -47,6 +44,7 @@ from manylora_registry.version import (
 )
 
 EVENTS_AT_ONCE = 1000
+MOST_EVENTS = (1 << 63) - 1
 POLL_SECONDS = 1.0
 GRACE = timedelta(days=1)
 _MANIFEST = "manifest.json"
@@ -59,17 +57,17 @@ class Registry:
     """
 
     def __init__(self, blobs: BlobStore, database: Database) -> None:
-        self._blobs = blobs
-        self._database = database
+        self.blobs = blobs
+        """Where the bytes are; for this package."""
+        self.database = database
+        """What is known of them; for this package."""
+        self.signatures = Signatures(blobs, database)
+        """Who signed what, and who must have."""
         self._catalog = Catalog(database)
-        self._signatures = Signatures(blobs, database)
-        self._signing_key: Path | None = None
-        self._required_keys = required_keys()
-        self._leases = ExitStack()
-        self._held: dict[str, Path] = {}
-        self._holding = threading.Lock()
+        self._files = Files(blobs, self._catalog)
         self._aliases = Aliases(database)
         self._evaluations = Evaluations(database)
+        self._deployments = Deployments(database)
 
     @classmethod
     def open(
@@ -95,6 +93,7 @@ class Registry:
             RegistryLocationError: no registry was named, or something else is there.
             SchemaTooNewError: it was written by a newer version of this library.
             DatabaseUnavailableError: the database cannot be reached.
+            DatabaseDamagedError: it is damaged, or no database.
         """
         found = locate(location, database, blobs)
         if found.directory and not (found.directory / DATABASE_FILE).is_file():
@@ -103,9 +102,8 @@ class Registry:
 
     def close(self) -> None:
         """Closes the database connections and gives back what is held in the cache."""
-        self._leases.close()
-        self._held.clear()
-        self._database.close()
+        self._files.close()
+        self.database.close()
 
     def __enter__(self) -> "Registry":
         return self
@@ -159,20 +157,18 @@ class Registry:
         wrong = check_description(description.metrics, description.tags, description.lineage)
         if description.parent is not None:
             self.find(description.parent)
-        with self._blobs.staging() as staging:
+        with self.blobs.staging() as staging:
             manifest = stage_adapter(name, directory, staging, base, wrong)
             content = manifest.to_bytes()
-            key = self._signing_key
-            signature = None if key is None else sign_manifest(content, key)
-            (staging / _MANIFEST).write_bytes(content)
-            files_of = {file.digest: staging / file.title for file in manifest.files}
-            files_of[digest_of(content)] = staging / _MANIFEST
-            with uploading(self._database, files_of, this_user()) as lease:
-                for digest, file in files_of.items():
-                    self._blobs.put(file, digest)
+            signature = self.signatures.of_published(content)
+            (staging.directory / _MANIFEST).write_bytes(content)
+            files_of = {file.digest: staging.directory / file.title for file in manifest.files}
+            files_of[digest_of(content)] = staging.directory / _MANIFEST
+            with uploading(self.database, files_of, this_user()) as lease:
+                staging.put(files_of)
                 version = self._catalog.add(name, digest_of(content), manifest, description, lease)
             if signature is not None:
-                self._signatures.add(version, signature)
+                self.signatures.add(version, signature)
         return version
 
     def resolve(self, reference: str | AdapterReference, *, base: str | None = None) -> Version:
@@ -193,7 +189,7 @@ class Registry:
         require_served(
             f"{version.name}@{version.number}", yanked=version.yanked, deleted=version.deleted
         )
-        self._require_signature(version)
+        self.signatures.check(version)
         if base is not None:
             version.require_base(base)
         return version
@@ -213,7 +209,12 @@ class Registry:
         Args:
             limit: at most so many; None for all.
             after: only those behind this name, to go on from a page.
+
+        Raises:
+            InvalidNameError: `after` is no name.
         """
+        if after is not None:
+            check_adapter_name(after)
         return self._catalog.adapters(limit, after)
 
     def versions(self, name: str) -> list[Version]:
@@ -252,7 +253,7 @@ class Registry:
         Raises:
             QueryError: one of them cannot be read; says where.
         """
-        return find_versions(self._database, where, sort, limit, after)
+        return find_versions(self.database, where, sort, limit, after)
 
     def set_alias(
         self,
@@ -386,6 +387,65 @@ class Registry:
         """
         return self._evaluations.of(_reference(version))
 
+    def record_deployment(
+        self,
+        stage: str,
+        action: str,
+        outcome: str,
+        *,
+        step: str = "",
+        version: Version | None = None,
+        actor: str | None = None,
+        why: str = "",
+        detail: Mapping[str, Any] | None = None,
+        key: str | None = None,
+    ) -> Deployment:
+        """Keeps for ever what was done to a stage and what came of it.
+
+        Args:
+            stage: the stage, e.g. `production`.
+            action: what was done, e.g. `promote`.
+            outcome: what came of it, e.g. `done`.
+            step: the part of the action that this is about; empty: the whole.
+            version: the version it was about.
+            actor: who did it; else the user and host of this process.
+            why: the reason; one line.
+            detail: figures and reasons, as JSON.
+            key: a record whose key is there already is returned unchanged, so that whoever was
+                interrupted can repeat himself; None: a key of its own.
+
+        Raises:
+            InvalidNameError: a stage, an action or an outcome cannot be called that.
+            DescriptionError: the detail is not JSON, or too large.
+        """
+        reason = Reason.of(actor, why)
+        return self._deployments.add(
+            stage,
+            action,
+            outcome,
+            step=step,
+            version=version,
+            actor=reason.actor,
+            why=reason.why,
+            detail=detail or {},
+            key=key,
+        )
+
+    def deployments(
+        self, name: str | None = None, *, stage: str | None = None, limit: int | None = None
+    ) -> list[Deployment]:
+        """The newest records of deployments, oldest first.
+
+        Args:
+            name: only those about this adapter.
+            stage: only those of this stage.
+            limit: at most so many; None: all.
+
+        Raises:
+            AdapterNotFoundError: there is no such adapter.
+        """
+        return self._deployments.all(name, stage, limit)
+
     def describe(
         self,
         version: Version | str | AdapterReference,
@@ -425,29 +485,14 @@ class Registry:
         Raises:
             CorruptBlobError: a stored blob is damaged; nothing is left behind.
             BlobStoreError: it cannot be read.
+            DestinationError: the directory is full or cannot be written.
             DeletedError: the version was deleted and its bytes were collected.
             UnsignedError: a signature is required, and it has none of a trusted key.
         """
-        self._require_signature(version)
-        if directory is not None:
-            with self._telling_of_deletion(version):
-                return files.materialize(self._blobs, version.digest, directory)
-        with self._holding:
-            if version.digest not in self._held:
-                held = self.hold(version, Cache.from_environment())
-                self._held[version.digest] = self._leases.enter_context(held)
-            return self._held[version.digest]
-
-    @contextmanager
-    def _telling_of_deletion(self, version: Version) -> Generator[None]:
-        try:
-            yield
-        except CorruptBlobError as error:
-            if self.find(_reference(version)).collected:
-                raise DeletedError(
-                    f"{version.name}@{version.number} was deleted and its bytes are gone"
-                ) from error
-            raise
+        self.signatures.check(version)
+        if directory is None:
+            return self._files.held(version)
+        return self._files.materialize(version, directory)
 
     def hold(self, version: Version, cache: Cache) -> AbstractContextManager[Path]:
         """The version's directory in a cache, which keeps it until the block ends.
@@ -455,51 +500,11 @@ class Registry:
         Raises:
             CorruptBlobError: a stored blob is damaged; nothing is left behind.
             BlobStoreError: it cannot be read.
+            DestinationError: the cache is full or cannot be written.
             UnsignedError: a signature is required, and it has none of a trusted key.
         """
-        self._require_signature(version)
-        return self._hold(version, cache)
-
-    @contextmanager
-    def _hold(self, version: Version, cache: Cache) -> Generator[Path]:
-        with ExitStack() as held:
-            with self._telling_of_deletion(version):
-                path = held.enter_context(cache.hold(self._blobs, version.digest))
-            yield path
-
-    def sign_published_with(self, private_key: Path) -> None:
-        """Signs every version published from now on; an elliptic-curve key in PEM."""
-        self._signing_key = private_key
-
-    def require_signatures_of(self, public_keys: Sequence[Path]) -> None:
-        """From now on resolves and materializes only what one of these keys signed.
-
-        Opened, a registry requires those in `$MANYLORA_REQUIRE_SIGNATURE`; none lifts it.
-        """
-        self._required_keys = tuple(public_keys)
-
-    def sign(self, version: Version, private_key: Path) -> str:
-        """Adds a signature to a version; the digest of the signature.
-
-        Raises:
-            SigningKeyError: the key cannot be used.
-            CorruptBlobError: the manifest is damaged.
-        """
-        return self._signatures.sign(version, private_key)
-
-    def verify_signature(self, version: Version, public_keys: Sequence[Path]) -> Path:
-        """Which of the keys signed the version.
-
-        Raises:
-            UnsignedError: none of them.
-            SigningKeyError: a key cannot be read.
-            CorruptBlobError: the manifest or a signature is damaged.
-        """
-        return self._signatures.require(version, public_keys)
-
-    def _require_signature(self, version: Version) -> None:
-        if self._required_keys:
-            self._signatures.require_once(version, self._required_keys)
+        self.signatures.check(version)
+        return self._files.hold(version, cache)
 
     def diff(self, before: Version, after: Version) -> VersionDiff:
         """What differs between two versions: config, description, and each module's weights.
@@ -508,72 +513,12 @@ class Registry:
             CorruptBlobError: a stored blob is damaged.
             BlobStoreError: one cannot be read.
         """
-        return diff(self._blobs, before, after)
-
-    def export(self, version: Version, destination: Path, format: Format = "peft") -> None:  # noqa: A002
-        """Writes the version in a form that imports to the same digest.
-
-        Args:
-            version: one of this registry.
-            destination: a path where nothing is yet, or an empty directory.
-            format: `peft` or `hf`, directories for PEFT and the Hugging Face hub; `oci`, an OCI
-                image layout; `tar`, that as one file.
-
-        Raises:
-            CorruptBlobError: a stored blob is damaged; nothing is left behind.
-            BlobStoreError: one cannot be read.
-            DestinationError: `destination` is there already, or cannot be written.
-        """
-        export(self._blobs, version, destination, format)
-
-    def import_adapter(self, name: str, source: Path, *, base: BaseModelIdentity) -> Version:
-        """Publishes what `export` wrote, or any PEFT adapter directory, as a version of `name`.
-
-        What the exported version was described with is kept.
-
-        Raises:
-            SourceError: `source` is in none of these forms, or damaged.
-            InvalidNameError: an adapter may not be called `name`.
-            InvalidAdapterError: it may not be served; carries every problem.
-            WrongBaseError: it was made for another base.
-        """
-        check_adapter_name(name)
-        with self._blobs.staging() as staging:
-            found = unpack(source, staging, largest_adapter(base))
-            if found.base_fingerprint not in (None, base.fingerprint):
-                raise WrongBaseError(name, found.base_fingerprint, base.fingerprint)
-            return self.publish(
-                name,
-                found.directory,
-                base=base,
-                metrics=found.metrics,
-                tags=found.tags,
-                lineage=found.lineage,
-            )
-
-    def copy_to(self, target: "Registry", progress: Progress | None = None) -> VerifyReport:
-        """Makes `target`, a new registry or a copy begun before, equal to this one; verifies it.
-
-        Numbers, digests, aliases, history and events stay what they are. Interrupted, it can be
-        started again and goes on.
-
-        Raises:
-            CorruptBlobError: a blob is damaged here.
-            BlobStoreError: blobs cannot be read or written.
-            DestinationError: `target` holds something else.
-        """
-        copy(
-            self._blobs,
-            self._database,
-            target._blobs,
-            target._database,
-            progress or (lambda _arrived, _all: None),
-        )
-        return target.verify()
+        return diff(self.blobs, before, after)
 
     def events(self, since: int = 0, limit: int = EVENTS_AT_ONCE) -> list[Event]:
         """What happened after event number `since`, in order, at most `limit` events."""
-        return self._catalog.events(since, limit)
+        # Numbers that no database has are asked for as the nearest that one may have.
+        return self._catalog.events(min(max(since, 0), MOST_EVENTS), limit)
 
     def watch(
         self,
@@ -596,7 +541,7 @@ class Registry:
         """
         stop = stop or threading.Event()
         # Told of changes before it looks for the first time: none falls between.
-        with self._database.changes() as changes:
+        with self.database.changes() as changes:
             while not stop.is_set():
                 found = self.events(since)
                 for event in found:
@@ -646,11 +591,12 @@ class Registry:
             holder: who has it, for the reports of garbage collection; else user and host.
 
         Raises:
+            LeaseError: it cannot last that long.
             NotFoundError: there is no such version.
             DeletedError: its bytes are gone.
         """
         who = one_line(holder or this_user())
-        return lease_version(self._database, _reference(version), seconds, who)
+        return lease_version(self.database, _reference(version), seconds, who)
 
     def collect_garbage(self, *, grace: timedelta = GRACE, dry_run: bool = False) -> GarbageReport:
         """Removes the bytes of deleted versions, and what killed publications left behind.
@@ -662,7 +608,7 @@ class Registry:
             grace: nothing younger is removed; readers without a lease have that long to finish.
             dry_run: only say what would be done.
         """
-        return collect_garbage(self._blobs, self._database, grace, dry_run=dry_run)
+        return collect_garbage(self.blobs, self.database, grace, dry_run=dry_run)
 
     def verify(self, *, repair: bool = False) -> VerifyReport:
         """Checks every byte and every record.
@@ -671,7 +617,7 @@ class Registry:
             repair: take damaged blobs out of the store, so that nothing reads them and publishing
                 the same files again replaces them; otherwise nothing is changed.
         """
-        return verify(self._blobs, self._database, repair=repair)
+        return verify(self.blobs, self.database, repair=repair)
 
 
 def _reference(meant: Version | str | AdapterReference) -> AdapterReference:

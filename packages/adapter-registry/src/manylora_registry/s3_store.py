@@ -10,7 +10,9 @@ import contextlib
 import io
 import tempfile
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, cast
@@ -22,11 +24,13 @@ from botocore.config import Config  # pyright: ignore[reportMissingTypeStubs]
 from botocore.exceptions import BotoCoreError, ClientError  # pyright: ignore[reportMissingTypeStubs]
 from urllib3.exceptions import HTTPError
 
+from manylora_registry.blobs import Staging
 from manylora_registry.errors import BlobStoreError, CorruptBlobError
 
 PART_BYTES = 16 << 20
 ONE_REQUEST_BYTES = 4 * PART_BYTES
 """Larger blobs are sent in parts, so that a broken connection costs one part."""
+FILES_AT_ONCE = 4
 READ_BYTES = 256 << 10
 SLOWEST_BYTES_PER_SECOND = 16 << 10
 LONGEST_UPLOAD = timedelta(days=1)
@@ -76,18 +80,18 @@ class S3BlobStore:
             )
 
     @contextlib.contextmanager
-    def staging(self) -> Generator[Path]:
+    def staging(self) -> Generator[Staging]:
         """See `BlobStore`; on this machine, in the directory for temporary files."""
         try:
             with tempfile.TemporaryDirectory(prefix="manylora-") as directory:
-                yield Path(directory)
+                yield _S3Staging(Path(directory), self._put)
         except OSError as error:
             raise BlobStoreError(
                 f"{tempfile.gettempdir()} cannot be written: {error.strerror}; set TMPDIR"
             ) from error
 
-    def put(self, file: Path, digest: str) -> None:
-        """See `BlobStore`; a blob that is there, of the right size and digest, is not sent again.
+    def _put(self, digest: str, file: Path) -> None:
+        """Sends a blob, unless one of the right size and digest is there.
 
         So a blob whose bytes were damaged behind the server's back must be set aside first.
         """
@@ -209,6 +213,22 @@ class S3BlobStore:
                 max_concurrency=4,
             ),
         )
+
+
+@dataclass(frozen=True)
+class _S3Staging:
+    """See `Staging`."""
+
+    directory: Path
+    send: Callable[[str, Path], None]
+
+    def settle(self, _file: Path) -> None:
+        """The server does it, for what it has received."""
+
+    def put(self, files: Mapping[str, Path]) -> None:
+        with ThreadPoolExecutor(FILES_AT_ONCE) as threads:
+            # The results are asked for: they raise what went wrong.
+            list(threads.map(self.send, files.keys(), files.values()))
 
 
 class _Reader(io.RawIOBase):

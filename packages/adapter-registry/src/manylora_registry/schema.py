@@ -1,7 +1,7 @@
 """The tables.
 
-Moves, evaluations, protections and events are only ever added to, and no version's row goes away:
-one whose bytes were collected keeps its number and its history.
+Moves, evaluations, protections, deployments and events are only ever added to, and no version's
+row goes away: one whose bytes were collected keeps its number and its history.
 
 Times are microseconds since 1970 UTC: exact, ordered, and the same on every database.
 """
@@ -189,6 +189,27 @@ protections = Table(
     Column("why", String, nullable=False),
     Column("at", BigInteger, nullable=False),
     Index(None, "adapter_id", "alias"),
+    sqlite_autoincrement=True,
+)
+
+deployments = Table(
+    "deployments",
+    metadata,
+    Column("id", _Id, primary_key=True),
+    Column("key", _text(128), nullable=False, unique=True),
+    Column("stage", _text(64), nullable=False),
+    Column("action", String(64), nullable=False),
+    Column("step", String, nullable=False),
+    Column("outcome", String(64), nullable=False),
+    Column("adapter_id", _Id, ForeignKey("adapters.id")),
+    Column("version", Integer),
+    Column("digest", String(71)),
+    Column("actor", String, nullable=False),
+    Column("why", String, nullable=False),
+    Column("detail", Text, nullable=False),
+    Column("at", BigInteger, nullable=False),
+    Column("chain", String(71), nullable=False),
+    Index(None, "adapter_id", "stage"),
     sqlite_autoincrement=True,
 )
 

@@ -16,19 +16,59 @@ from manylora_registry.signing import (
     SIGNATURE_BYTES,
     find_signer,
     public_key_id,
+    required_keys,
     sign_manifest,
 )
 from manylora_registry.version import Version
 
 
 class Signatures:
-    """Signs versions and finds out who signed them."""
+    """Signs versions, finds out who signed them, and refuses those nobody trusted did.
+
+    Whose signature is required stands in `$MANYLORA_REQUIRE_SIGNATURE` at first.
+    """
 
     def __init__(self, blobs: BlobStore, database: Database) -> None:
         self._blobs = blobs
         self._database = database
+        self._publishing: Path | None = None
+        self._required = required_keys()
         self._good: set[tuple[str, tuple[str, ...]]] = set()
         """Digests found signed, each with the keys that were allowed: neither ever changes."""
+
+    def sign_published_with(self, private_key: Path) -> None:
+        """Signs every version published from now on; an elliptic-curve key in PEM."""
+        self._publishing = private_key
+
+    def require(self, public_keys: Sequence[Path]) -> None:
+        """From now on only what one of these keys signed is resolved and materialized.
+
+        None lifts it.
+        """
+        self._required = tuple(public_keys)
+
+    def of_published(self, manifest: bytes) -> bytes | None:
+        """The signature of a version about to be published, if it is to be signed.
+
+        Raises:
+            SigningKeyError: the key cannot be used.
+        """
+        return None if self._publishing is None else sign_manifest(manifest, self._publishing)
+
+    def check(self, version: Version) -> None:
+        """Whether a version may be used; what was found good once is remembered.
+
+        Raises:
+            UnsignedError: a signature is required, and it has none of a trusted key.
+            SigningKeyError: a key cannot be read.
+            CorruptBlobError: the manifest or a signature is damaged.
+        """
+        if not self._required:
+            return
+        asked = (version.digest, tuple(public_key_id(key) for key in self._required))
+        if asked not in self._good:
+            self.verify(version, self._required)
+            self._good.add(asked)
 
     def sign(self, version: Version, private_key: Path) -> str:
         """Adds a signature to a version; its digest.
@@ -47,8 +87,9 @@ class Signatures:
             self._blobs.staging() as staging,
             uploading(self._database, [digest], this_user()) as lease,
         ):
-            (staging / "signature").write_bytes(content)
-            self._blobs.put(staging / "signature", digest)
+            file = staging.directory / "signature"
+            file.write_bytes(content)
+            staging.put({digest: file})
             self._record(version, digest, lease)
         return digest
 
@@ -61,14 +102,19 @@ class Signatures:
                 .where(adapters.c.name == version.name, versions.c.number == version.number)
             )
             identity = connection.execute(row).scalar_one()
+            end_upload(connection, lease)
+            there = sa.select(signatures).where(
+                signatures.c.version_id == identity, signatures.c.digest == digest
+            )
+            if connection.execute(there).first() is not None:
+                return
             # As one of the version's blobs it lives as long, and is copied with it.
             connection.execute(sa.insert(version_blobs).values(version_id=identity, digest=digest))
             connection.execute(
                 sa.insert(signatures).values(version_id=identity, digest=digest, at=now)
             )
-            end_upload(connection, lease)
 
-    def require(self, version: Version, public_keys: Sequence[Path]) -> Path:
+    def verify(self, version: Version, public_keys: Sequence[Path]) -> Path:
         """The key of those allowed that signed the version.
 
         Raises:
@@ -77,26 +123,43 @@ class Signatures:
             CorruptBlobError: the manifest or a signature is damaged.
         """
         manifest = read_verified(self._blobs, version.digest, MANIFEST_BYTES)
+        return _signer(f"{version.name}@{version.number}", manifest, self.of(version), public_keys)
+
+    def of(self, version: Version) -> list[bytes]:
+        """Every signature of a version, by whomever.
+
+        Raises:
+            CorruptBlobError: one is damaged.
+        """
         found = (
             sa.select(signatures.c.digest)
             .select_from(signatures.join(versions))
             .where(versions.c.digest == version.digest)
             .distinct()
+            .order_by(signatures.c.digest)
         )
         with self._database.read() as connection:
             digests = list(connection.scalars(found))
-        bundles = [read_verified(self._blobs, digest, SIGNATURE_BYTES) for digest in digests]
-        signer = find_signer(manifest, bundles, public_keys)
-        if signer is None:
-            raise UnsignedError(
-                f"{version.name}@{version.number} is not signed by a key that is trusted here "
-                f"({len(bundles)} signatures); sign it with `manylora registry sign`"
-            )
-        return signer
+        return [read_verified(self._blobs, digest, SIGNATURE_BYTES) for digest in digests]
 
-    def require_once(self, version: Version, public_keys: Sequence[Path]) -> None:
-        """Like `require`, remembering what was found good."""
-        asked = (version.digest, tuple(public_key_id(key) for key in public_keys))
-        if asked not in self._good:
-            self.require(version, public_keys)
-            self._good.add(asked)
+    def check_arrival(self, what: str, manifest: bytes, bundles: Sequence[bytes]) -> None:
+        """Whether what comes from elsewhere may be published, by the signatures it brings.
+
+        Raises:
+            UnsignedError: a signature is required, and it has none of a trusted key.
+            SigningKeyError: a key cannot be read.
+        """
+        if self._required:
+            _signer(what, manifest, bundles, self._required)
+
+
+def _signer(
+    what: str, manifest: bytes, bundles: Sequence[bytes], public_keys: Sequence[Path]
+) -> Path:
+    signer = find_signer(manifest, bundles, public_keys)
+    if signer is None:
+        raise UnsignedError(
+            f"{what} is not signed by a key that is trusted here ({len(bundles)} signatures); "
+            "sign it with `manylora registry sign`"
+        )
+    return signer

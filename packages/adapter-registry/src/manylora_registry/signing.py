@@ -7,8 +7,10 @@ and is checked without reading the weights; `model_signing verify key` checks it
 A signature refers to a version and is no part of it: the digest stays what it was.
 """
 
+import base64
 import contextlib
 import hashlib
+import json
 import os
 import tempfile
 from collections.abc import Generator, Iterable
@@ -20,6 +22,9 @@ from manylora_registry.errors import SigningKeyError
 KEYS_VARIABLE = "MANYLORA_REQUIRE_SIGNATURE"
 PASSWORD_VARIABLE = "MANYLORA_SIGN_KEY_PASSWORD"  # noqa: S105 (the name of a variable)
 SIGNATURE_BYTES = 1 << 20
+SIGNATURES = 64
+"""That travel with one version."""
+SIGNATURE_TYPE = "application/vnd.dev.sigstore.bundle.v0.3+json"
 MANIFEST_NAME = "manifest.json"
 
 
@@ -68,6 +73,20 @@ def find_signer(
                 if _is_good(directory, signature, path):
                     return path
     return None
+
+
+def signed_digest(signature: bytes) -> str | None:
+    """The digest of the version a signature says it is of; None for what is no signature.
+
+    No key is asked: whether it tells the truth only `find_signer` finds out.
+    """
+    try:
+        envelope = json.loads(signature)["dsseEnvelope"]
+        (resource,) = json.loads(base64.b64decode(envelope["payload"]))["predicate"]["resources"]
+        known = resource["name"] == MANIFEST_NAME and resource["algorithm"] == "sha256"
+        return f"sha256:{resource['digest']}" if known else None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
 
 
 def public_key_id(public_key: Path) -> str:

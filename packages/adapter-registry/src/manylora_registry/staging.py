@@ -10,7 +10,7 @@ from pathlib import Path
 
 from manylora_registry.adapter_config import MAX_RANK, AdapterConfig, read_config
 from manylora_registry.base import BaseModelIdentity
-from manylora_registry.blobs import Copied, copy_hashed, open_regular
+from manylora_registry.blobs import Copied, Staging, copy_hashed, open_regular
 from manylora_registry.errors import InvalidAdapterError, Problem, WrongBaseError
 from manylora_registry.manifest import (
     CARD_FILE,
@@ -29,7 +29,11 @@ _A, _B = ".lora_A.weight", ".lora_B.weight"
 
 
 def stage_adapter(
-    name: str, directory: Path, staging: Path, base: BaseModelIdentity, noticed: Iterable[Problem]
+    name: str,
+    directory: Path,
+    staging: Staging,
+    base: BaseModelIdentity,
+    noticed: Iterable[Problem],
 ) -> Manifest:
     """Copies the adapter in `directory` to `staging` and checks the copy.
 
@@ -37,7 +41,7 @@ def stage_adapter(
         name: what to call it in an error.
         directory: holds `adapter_config.json`, `adapter_model.safetensors` and perhaps
             `README.md`, and nothing else.
-        staging: an empty directory.
+        staging: empty.
         base: the base model its modules must fit.
         noticed: problems found elsewhere, to be reported together with these.
 
@@ -46,19 +50,20 @@ def stage_adapter(
         WrongBaseError: it says itself that it was made for another base.
     """
     problems = [*noticed]
+    copies = staging.directory
     files = _copy(directory, staging, largest_adapter(base), problems)
     config = None
     if CONFIG_FILE in files:
-        config, found = read_config((staging / CONFIG_FILE).read_bytes())
+        config, found = read_config((copies / CONFIG_FILE).read_bytes())
         problems += found
     made_for = config.base_model_name_or_path if config else None
     if made_for and made_for.startswith("sha256:") and made_for != base.fingerprint:
         raise WrongBaseError(name, made_for, base.fingerprint)
     if WEIGHTS_FILE in files:
-        tensors, found = read_header(staging / WEIGHTS_FILE)
+        tensors, found = read_header(copies / WEIGHTS_FILE)
         problems += found or _check_tensors(tensors, config, base)
         if not found:
-            problems += find_non_finite(staging / WEIGHTS_FILE, tensors)
+            problems += find_non_finite(copies / WEIGHTS_FILE, tensors)
     if problems or config is None:
         raise InvalidAdapterError(name, problems)
     described = {title: AdapterFile(title, file.digest, file.size) for title, file in files.items()}
@@ -77,7 +82,7 @@ def largest_adapter(base: BaseModelIdentity) -> int:
 
 
 def _copy(
-    directory: Path, staging: Path, largest: int, problems: list[Problem]
+    directory: Path, staging: Staging, largest: int, problems: list[Problem]
 ) -> dict[str, Copied]:
     """Copies the files an adapter may have; whatever else lies there is a problem."""
     try:
@@ -98,10 +103,11 @@ def _copy(
         if title not in found:
             continue
         limit = largest if title == WEIGHTS_FILE else SMALL_FILE_BYTES
-        copied = _copy_file(directory / title, staging / title, limit)
+        copied = _copy_file(directory / title, staging.directory / title, limit)
         if isinstance(copied, Problem):
             problems.append(copied)
         else:
+            staging.settle(staging.directory / title)
             copies[title] = copied
     return copies
 
@@ -112,10 +118,12 @@ def _copy_file(source: Path, target: Path, limit: int) -> Copied | Problem:
     except OSError as error:
         return Problem(source.name, str(error.strerror))
     with file:
-        copied = copy_hashed(file, target, limit)
-    if copied.size > limit:
-        return Problem(source.name, f"is larger than {limit} bytes")
-    return copied
+        # Asked first: a file may say it is large, and hold nothing, for the price of nothing.
+        if os.fstat(file.fileno()).st_size <= limit:
+            copied = copy_hashed(file, target, limit)
+            if copied.size <= limit:
+                return copied
+    return Problem(source.name, f"is larger than {limit} bytes")
 
 
 def _check_tensors(

@@ -5,16 +5,17 @@ not followed, and no more is written than the sizes in the manifest, which are l
 """
 
 import io
+import itertools
 import json
 import re
 import tarfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from io import BufferedIOBase
 from pathlib import Path
 from typing import Any, cast
 
-from manylora_registry.blobs import copy_verified, open_regular
+from manylora_registry.blobs import copy_verified, open_regular, read_verified
 from manylora_registry.errors import CorruptBlobError, SourceError
 from manylora_registry.export import (
     DESCRIPTION,
@@ -24,6 +25,7 @@ from manylora_registry.export import (
     OCI_BLOBS,
     OCI_INDEX,
     OCI_MARK,
+    SIGNATURES_DIRECTORY,
 )
 from manylora_registry.manifest import (
     CARD_FILE,
@@ -31,9 +33,9 @@ from manylora_registry.manifest import (
     MANIFEST_BYTES,
     Manifest,
     digest_of,
-    load_manifest,
     parse_manifest,
 )
+from manylora_registry.signing import SIGNATURE_BYTES, SIGNATURE_TYPE, SIGNATURES, signed_digest
 
 INDEX_BYTES = 4 << 20
 TAR_ENTRIES = 1000
@@ -51,6 +53,10 @@ class Unpacked:
     """Of the base it was published for; None for a plain PEFT directory."""
     digest: str | None = None
     """Of the version it was exported from; None for a plain PEFT directory."""
+    manifest: bytes | None = None
+    """Of that version; None for a plain PEFT directory."""
+    signatures: tuple[bytes, ...] = ()
+    """That say they are of that version."""
     metrics: Mapping[str, Any] | None = None
     tags: Mapping[str, Any] | None = None
     lineage: Mapping[str, Any] | None = None
@@ -108,14 +114,25 @@ class _Blobs:
 
 def _from_layout(open_file: Open, into: Path, largest: int) -> Unpacked:
     index = json.loads(_small(open_file(OCI_INDEX), INDEX_BYTES))
-    found = index["manifests"]
+    if len(index["manifests"]) > 1 + SIGNATURES:
+        raise ValueError(f"it holds more than {SIGNATURES} signatures")
+    blobs = _Blobs(lambda wanted: open_file(f"{OCI_BLOBS}/{wanted.removeprefix('sha256:')}"))
+    read = [
+        (entry, json.loads(read_verified(blobs, str(entry["digest"]), MANIFEST_BYTES)))
+        for entry in index["manifests"]
+    ]
+    found = [entry for entry, manifest in read if "subject" not in manifest]
     if len(found) != 1:
         raise ValueError(f"it holds {len(found)} manifests instead of one")
-    digest = str(found[0]["digest"])
-    blobs = _Blobs(lambda wanted: open_file(f"{OCI_BLOBS}/{wanted.removeprefix('sha256:')}"))
-    manifest = load_manifest(blobs, digest)
+    signatures = [
+        read_verified(blobs, str(manifest["layers"][0]["digest"]), SIGNATURE_BYTES)
+        for _, manifest in read
+        # Anybody may refer to a version with anything; only signatures are ours.
+        if "subject" in manifest and manifest.get("artifactType") == SIGNATURE_TYPE
+    ]
+    content = read_verified(blobs, str(found[0]["digest"]), MANIFEST_BYTES)
     description = found[0].get("annotations", {}).get(DESCRIPTION, "{}")
-    return _write(blobs, manifest, digest, description, into, largest)
+    return _write(blobs, content, signatures, description, into, largest)
 
 
 def _from_hugging_face(source: Path, into: Path, largest: int) -> Unpacked:
@@ -129,17 +146,22 @@ def _from_hugging_face(source: Path, into: Path, largest: int) -> Unpacked:
     }
     description = _small(open_regular(ours / DESCRIPTION_FILE), INDEX_BYTES)
     blobs = _Blobs(lambda digest: open_regular(paths[digest]))
-    return _write(blobs, manifest, digest_of(content), description, into, largest)
+    signed = sorted(itertools.islice((ours / SIGNATURES_DIRECTORY).glob("*.json"), SIGNATURES))
+    signatures = [_small(open_regular(file), SIGNATURE_BYTES) for file in signed]
+    return _write(blobs, content, signatures, description, into, largest)
 
 
 def _write(
     blobs: _Blobs,
-    manifest: Manifest,
-    digest: str,
+    content: bytes,
+    signatures: Sequence[bytes],
     description: str | bytes,
     into: Path,
     largest: int,
 ) -> Unpacked:
+    digest, manifest = digest_of(content), _manifest(content)
+    if any(signed_digest(signature) != digest for signature in signatures):
+        raise ValueError("a signature in it is not of this version")
     if manifest.size > largest:
         raise ValueError(f"it says it holds {manifest.size} bytes; {largest} are the limit")
     told = json.loads(description)
@@ -147,7 +169,21 @@ def _write(
         raise ValueError("its description is no map")
     for file in manifest.files:
         copy_verified(blobs, file.digest, file.size, into / file.title)
-    return Unpacked(into, manifest.base_fingerprint, digest, **{k: told.get(k) for k in _KINDS})
+    return Unpacked(
+        into,
+        manifest.base_fingerprint,
+        digest,
+        content,
+        tuple(signatures),
+        **{kind: told.get(kind) for kind in _KINDS},
+    )
+
+
+def _manifest(content: bytes) -> Manifest:
+    try:
+        return parse_manifest(content)
+    except MALFORMED as error:
+        raise CorruptBlobError(digest_of(content), "is not the manifest of an adapter") from error
 
 
 def _entries(archive: tarfile.TarFile) -> Open:

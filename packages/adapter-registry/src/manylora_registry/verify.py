@@ -9,6 +9,7 @@ from sqlalchemy.engine import Connection
 
 from manylora_registry.blobs import BlobStore
 from manylora_registry.database import Database
+from manylora_registry.deployments import check_deployments
 from manylora_registry.errors import CorruptBlobError, Problem
 from manylora_registry.history import check_history
 from manylora_registry.manifest import load_manifest
@@ -37,6 +38,7 @@ def verify(blobs: BlobStore, database: Database, *, repair: bool = False) -> Ver
         ).all()
         signed = set(connection.scalars(sa.select(signatures.c.digest)))
         moves, problems = check_history(connection)
+        problems += check_deployments(connection)
         problems += _check_numbers((row.name, row.number) for row in known)
         problems += [Problem("database", found) for found in database.check(connection)]
     recorded: dict[str, set[str]] = defaultdict(set)

@@ -122,6 +122,30 @@ class Protection:
     at: datetime
 
 
+@dataclass(frozen=True)
+class Deployment:
+    """Something that was done to a stage, and what came of it; kept for ever."""
+
+    key: str
+    """Unique in the registry; a record is kept once under a key."""
+    stage: str
+    action: str
+    """What was done, e.g. `promote`."""
+    step: str
+    """The part of it that this is about; empty: the whole."""
+    outcome: str
+    """What came of it, e.g. `done`."""
+    name: str | None
+    """The adapter, if it is about one."""
+    version: int | None
+    digest: str | None
+    actor: str
+    why: str
+    detail: Mapping[str, Any] = field(hash=False)
+    """Figures and reasons, as JSON."""
+    at: datetime
+
+
 EventKind = Literal[
     "published",
     "alias_moved",

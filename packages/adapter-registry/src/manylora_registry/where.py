@@ -6,8 +6,9 @@
     OPERATOR   := "=" | "!=" | "<" | "<=" | ">" | ">=" | "~"
 
 FIELD is `tag.KEY`, `lineage.KEY`, `metric.KEY`, `name`, `number`, `digest`, `base`, `rank`, `size`,
-`created`, `yanked`, `alias` or `parent`. `~` matches with `*` and `?`. VALUE is a word, or in
-quotes. A version without the tag or the metric fulfils no comparison with it, `!=` neither.
+`created`, `yanked`, `alias`, `parent` or `file`, the digest of a file it consists of. `~` matches
+with `*` and `?`. VALUE is a word, or in quotes. A version without the tag or the metric fulfils no
+comparison with it, `!=` neither.
 """
 
 import math
@@ -25,6 +26,7 @@ from manylora_registry.rows import microseconds
 from manylora_registry.schema import (
     adapters,
     aliases,
+    version_blobs,
     version_labels,
     version_metrics,
     version_parents,
@@ -56,7 +58,7 @@ _NUMBERS: dict[str, sa.ColumnElement[Any]] = {
     "rank": versions.c.rank,
     "size": versions.c.size,
 }
-_OTHERS = ("created", "yanked", "alias", "parent")
+_OTHERS = ("created", "yanked", "alias", "parent", "file")
 FIELDS = ("tag.KEY", "metric.KEY", "lineage.KEY", *_TEXTS, *_NUMBERS, *_OTHERS)
 
 
@@ -223,6 +225,9 @@ def _compare(field: str, sign: str, value: str, dialect: str) -> Condition:
         case "alias":
             found = _matches(aliases.c.alias, sign, value, dialect)
             return versions.c.id.in_(sa.select(aliases.c.version_id).where(found))
+        case "file":
+            found = _matches(version_blobs.c.digest, sign, value, dialect)
+            return versions.c.id.in_(sa.select(version_blobs.c.version_id).where(found))
         case "parent":
             return versions.c.id.in_(_children(sign, value))
         case _:

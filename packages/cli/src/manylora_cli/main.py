@@ -13,6 +13,7 @@ from manylora_cli import (
     base,
     evaluate,
     generate,
+    health,
     publish,
     registry,
     rollout,
@@ -37,6 +38,7 @@ app.command("publish")(publish.publish)
 app.add_typer(registry.app, name="registry")
 app.command("serve")(serve.serve)
 app.command("generate")(generate.generate)
+app.command("health")(health.health)
 app.command("evaluate")(evaluate.evaluate)
 app.add_typer(runs.app, name="runs")
 app.command("token")(token.token)

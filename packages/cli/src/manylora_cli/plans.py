@@ -63,9 +63,9 @@ def _memory(plan: "Plan") -> str:
     memory = plan.memory
     parts = {
         "base": memory.base_weights,
-        "adapters and gradients": memory.adapters,
+        "adapters with gradients": memory.adapters,
         "optimisers": memory.optimizers,
-        "activations of a pack": memory.activations,
+        "activations of a pack" + (", recomputed" if memory.recomputed else ""): memory.activations,
         "logits": memory.logits,
     }
     listed = ", ".join(f"{name} {_bytes(size)}" for name, size in parts.items())

@@ -41,7 +41,7 @@ def publish(
 
     with Console(stderr=True).status("publishing"), Registry.open(registry) as opened:
         if sign_key is not None:
-            opened.sign_published_with(sign_key)
+            opened.signatures.sign_published_with(sign_key)
         if not is_sweep(run_dir):
             versions = publish_run(run_dir, opened, task, alias)
         elif task:

@@ -67,7 +67,7 @@ def list_adapters(
     """List every adapter with its latest version and its aliases, or the versions that match.
 
     FILTER compares tag.KEY, metric.KEY, lineage.KEY, name, number, digest, base, rank, size,
-    created, yanked, alias and parent by = != < <= > >= or ~ (a pattern with * and ?), joined with
+    created, yanked, alias, parent and file by = != < <= > >= or ~ (a pattern), joined with
     and, or, not and parentheses. Quote values with spaces. A version without the tag or metric
     fulfils no comparison with it. With more versions than --limit, the key to go on from is
     printed on stderr.

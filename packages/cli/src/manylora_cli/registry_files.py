@@ -102,10 +102,12 @@ def export(
     manylora registry export spelling layout --format oci
     oras cp --from-oci-layout layout:3 registry.example.com/adapters/spelling:3
     """
+    from manylora_registry.transfer import export_version
+
     chosen = _format(format)
     with open_registry(registry) as opened, _status("exporting"):
         version = opened.find(reference)
-        opened.export(version, destination, chosen)
+        export_version(opened, version, destination, chosen)
     if as_json:
         print_json({**version_json(version), "destination": str(destination), "format": chosen})
     else:
@@ -132,11 +134,12 @@ def import_adapter(
     manylora registry import spelling-3.tar --name spelling --base bases/smollm2-135m
     """
     from manylora_registry import Registry, identify_base
+    from manylora_registry.transfer import import_version
 
     with _status("importing"):
         identity = identify_base(base)
         with Registry.open(registry) as opened:
-            version = opened.import_adapter(name, source, base=identity)
+            version = import_version(opened, name, source, base=identity)
     if as_json:
         print_json(version_json(version))
     else:
@@ -163,7 +166,7 @@ def sign(
     """
     with open_registry(registry) as opened:
         version = opened.find(reference)
-        digest = opened.sign(version, key)
+        digest = opened.signatures.sign(version, key)
     if as_json:
         print_json({**version_json(version), "signature": digest})
     else:
@@ -185,7 +188,7 @@ def verify_signature(
     """
     with open_registry(registry) as opened:
         version = opened.find(reference)
-        signer = opened.verify_signature(version, public_key)
+        signer = opened.signatures.verify(version, public_key)
     if as_json:
         print_json({**version_json(version), "signed_by": str(signer)})
     else:
@@ -216,6 +219,8 @@ def copy(
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
+    from manylora_registry.transfer import copy_registry
+
     columns = ("copying blobs", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with (
         _named(source, create=False) as opened,
@@ -223,8 +228,10 @@ def copy(
         Progress(*columns, console=Console(stderr=True), transient=True) as progress,
     ):
         task = progress.add_task("", total=None)
-        report = opened.copy_to(
-            into, lambda arrived, total: progress.update(task, completed=arrived, total=total)
+        report = copy_registry(
+            opened,
+            into,
+            lambda arrived, total: progress.update(task, completed=arrived, total=total),
         )
     if as_json:
         print_json(

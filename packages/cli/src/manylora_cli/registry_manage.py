@@ -185,8 +185,10 @@ def collect_garbage(
     version that was trained on from it needs it. What nobody needs is condemned by one run and
     removed by the first that comes a grace later; readers without a lease have that long.
     """
+    from rich.console import Console
+
     waiting_time = _duration(grace)
-    with open_registry(registry) as opened:
+    with open_registry(registry) as opened, Console(stderr=True).status("collecting"):
         report = opened.collect_garbage(grace=waiting_time, dry_run=dry_run)
     if as_json:
         print_json(

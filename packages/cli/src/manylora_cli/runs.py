@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from rich.text import Text
 
     from manylora_trainer.comparison import Comparison
-    from manylora_trainer.saved_runs import BrokenRun, SavedRun
+    from manylora_trainer.saved_runs import BrokenRun, SavedRun, SavedTask
 
 app = typer.Typer(help="Training runs: list, look into, compare, export.", no_args_is_help=True)
 
@@ -165,18 +165,25 @@ def _print_run(run: "SavedRun") -> None:
     print()
     metrics = list(dict.fromkeys(name for task in run.tasks.values() for name in task.metrics))
     print_table(
-        ("adapter", "steps", *(name.replace("_", " ") for name in metrics), "tokens", "stopped"),
+        ("adapter", "steps", *(name.replace("_", " ") for name in metrics), "tokens", "end"),
         [
             (
                 task.name,
                 f"{task.step}/{task.steps or '?'}",
                 *(_number(task.metrics.get(name)) for name in metrics),
                 str(task.tokens),
-                task.stopped or "",
+                _end(task),
             )
             for task in run.tasks.values()
         ],
     )
+
+
+def _end(task: "SavedTask") -> str:
+    """Why it did not come to its last step, if it did not."""
+    if task.stopped:
+        return f"stopped at {task.stopped}"
+    return f"ended well at {task.ended_early}" if task.ended_early else ""
 
 
 def _print_comparison(comparison: "Comparison") -> None:

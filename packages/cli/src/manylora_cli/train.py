@@ -94,6 +94,8 @@ def _show_result(result: "RunResult") -> None:
             f"{metric.replace('_', ' ')} {value:.3f}" for metric, value in task.metrics.items()
         )
         print(f"{name}: {losses}, {task.tokens} tokens, {shown(task.adapter)}")
+        if task.ended_early:
+            print(f"{name}: ended well at {task.ended_early}")
         for count, what in (
             (task.overlong_dropped, "examples longer than max_length were left out"),
             (task.overlong_truncated, "examples were cut to max_length"),

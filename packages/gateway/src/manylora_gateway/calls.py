@@ -24,6 +24,8 @@ class Call:
     session: str = ""
     """Requests of one session go to one version of a rollout."""
     traceparent: str = ""
+    deadline: float | None = None
+    """On the clock of `time.monotonic`."""
 
 
 NO_CALL = Call()

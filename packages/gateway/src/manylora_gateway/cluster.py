@@ -8,6 +8,7 @@ import asyncio
 import logging
 import os
 import re
+import time
 from collections.abc import AsyncGenerator, Generator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,9 +17,11 @@ from typing import TYPE_CHECKING, Any
 import ray
 from ray import serve
 from ray.exceptions import RayActorError, RayError, RayTaskError
-from ray.serve.config import ProxyLocation, RequestRouterConfig
+from ray.serve.config import ProxyLocation
 from ray.serve.exceptions import RayServeException
+from ray.serve.schema import ApplicationStatus
 
+from manylora_gateway.application import engine_replicas
 from manylora_gateway.config import GatewayConfig
 from manylora_gateway.deltas import END_GRACE_S, DeltaReceiver, FrontAddress, Inbox
 from manylora_gateway.engine import Delta, Prompt, Sampling
@@ -27,7 +30,7 @@ from manylora_gateway.fair import EVERYBODY, Share
 from manylora_gateway.replica import EngineReplica, MakeEngine
 from manylora_gateway.replicas import ReplicaState
 from manylora_gateway.worker import Servable
-from manylora_registry import Version
+from manylora_registry import Cache, Version
 
 if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle
@@ -36,9 +39,8 @@ APPLICATION = "manylora"
 OBJECT_STORE_BYTES = 100 << 20
 """Only adapters' names and deltas travel, all of them small."""
 STATE_TIMEOUT_S = 5.0
-SLOW_START = "timed out during startup"
-ROUTER: Any = "manylora_gateway.router:AdapterRouter"
-"""Typed wrongly by Serve."""
+ATTACH_POLL_S = 1.0
+SLOW_START = re.compile("timed out during startup|Timed out waiting for file")
 ENGINE_ERROR = re.compile(r"^\(EngineCore.*\] (\w*(?:Error|Exception): .+)$", re.MULTILINE)
 
 
@@ -207,7 +209,7 @@ def start_ray(config: GatewayConfig, scratch: Path) -> None:
         except Exception as error:
             ray.shutdown()
             # Ray gives its own processes 30 s, which a busy machine does not always keep to.
-            if last or SLOW_START not in str(error):
+            if last or not SLOW_START.search(str(error)):
                 raise StartError(f"Ray did not start: {_last_line(str(error))}") from error
 
 
@@ -217,7 +219,7 @@ def reachable_host(config: GatewayConfig) -> str:
 
 
 def deploy(
-    config: GatewayConfig, servable: Servable, cache: Path, scratch: Path, make_engine: MakeEngine
+    config: GatewayConfig, servable: Servable, cache: Cache, scratch: Path, make_engine: MakeEngine
 ) -> "DeploymentHandle[EngineReplica]":
     """Starts the replicas; returns when all of them are up.
 
@@ -227,29 +229,13 @@ def deploy(
         StartError: an engine did not start.
     """
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
-    gpus = config.engine.gpus
-    if gpus is None:
-        gpus = 1 if ray.cluster_resources().get("GPU", 0) >= config.engine.replicas else 0
     try:
         serve.start(
             proxy_location=ProxyLocation.Disabled,
             logging_config={"log_level": "WARNING", "enable_access_log": False},
         )
-        deployment: Any = serve.deployment(EngineReplica)
-        deployment = deployment.options(
-            name="engine",
-            num_replicas=config.engine.replicas,
-            ray_actor_options={"num_cpus": 1, "num_gpus": gpus},
-            # The pool seats and queues; Serve only spreads.
-            max_ongoing_requests=config.limits.max_requests + config.limits.max_batch,
-            request_router_config=RequestRouterConfig(request_router_class=ROUTER),
-            max_constructor_retry_count=1,
-            health_check_period_s=2.0,
-            graceful_shutdown_wait_loop_s=0.1,
-            graceful_shutdown_timeout_s=10.0,
-        )
         handle: Any = serve.run(
-            deployment.bind(config, servable, cache, gpus, make_engine),
+            engine_replicas(config, servable, cache, make_engine),
             name=APPLICATION,
             route_prefix=None,
         )
@@ -258,11 +244,31 @@ def deploy(
     return handle
 
 
-def stop() -> None:
-    """Ends the replicas, and Ray if it is ours."""
+def attach(application: str) -> "DeploymentHandle[EngineReplica]":
+    """Finds the replicas that others deployed; returns when they are up.
+
+    Raises:
+        StartError: they failed to start.
+    """
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
+    while True:
+        found = serve.status().applications.get(application)
+        if found is not None and found.status == ApplicationStatus.RUNNING:
+            return serve.get_app_handle(application)
+        if found is not None and found.status == ApplicationStatus.DEPLOY_FAILED:
+            raise StartError(
+                f"ray_application: {application!r} failed to deploy: {_last_line(found.message)}"
+            )
+        time.sleep(ATTACH_POLL_S)
+
+
+def stop(config: GatewayConfig) -> None:
+    """Ends what `config` has of its own: the replicas, and Ray."""
     try:
-        serve.delete(APPLICATION)
-        serve.shutdown()
+        if config.ray_application is None:
+            serve.delete(APPLICATION)
+        if config.ray_address is None:
+            serve.shutdown()
     finally:
         ray.shutdown()
 

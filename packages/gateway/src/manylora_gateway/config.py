@@ -1,9 +1,9 @@
 """What a gateway is configured with: pure data, checked before anything heavy is imported."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, StringConstraints
+from pydantic import Field, StringConstraints, model_validator
 
 from manylora_registry.config import ConfigModel
 
@@ -24,18 +24,21 @@ class ListenConfig(ConfigModel):
     """OpenAI's HTTP API over the same adapters; null: none."""
     metrics: Address | None = None
     """Prometheus scrapes, over HTTP. Unset: none."""
+    health: Address | None = None
+    """Probes, over HTTP without TLS or credentials, from the first second on: GET /health is 200
+    while new requests are wanted, GET /live while the process answers. Unset: none."""
 
 
 class TlsConfig(ConfigModel):
-    """Certificates of all ports but that of metrics, PEM files."""
+    """Certificates of all ports but those of metrics and health, PEM files."""
 
     certificate: Path
     """The gateway's, followed by what stands between it and its authority."""
     key: Path
     """Its private key, not encrypted."""
     client_ca: Path | None = None
-    """Authorities of client certificates. With it every client must show one, on every port,
-    health checks included."""
+    """Authorities of client certificates. With it every client must show one, on every port
+    with TLS, health checks included; `listen.health` is for probes that have none."""
 
     def relative_to(self, directory: Path) -> "TlsConfig":
         """The same with its paths read from `directory`."""
@@ -129,6 +132,8 @@ class LimitsConfig(ConfigModel):
     """Length of each of them."""
     max_logprobs: int = Field(default=20, ge=0, le=1000)
     """Candidates reported at one position."""
+    stall_s: float = Field(default=60.0, gt=0)
+    """Seconds a client may leave its stream unread before it is cut off: it holds a place."""
     max_constraint_bytes: int = Field(default=64 << 10, ge=1)
     """Size of a JSON Schema, a regular expression, a grammar or all strings of a choice."""
 
@@ -179,6 +184,8 @@ class GatewayConfig(ConfigModel):
     """Directory of the adapter registry; unset: the MANYLORA_REGISTRY variables."""
     cache: Path | None = None
     """Directory for verified copies of adapter versions; unset: a temporary one of this run."""
+    cache_gib: float = Field(default=20.0, gt=0)
+    """Size of `cache`: beyond it the copies longest unused go. Those of loaded adapters stay."""
     listen: ListenConfig = ListenConfig()
     """Where clients reach it."""
     tls: TlsConfig | None = None
@@ -203,6 +210,16 @@ class GatewayConfig(ConfigModel):
     """Seconds that running requests may take to end after SIGTERM."""
     ray_address: str | None = None
     """A running Ray cluster to join, e.g. "auto"; unset: a private one on this machine."""
+    ray_application: str | None = Field(default=None, min_length=1)
+    """A Serve application in that cluster that holds the engine replicas, made by
+    `manylora_gateway.application:engines`; the gateway waits for it, calls it and leaves it as it
+    is. Unset: replicas of the gateway's own, which end with it."""
+
+    @model_validator(mode="after")
+    def _an_application_is_in_a_cluster(self) -> Self:
+        if self.ray_application is not None and self.ray_address is None:
+            raise ValueError("ray_application is in the cluster that ray_address names: give both")
+        return self
 
     def relative_to(self, directory: Path) -> "GatewayConfig":
         """The same with its paths read from `directory`."""

@@ -42,6 +42,17 @@ class TokenPrompt:
 Prompt = ChatPrompt | TextPrompt | TokenPrompt
 
 
+def characters(prompt: Prompt) -> int:
+    """How much text there is to tokenise."""
+    match prompt:
+        case ChatPrompt(messages):
+            return sum(len(message.content) for message in messages)
+        case TextPrompt(text):
+            return len(text)
+        case TokenPrompt():
+            return 0
+
+
 @dataclass(frozen=True, slots=True)
 class JsonSchema:
     """JSON that is valid by a schema."""
@@ -183,7 +194,7 @@ class Engine(Protocol):
         ...
 
     def tokenize(self, prompt: Prompt) -> list[int]:
-        """The prompt as the engine reads it.
+        """The prompt as the engine reads it. Called on any thread, on two at once too.
 
         Raises:
             InvalidRequestError: it is empty, too long, or the chat template refuses it.

@@ -27,6 +27,10 @@ def cluster_environment() -> dict[str, str]:
     return {
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        # Ray puts what it starts behind everything else on the machine (nice 15): engines starve.
+        "RAY_worker_niceness": "0",
+        # Failures of calls whose callers have left, as traces in the midst of our own log.
+        "RAY_IGNORE_UNHANDLED_ERRORS": "1",
         # Ray starts programs while our servers hold threads; they must not hear of the fork.
         "GRPC_ENABLE_FORK_SUPPORT": "0",
     }

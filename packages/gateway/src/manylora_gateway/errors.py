@@ -21,6 +21,7 @@ GatewayError
 │   ├── ReplicaLostError     the replica died under the request
 │   └── RegistryLostError    the registry cannot be reached
 ├── DeadlineError            the request's deadline passed                 DEADLINE_EXCEEDED
+│   └── StalledError         the client left its answer unread
 └── StartError               the gateway could not start (never sent to a client)
 
 All of them pickle, as they cross from a replica's process to the front's.
@@ -200,6 +201,12 @@ class DeadlineError(GatewayError):
 
     status = "DEADLINE_EXCEEDED"
     reason = "DEADLINE_EXCEEDED"
+
+
+class StalledError(DeadlineError):
+    """The client left its answer unread, so that it could not be made to the end."""
+
+    reason = "CLIENT_STALLED"
 
 
 class StartError(GatewayError):

@@ -1,4 +1,4 @@
-"""The servers: inference and administration over gRPC and OpenAI's API over HTTP, a port each."""
+"""The servers: inference and administration over gRPC, OpenAI's API and probes over HTTP."""
 
 # Generated modules of gRPC and protobuf; the health package has no types at all.
 # pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false
@@ -8,7 +8,7 @@ import asyncio
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
+from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 from manylora.admin.v1 import admin_pb2, admin_pb2_grpc
 from manylora.inference.v1 import inference_pb2, inference_pb2_grpc
@@ -17,6 +17,7 @@ from manylora_gateway.calls import CallInterceptor
 from manylora_gateway.config import GatewayConfig, LimitsConfig, ListenConfig
 from manylora_gateway.errors import StartError
 from manylora_gateway.guard import Guard, HttpAuthentication
+from manylora_gateway.health import probes
 from manylora_gateway.inference import Inference
 from manylora_gateway.limits import Limits
 from manylora_gateway.openai_http.app import application
@@ -30,6 +31,9 @@ from manylora_gateway.tls import ServerTls
 INFERENCE_SERVICE: str = inference_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name
 ADMIN_SERVICE: str = admin_pb2.DESCRIPTOR.services_by_name["AdminService"].full_name
 
+REFLECTION_V1 = "grpc.reflection.v1.ServerReflection"
+KEEPALIVE_MS = 30_000
+MIN_PING_MS = 5_000
 FLUSH_S = 1.0
 """An answer that is whole may still be on its way to the wire."""
 DEFAULT_MESSAGE_BYTES = LimitsConfig().max_message_bytes
@@ -58,6 +62,9 @@ class Front:
         if listen.http is not None:
             context = None if tls is None else tls.context
             self._http = HttpServer(listen.http, "listen.http", context)
+        self._probes = None
+        if listen.health is not None:
+            self._probes = HttpServer(listen.health, "listen.health")
 
     @classmethod
     def configured(cls, config: GatewayConfig) -> "Front":
@@ -78,7 +85,16 @@ class Front:
     def addresses(self) -> dict[str, str]:
         """Where each server listens, as the ready line tells it."""
         addresses = {"grpc": self.inference_address, "admin": self.admin_address}
-        return addresses if self._http is None else addresses | {"http": self._http.address}
+        if self._http is not None:
+            addresses["http"] = self._http.address
+        if self._probes is not None:
+            addresses["health"] = self._probes.address
+        return addresses
+
+    async def answer_probes(self) -> None:
+        """Says on the port for probes how it goes, before anything else is served."""
+        if self._probes is not None:
+            await self._probes.start(probes(lambda: self._serving))
 
     async def start(
         self, inference: Inference, operations: Operations, limits: Limits, base: str
@@ -97,8 +113,7 @@ class Front:
         admin_pb2_grpc.add_AdminServiceServicer_to_server(AdminServicer(operations), self._admin)
         for server, service in ((self._inference, INFERENCE_SERVICE), (self._admin, ADMIN_SERVICE)):
             health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
-            names = (service, health.SERVICE_NAME, reflection.SERVICE_NAME)
-            reflection.enable_server_reflection(names, server)
+            _reflect(server, (service, health.SERVICE_NAME, reflection.SERVICE_NAME))
         await self.announce(serving=True)
         await self._inference.start()
         await self._admin.start()
@@ -120,11 +135,27 @@ class Front:
         stops = [self._inference.stop(FLUSH_S), self._admin.stop(FLUSH_S)]
         if self._http is not None:
             stops.append(self._http.stop())
+        if self._probes is not None:
+            stops.append(self._probes.stop())
         await asyncio.gather(*stops)
 
     async def _set_health(self, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
         for service in ("", INFERENCE_SERVICE, ADMIN_SERVICE):
             await self._health.set(service, status)
+
+
+def _reflect(server: grpc.aio.Server, services: tuple[str, ...]) -> None:
+    """Lets clients without our protos find them, by both names of the reflection service."""
+    reflection.enable_server_reflection(services, server)
+    # The same messages under a name of their own, which is all that some clients ask for.
+    method = grpc.stream_stream_rpc_method_handler(
+        reflection.aio.ReflectionServicer(services).ServerReflectionInfo,
+        reflection_pb2.ServerReflectionRequest.FromString,
+        reflection_pb2.ServerReflectionResponse.SerializeToString,
+    )
+    server.add_generic_rpc_handlers(
+        (grpc.method_handlers_generic_handler(REFLECTION_V1, {"ServerReflectionInfo": method}),)
+    )
 
 
 def _bound(
@@ -139,6 +170,12 @@ def _bound(
         options=[
             # Without this two gateways would share a port and each get half of the requests.
             ("grpc.so_reuseport", 0),
+            # A client whose machine is gone says nothing; it would hold its places for hours.
+            ("grpc.keepalive_time_ms", KEEPALIVE_MS),
+            ("grpc.keepalive_timeout_ms", KEEPALIVE_MS),
+            # Clients behind load balancers ask often; gRPC would hang up on them.
+            ("grpc.http2.min_ping_interval_without_data_ms", MIN_PING_MS),
+            ("grpc.keepalive_permit_without_calls", 1),
             ("grpc.max_receive_message_length", max_message_bytes),
             ("grpc.max_send_message_length", -1),
         ],
@@ -147,7 +184,7 @@ def _bound(
         if tls is None:
             port = server.add_insecure_port(address)
         else:
-            port = server.add_secure_port(address, tls.credentials)
+            port = server.add_secure_port(address, tls.credentials())
     except RuntimeError as error:
         raise StartError(
             f"{field}: {address} cannot be listened on; is another server there?"

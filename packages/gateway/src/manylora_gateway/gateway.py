@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from manylora_gateway import cluster, tracing
 from manylora_gateway.admission import Admission
+from manylora_gateway.application import adapter_cache
 from manylora_gateway.config import GatewayConfig
 from manylora_gateway.deltas import DeltaReceiver
 from manylora_gateway.fleet import Fleet
@@ -56,11 +57,16 @@ async def run(
     stop = asyncio.Event()
     _listen_for_signals(stop)
     front = Front.configured(config)
+    await front.answer_probes()
+    addresses = dict(front.addresses)
+    metrics = Metrics(config.metrics.max_versions)
+    if config.listen.metrics is not None:
+        host, port = metrics.serve(config.listen.metrics)
+        addresses["metrics"] = f"{host}:{port}"
     async with _cluster(config, servable, scratch, stop, make_engine) as replicas:
         if replicas is None:
             return False
         tracing.configure(config.tracing, "manylora-gateway")
-        metrics = Metrics(config.metrics.max_versions)
         rollouts = Rollouts(config.state)
         routes = Routes(registry, servable, rollouts, config.follow.max_stale_s)
         swaps = Swaps(registry, routes, replicas, config.follow, metrics)
@@ -72,16 +78,23 @@ async def run(
             routes, replicas, rollouts, admission, fleet, metrics, config.drain_s
         )
         logger.info("loading the adapters that are served now")
-        await swaps.begin(warm)
-        await operations.restore_rollouts()
-        await fleet.begin()
+
+        async def load() -> None:
+            await swaps.begin(warm)
+            await operations.restore_rollouts()
+            await fleet.begin()
+
+        loading = asyncio.ensure_future(load())
+        if not await _unless(stop, loading):
+            loading.cancel()
+            await asyncio.gather(loading, return_exceptions=True)
+            await fleet.close()
+            await swaps.close()
+            return False
+        await loading
         limits = Limits(config.limits, config.engine.max_context)
         await front.start(inference, operations, limits, config.base.resolve().name)
-        addresses = dict(front.addresses)
-        if config.listen.metrics is not None:
-            host, port = metrics.serve(config.listen.metrics)
-            addresses["metrics"] = f"{host}:{port}"
-        print("ready", *(f"{name}={at}" for name, at in addresses.items()), flush=True)
+        _tell("ready", *(f"{name}={at}" for name, at in addresses.items()))
         await stop.wait()
         logger.info("draining; running requests have %g s", config.drain_s)
         if left := await operations.drain(config.drain_s):
@@ -107,28 +120,26 @@ async def _cluster(
     Raises:
         StartError: they did not start.
     """
-    logger.info("starting %d engine replica(s) of %s", config.engine.replicas, config.base.name)
-
-    cache, ray_files = config.cache or scratch / "adapters", scratch / "ray"
+    cache = adapter_cache(config, config.cache or scratch / "adapters")
+    ray_files = scratch / "ray"
+    if (application := config.ray_application) is None:
+        replicas = config.engine.replicas
+        logger.info("starting %d engine replica(s) of %s", replicas, config.base.name)
+    else:
+        logger.info("waiting for the engine replicas of %s", application)
 
     def start() -> tuple[Any, str]:
         cluster.start_ray(config, ray_files)
         loop.call_soon_threadsafe(_listen_for_signals, stop)
-        handle = cluster.deploy(config, servable, cache, ray_files, make_engine)
+        if application is None:
+            handle = cluster.deploy(config, servable, cache, ray_files, make_engine)
+        else:
+            handle = cluster.attach(application)
         return handle, cluster.reachable_host(config)
 
     loop = asyncio.get_running_loop()
     starting = asyncio.ensure_future(_in_thread(start))
-    stopping = asyncio.ensure_future(stop.wait())
-    first: Set[asyncio.Future[Any]] = set()
-    while not first:
-        first, _ = await asyncio.wait(
-            (starting, stopping), timeout=STILL_STARTING_S, return_when=asyncio.FIRST_COMPLETED
-        )
-        if not first:
-            logger.info("still starting the engine")
-    stopping.cancel()
-    if not starting.done():
+    if not await _unless(stop, starting):
         # Whoever shuts Ray down under a start makes Serve begin another Ray; the caller ends
         # the processes instead.
         starting.cancel()
@@ -142,9 +153,23 @@ async def _cluster(
         await receiver.close()
         try:
             async with asyncio.timeout(SHUTDOWN_S):
-                await _in_thread(cluster.stop)
+                await _in_thread(lambda: cluster.stop(config))
         except Exception as error:
             logger.debug("Ray did not shut down by itself: %s", error)
+
+
+async def _unless(stop: asyncio.Event, work: asyncio.Future[Any]) -> bool:
+    """Waits until `work` has ended, however; False where `stop` came first and it goes on."""
+    stopping = asyncio.ensure_future(stop.wait())
+    first: Set[asyncio.Future[Any]] = set()
+    while not first:
+        first, _ = await asyncio.wait(
+            (work, stopping), timeout=STILL_STARTING_S, return_when=asyncio.FIRST_COMPLETED
+        )
+        if not first:
+            logger.info("still starting")
+    stopping.cancel()
+    return work.done()
 
 
 async def _in_thread(work: Callable[[], Result]) -> Result:
@@ -176,6 +201,14 @@ async def _in_thread(work: Callable[[], Result]) -> Result:
 
     threading.Thread(target=run, daemon=True).start()
     return await result
+
+
+def _tell(*words: str) -> None:
+    """Prints a line on stdout, if anybody reads it: a supervisor may have closed it."""
+    try:
+        print(*words, flush=True)
+    except OSError as error:
+        logger.warning("stdout cannot be written: %s", error)
 
 
 def _listen_for_signals(stop: asyncio.Event) -> None:

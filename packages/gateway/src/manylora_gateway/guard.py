@@ -18,7 +18,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from manylora_gateway.access import Access, bearer_token
 from manylora_gateway.errors import GatewayError, InvalidRequestError, Violation
-from manylora_gateway.openai_http.app import HEALTH_PATH, tell
+from manylora_gateway.health import HEALTH_PATH
+from manylora_gateway.openai_http.app import tell
 from manylora_gateway.openai_http.problems import problem_of
 from manylora_gateway.openai_http.server import PEER_CERTIFICATE
 from manylora_gateway.status import abort

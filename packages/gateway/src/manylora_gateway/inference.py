@@ -96,13 +96,16 @@ class Inference:
         span = tracing.begin("manylora.generate", call.traceparent)
         tokens: list[int] = []
         request_id = request.request_id or uuid.uuid4().hex
-        seen = self.metrics.observation(request_id, tenant.name)
+        seen = self.metrics.observation(request_id, tenant.name, call.deadline)
         try:
             with (
                 self.metrics.follow(seen),
                 self._admission.enter(tenant, name, sampling.max_tokens * sampling.n) as ticket,
             ):
-                sticky = call.session or repr((request.prompt, sampling))
+
+                def sticky() -> str:
+                    return call.session or repr((request.prompt, sampling))
+
                 async with self._routes.use(request.adapter, sticky) as version:
                     seen.resolve(version)
                     tracing.describe(span, request_id, version)
@@ -118,7 +121,7 @@ class Inference:
                             yield with_queue_time(delta, queued_s)
             self._copy(request, request_id, tokens)
         except BaseException as error:
-            tracing.failed(span, getattr(error, "reason", type(error).__name__))
+            tracing.failed(span, seen.failure(error)[1])
             raise
         finally:
             span.end()

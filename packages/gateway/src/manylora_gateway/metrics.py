@@ -6,6 +6,7 @@ own, and the rest share the label "other". A version that nothing serves any mor
 back.
 """
 
+import math
 import time
 from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager
@@ -34,6 +35,8 @@ NOT_OURS = frozenset(
     {"INVALID_ARGUMENT", "NOT_FOUND", "CANCELLED", "PERMISSION_DENIED", "UNAUTHENTICATED"}
 )
 """Codes of requests that failed by the client's doing."""
+DEADLINE_TOLERANCE_S = 0.05
+"""A client whose clock began earlier ends its call by so much before our deadline."""
 
 Labels = tuple[str, str]
 """Adapter and version number."""
@@ -42,11 +45,14 @@ Labels = tuple[str, str]
 class Observation:
     """One request on its way; see `Metrics.follow`."""
 
-    def __init__(self, metrics: "Metrics", request_id: str, tenant: str) -> None:
+    def __init__(
+        self, metrics: "Metrics", request_id: str, tenant: str, deadline: float | None = None
+    ) -> None:
         self.request_id = request_id
         self.tenant = tenant
         self._metrics = metrics
         self._began = time.monotonic()
+        self._deadline = math.inf if deadline is None else deadline
         self._last: float | None = None
         self.version: Version | None = None
         self.resolved = False
@@ -75,6 +81,17 @@ class Observation:
         if delta.finish is not None:
             self.prompt_tokens = delta.finish.prompt_tokens
         self.timing = delta.timing or self.timing
+
+    def failure(self, error: BaseException) -> tuple[str, str]:
+        """The gRPC code and the reason that `error` ends the request with."""
+        if isinstance(error, GatewayError):
+            return error.status, error.reason
+        if isinstance(error, Exception):
+            return "INTERNAL", "INTERNAL"
+        # The call's task was cancelled: the client went away or its deadline passed.
+        late = time.monotonic() > self._deadline - DEADLINE_TOLERANCE_S
+        ending = "DEADLINE_EXCEEDED" if late else "CANCELLED"
+        return ending, ending
 
     def told(self, code: str) -> dict[str, object]:
         """For the log: who and what, never what was said."""
@@ -186,9 +203,11 @@ class Metrics:
             metric.remove_by_labels(dict(zip(("adapter", "version"), labels, strict=True)))
         self.requests.remove_by_labels(dict(zip(("adapter", "version"), labels, strict=True)))
 
-    def observation(self, request_id: str, tenant: str) -> Observation:
-        """Begins the observation of a request."""
-        return Observation(self, request_id, tenant)
+    def observation(
+        self, request_id: str, tenant: str, deadline: float | None = None
+    ) -> Observation:
+        """Begins the observation of a request, whose deadline is on the monotonic clock."""
+        return Observation(self, request_id, tenant, deadline)
 
     @contextmanager
     def follow(self, seen: Observation) -> Generator[None, None, None]:
@@ -197,15 +216,9 @@ class Metrics:
         code = "OK"
         try:
             yield
-        except Exception as error:
-            code = error.status if isinstance(error, GatewayError) else "INTERNAL"
-            reason = error.reason if isinstance(error, GatewayError) else "INTERNAL"
+        except BaseException as error:
+            code, reason = seen.failure(error)
             self.rejections.labels(reason).inc()
-            raise
-        except BaseException:
-            # The client went away or its deadline passed.
-            code = "CANCELLED"
-            self.rejections.labels("CANCELLED").inc()
             raise
         finally:
             self.in_flight.dec()

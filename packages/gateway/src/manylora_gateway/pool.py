@@ -15,15 +15,14 @@ import asyncio
 import itertools
 import logging
 import time
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from enum import Enum, auto
 from typing import Any
 
-from manylora_gateway.errors import PoolFullError
 from manylora_gateway.fair import EVERYBODY, Charge, FairOrder, Flow, Share
+from manylora_gateway.slots import Entry, Residency, Slots, State
 from manylora_registry import Version
 
 BARE_BASE = ""
@@ -32,36 +31,6 @@ BARE_BASE = ""
 logger = logging.getLogger(__name__)
 _Place = asyncio.Future[None]
 _SeatPlace = asyncio.Future[Charge]
-
-
-class _State(Enum):
-    LOADING = auto()
-    READY = auto()
-    UNLOADING = auto()
-
-
-@dataclass
-class _Entry:
-    """An adapter that is in the engine, or on its way in or out."""
-
-    version: Version
-    state: _State = _State.LOADING
-    uses: int = 0
-    turn_began: float = 0.0
-    leaving: bool = False
-    """Takes no new requests until it has drained: another line waits for the slot."""
-    retiring: bool = False
-    """Is unloaded once it has drained."""
-    pinned: bool = False
-    """Stays loaded when idle."""
-
-    @property
-    def idle(self) -> bool:
-        return self.state is _State.READY and self.uses == 0
-
-    @property
-    def holds_slot(self) -> bool:
-        return self.uses > 0 or self.state is _State.LOADING
 
 
 @dataclass(eq=False)
@@ -98,15 +67,6 @@ class Seat:
 
     used: float
     """Tokens it cost; as many as it might have, until its holder knows better."""
-
-
-@dataclass(frozen=True)
-class Residency:
-    """An adapter in the engine and how many requests use it."""
-
-    version: Version
-    requests: int
-    pinned: bool = False
 
 
 @dataclass
@@ -148,27 +108,19 @@ class AdapterPool:
         turn_s: float = 1.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        if capacity <= slots:
-            raise ValueError("capacity must be above slots: a new version loads beside busy ones")
         self._load = load
         self._unload = unload
-        self._slots = slots
-        self._capacity = capacity
+        self._slots = Slots(slots, capacity, turn_s, clock)
         self._seats = seats
         self._express = express
         self._seated = 0
         self.counts = PoolCounts()
-        self._turn_s = turn_s
         self._clock = clock
-        # Least recently used first: an entry moves to the end when its last use ends.
-        self._entries: OrderedDict[str, _Entry] = OrderedDict()
         # Lines with a request that waits or is seated; the order knows those with one that waits.
         self._lines: dict[Flow, _Line] = {}
         self._order = FairOrder()
         self._arrivals = itertools.count()
         self._preparations: dict[str, _Preparation] = {}
-        # Adapters that wait for a slot, as far as the arranging under way has seen.
-        self._wanting: set[str] = set()
         self._tasks: set[asyncio.Task[None]] = set()
 
     @property
@@ -183,11 +135,7 @@ class AdapterPool:
 
     def residents(self) -> list[Residency]:
         """What is loaded and usable now."""
-        return [
-            Residency(entry.version, entry.uses, entry.pinned)
-            for entry in self._entries.values()
-            if entry.state is _State.READY
-        ]
+        return self._slots.residents()
 
     @asynccontextmanager
     async def hold(
@@ -236,20 +184,16 @@ class AdapterPool:
             PoolFullError: with it no idle adapter could make room for another.
             Exception: whatever `load` raised.
         """
-        pinned = sum(entry.pinned for entry in self._entries.values())
-        entry = self._entries.get(version.digest)
-        if not (entry and entry.pinned) and pinned >= self._capacity - self._slots - 1:
-            raise PoolFullError(
-                f"{pinned} adapters are pinned and {self._slots + 1} places are kept for others: "
-                "unpin one, or raise engine.host_adapters."
-            )
+        entry = self._slots.get(version.digest)
+        if entry is None or not entry.pinned:
+            self._slots.require_pin()
         await self.prepare(version)
-        if (entry := self._entries.get(version.digest)) is not None:
+        if (entry := self._slots.get(version.digest)) is not None:
             entry.pinned = True
 
     def unpin(self, version: Version) -> bool:
         """Lets `version` go when it is idle and room is needed; says whether it was pinned."""
-        entry = self._entries.get(version.digest)
+        entry = self._slots.get(version.digest)
         if entry is None or not entry.pinned:
             return False
         entry.pinned = False
@@ -261,7 +205,7 @@ class AdapterPool:
 
         A request that asks for it later keeps it, or loads it again; a pinned one stays.
         """
-        entry = self._entries.get(version.digest)
+        entry = self._slots.get(version.digest)
         if entry is None or entry.pinned:
             return False
         entry.retiring = True
@@ -274,7 +218,7 @@ class AdapterPool:
             await asyncio.wait(self._tasks)
 
     def _keep(self, digest: str) -> None:
-        if (entry := self._entries.get(digest)) is not None:
+        if (entry := self._slots.get(digest)) is not None:
             entry.retiring = False
 
     async def _wait(
@@ -309,11 +253,7 @@ class AdapterPool:
         self._lines[flow].seated -= 1
         self._forget_empty(flow)
         if flow.adapter != BARE_BASE:
-            entry = self._entries[flow.adapter]
-            entry.uses -= 1
-            if entry.uses == 0:
-                entry.leaving = False
-                self._entries.move_to_end(flow.adapter)
+            self._slots.give_back(flow.adapter)
         self._arrange()
 
     def _forget_empty(self, flow: Flow) -> None:
@@ -329,21 +269,18 @@ class AdapterPool:
         """
         while self._advance():
             pass
-        if not self._wanting:
-            for entry in self._entries.values():
-                entry.leaving = False
+        if self._slots.nobody_wants():
             while self._advance():
                 pass
         wanted = {flow.adapter for flow, line in self._lines.items() if line.requests}
-        for key, entry in list(self._entries.items()):
-            if entry.retiring and entry.idle and key not in wanted | self._preparations.keys():
-                entry.state = _State.UNLOADING
-                self.counts.retirements += 1
-                self._start(self._take_out(key, entry))
+        for key, entry in self._slots.retired(wanted | self._preparations.keys()):
+            entry.state = State.UNLOADING
+            self.counts.retirements += 1
+            self._start(self._take_out(key, entry))
 
     def _advance(self) -> bool:
         """Makes the first move there is to make, preparations first; says whether there was one."""
-        self._wanting.clear()
+        self._slots.wanting.clear()
         for key, preparation in list(self._preparations.items()):
             if self._serve_preparation(key, preparation):
                 return True
@@ -359,10 +296,10 @@ class AdapterPool:
         if not preparation.places:
             del self._preparations[key]
             return True
-        entry = self._entries.get(key)
+        entry = self._slots.get(key)
         if entry is None:
-            return self._bring_in(key, preparation.version, free=self._spare_free())
-        if entry.state is not _State.READY:
+            return self._bring_in(key, preparation.version, free=self._slots.spare_free())
+        if entry.state is not State.READY:
             return False
         for place in preparation.places:
             if not place.done():
@@ -376,19 +313,17 @@ class AdapterPool:
         line = self._lines[flow]
         if line.version is None:
             return self._seat(flow, line)
-        entry = self._entries.get(flow.adapter)
+        entry = self._slots.get(flow.adapter)
         if entry is None:
-            return self._bring_in(flow.adapter, line.version, free=self._slot_free())
-        if entry.state is not _State.READY or entry.leaving:
+            return self._bring_in(flow.adapter, line.version, free=self._slots.free())
+        if entry.state is not State.READY or entry.leaving:
             return False
-        if entry.uses == 0 and not self._slot_free():
-            self._ask_one_to_leave(flow.adapter)
+        if entry.uses == 0 and not self._slots.free():
+            self._slots.ask_one_to_leave(flow.adapter)
             return False
         if not self._seat(flow, line):
             return False
-        if entry.uses == 0:
-            entry.turn_began = self._clock()
-        entry.uses += 1
+        self._slots.take(entry)
         return True
 
     def _seat(self, flow: Flow, line: _Line) -> bool:
@@ -415,55 +350,21 @@ class AdapterPool:
     def _bring_in(self, key: str, version: Version, *, free: bool) -> bool:
         """Starts loading a version if there is room for it."""
         if not free:
-            self._ask_one_to_leave(key)
+            self._slots.ask_one_to_leave(key)
             return False
         leaver = None
-        if len(self._entries) >= self._capacity:
-            leaver = self._longest_idle()
+        if self._slots.full:
+            wanted = {flow.adapter for flow, line in self._lines.items() if line.requests}
+            leaver = self._slots.longest_idle(wanted | self._preparations.keys())
             if leaver is None:
                 return False
-            leaver[1].state = _State.UNLOADING
+            leaver[1].state = State.UNLOADING
             self.counts.evictions += 1
-        entry = self._entries[key] = _Entry(version)
+        entry = self._slots.add(key, version)
         self._start(self._bring(key, entry, leaver))
         return True
 
-    def _slot_free(self) -> bool:
-        """Whether an idle adapter may become busy."""
-        staying = sum(entry.holds_slot and not entry.retiring for entry in self._entries.values())
-        return staying < self._slots and self._spare_free()
-
-    def _spare_free(self) -> bool:
-        """Whether the engine, which has a slot more than is shared out, can take one adapter."""
-        return sum(entry.holds_slot for entry in self._entries.values()) <= self._slots
-
-    def _ask_one_to_leave(self, wanting: str) -> None:
-        """Marks the busy adapter whose turn has lasted longest, if that turn is over.
-
-        No more are marked than there are adapters that want a slot.
-        """
-        self._wanting.add(wanting)
-        if sum(entry.leaving for entry in self._entries.values()) >= len(self._wanting):
-            return
-        busy = [
-            entry
-            for entry in self._entries.values()
-            if entry.uses and not entry.retiring and not entry.leaving
-        ]
-        oldest = min(busy, key=lambda entry: entry.turn_began, default=None)
-        if oldest is not None and self._clock() - oldest.turn_began >= self._turn_s:
-            oldest.leaving = True
-
-    def _longest_idle(self) -> tuple[str, _Entry] | None:
-        wanted = {flow.adapter for flow, line in self._lines.items() if line.requests}
-        idle = (
-            (key, entry)
-            for key, entry in self._entries.items()
-            if entry.idle and not entry.pinned and key not in wanted | self._preparations.keys()
-        )
-        return next(idle, None)
-
-    async def _bring(self, key: str, entry: _Entry, leaver: tuple[str, _Entry] | None) -> None:
+    async def _bring(self, key: str, entry: Entry, leaver: tuple[str, Entry] | None) -> None:
         if leaver is not None:
             await self._take_out(*leaver)
         began = self._clock()
@@ -471,13 +372,12 @@ class AdapterPool:
             await self._load(entry.version)
         except Exception as error:
             self.counts.load_failures += 1
-            del self._entries[key]
+            self._slots.remove(key)
             self._fail(key, error)
         else:
             self.counts.loads += 1
             self.counts.load_seconds += self._clock() - began
-            entry.state = _State.READY
-            self._entries.move_to_end(key)
+            self._slots.ready(key)
         self._arrange()
 
     def _fail(self, key: str, error: Exception) -> None:
@@ -496,14 +396,14 @@ class AdapterPool:
             if not place.done():
                 place.set_exception(error)
 
-    async def _take_out(self, key: str, entry: _Entry) -> None:
+    async def _take_out(self, key: str, entry: Entry) -> None:
         try:
             await self._unload(entry.version)
         except Exception:
             # The engine may still hold it; its name is never used for other weights, so that
             # memory is all that is lost.
             logger.exception("unloading %s failed", entry.version.engine_name)
-        del self._entries[key]
+        self._slots.remove(key)
         self._arrange()
 
     def _start(self, work: Coroutine[None, None, None]) -> None:

@@ -4,7 +4,7 @@ import asyncio
 import os
 import threading
 from collections.abc import Callable
-from contextlib import aclosing
+from contextlib import AbstractContextManager, aclosing
 from pathlib import Path
 
 from ray import serve
@@ -17,7 +17,7 @@ from manylora_gateway.environment import engine_environment
 from manylora_gateway.fair import Share
 from manylora_gateway.replicas import ReplicaState
 from manylora_gateway.worker import Servable, Worker
-from manylora_registry import Registry, Version
+from manylora_registry import Cache, Registry, Version
 
 MakeEngine = Callable[[Path, EngineConfig, int], Engine]
 """Makes an engine from the base's directory and a number of GPUs."""
@@ -43,12 +43,12 @@ class LazyRegistry:
         self._opening = threading.Lock()
         self._registry: Registry | None = None
 
-    def materialize(self, version: Version, directory: Path) -> Path:
-        """See `Registry.materialize`."""
+    def hold(self, version: Version, cache: Cache) -> AbstractContextManager[Path]:
+        """See `Registry.hold`."""
         with self._opening:
             if self._registry is None:
                 self._registry = Registry.open(self._location, create=False)
-        return self._registry.materialize(version, directory)
+        return self._registry.hold(version, cache)
 
     def close(self) -> None:
         """Closes it."""
@@ -62,7 +62,7 @@ class EngineReplica:
     It begins empty: what is asked of it loads on demand, and the next swap is prepared on it too.
 
     Args:
-        cache: directory for verified copies of versions.
+        cache: verified copies of versions.
         gpus: GPUs of this replica; 0 runs on the CPU.
         make_engine: makes the engine in the replica's process.
     """
@@ -71,7 +71,7 @@ class EngineReplica:
         self,
         config: GatewayConfig,
         servable: Servable,
-        cache: Path,
+        cache: Cache,
         gpus: int,
         make_engine: MakeEngine,
     ) -> None:
@@ -117,7 +117,7 @@ class EngineReplica:
 
     async def count_tokens(self, prompt: Prompt) -> int:
         """See Worker."""
-        return self._worker.count_tokens(prompt)
+        return await self._worker.count_tokens(prompt)
 
     async def prepare(self, version: Version) -> None:
         """See Worker."""

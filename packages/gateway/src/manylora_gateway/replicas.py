@@ -6,7 +6,8 @@ from typing import Protocol
 
 from manylora_gateway.engine import Delta, Prompt, Sampling
 from manylora_gateway.fair import EVERYBODY, Share
-from manylora_gateway.pool import PoolCounts, Residency
+from manylora_gateway.pool import PoolCounts
+from manylora_gateway.slots import Residency
 from manylora_registry import Version
 
 

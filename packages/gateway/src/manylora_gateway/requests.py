@@ -32,7 +32,7 @@ class Requests:
     """Reads request messages under the limits of one gateway."""
 
     def __init__(self, limits: Limits) -> None:
-        self._limits = limits
+        self.limits = limits
         self._config = limits.config
 
     def generation(self, message: pb.GenerateRequest, request_id: str = "") -> GenerationRequest:
@@ -100,7 +100,7 @@ class Requests:
             name = field.partition("[")[0]
             violations.append(Violation(field.replace(name, PROMPT_FIELDS[name], 1), text))
 
-        self._limits.check_prompt(prompt, say)
+        self.limits.check_prompt(prompt, say)
         return prompt
 
     def _sampling(self, message: pb.Sampling, violations: list[Violation]) -> Sampling:
@@ -120,7 +120,7 @@ class Requests:
             max_tokens=(
                 message.max_tokens
                 if message.HasField("max_tokens")
-                else min(default, self._limits.max_tokens)
+                else min(default, self.limits.max_tokens)
             ),
             temperature=message.temperature,
             top_p=message.top_p if message.HasField("top_p") else 1.0,
@@ -138,7 +138,7 @@ class Requests:
             logprobs=message.logprobs if message.HasField("logprobs") else None,
             constraint=constraint,
         )
-        self._limits.check_sampling(sampling, say)
+        self.limits.check_sampling(sampling, say)
         return sampling
 
 

@@ -129,6 +129,15 @@ class Rollouts:
             self._write(self._rollouts)
         return ended
 
+    def end_with(self, name: str, number: int) -> list[Rollout]:
+        """Ends the rollouts of an adapter that need one of its versions; returns them."""
+        keys = [
+            key
+            for key, rollout in self._rollouts.items()
+            if key[0] == name and any(version.number == number for version in rollout.versions)
+        ]
+        return [ended for key in keys if (ended := self.end(key)) is not None]
+
     def serve(self, digest: str) -> bool:
         """Whether a rollout needs the version."""
         return any(

@@ -13,7 +13,7 @@ from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
-from manylora_gateway.errors import RegistryLostError, from_registry
+from manylora_gateway.errors import RegistryLostError, YankedAdapterError, from_registry
 from manylora_gateway.rollouts import AliasKey, Rollout, Rollouts
 from manylora_gateway.worker import Servable
 from manylora_registry import AdapterReference, Registry, Version
@@ -27,7 +27,7 @@ class Route:
     """One followed alias."""
 
     serving: Version | None = None
-    """What requests get; None until its first version is ready, then never again."""
+    """What requests get; None until its first version is ready, and where that was yanked."""
     pending: Version | None = None
     """What the registry's alias points at, where that is not served yet."""
     pending_error: Exception | None = None
@@ -58,6 +58,7 @@ class Routes:
         self._displaced: dict[str, Version] = {}
         # Numbers and digests never change their meaning; a busy client costs one look-up.
         self._fixed: OrderedDict[str, Version] = OrderedDict()
+        self._withdrawals = 0
 
     @property
     def registry_age_s(self) -> float:
@@ -69,11 +70,13 @@ class Routes:
         self._read_at = self._clock()
 
     @asynccontextmanager
-    async def use(self, reference: str, sticky: str = "") -> AsyncGenerator[Version | None, None]:
+    async def use(
+        self, reference: str, sticky: Callable[[], str] = str
+    ) -> AsyncGenerator[Version | None, None]:
         """The version `reference` means, counted as used while the context lasts.
 
-        None for the empty reference, the bare base. In a rollout, requests with equal `sticky`
-        get the same version.
+        None for the empty reference, the bare base. In a rollout, which alone asks for it,
+        requests with equal `sticky` get the same version.
 
         Raises:
             GatewayError: it names nothing, or a version that cannot be served.
@@ -93,7 +96,7 @@ class Routes:
                 if self._displaced.pop(version.digest, None) is not None:
                     self.drained.put_nowait(version)
 
-    async def resolve(self, reference: str, sticky: str = "") -> Version:
+    async def resolve(self, reference: str, sticky: Callable[[], str] = str) -> Version:
         """The servable version `reference` means now; its alias, if any, is followed from here on.
 
         Raises:
@@ -113,7 +116,7 @@ class Routes:
         key = (parsed.name, parsed.alias)
         serving = await self.serving(key)
         rollout = self.rollouts.get(key, serving)
-        return serving if rollout is None else rollout.choose(serving, key, sticky)
+        return serving if rollout is None else rollout.choose(serving, key, sticky())
 
     async def serving(self, key: AliasKey) -> Version:
         """What an alias means here by itself; it is followed from here on.
@@ -129,7 +132,8 @@ class Routes:
         if route.serving is not None:
             return route.serving
         if route.pending_error is not None:
-            raise route.pending_error
+            # One error for many requests: each raise would lengthen its traceback for good.
+            raise route.pending_error.with_traceback(None)
         assert route.pending is not None
         return route.pending
 
@@ -159,7 +163,11 @@ class Routes:
         text = str(reference)
         version = self._fixed.get(text)
         if version is None:
-            version = self._fixed[text] = await self._ask_registry(reference)
+            withdrawals = self._withdrawals
+            version = await self._ask_registry(reference)
+            # What was read before a withdrawal and arrives after it must not be kept.
+            if withdrawals == self._withdrawals:
+                self._fixed[text] = version
             if len(self._fixed) > FIXED_REFERENCES_KEPT:
                 self._fixed.popitem(last=False)
         return version
@@ -185,7 +193,8 @@ class Routes:
         self._servable.check(version)
 
     def forget_fixed(self, name: str) -> None:
-        """Drops what numbers and digests of `name` resolved to: one of them was yanked."""
+        """Drops what numbers and digests of `name` resolved to: one of them was withdrawn."""
+        self._withdrawals += 1
         for text in [text for text in self._fixed if text.startswith(f"{name}@")]:
             del self._fixed[text]
 
@@ -201,6 +210,19 @@ class Routes:
         else:
             route.pending = route.pending_error = None
         return route
+
+    def aliases_of(self, name: str) -> list[AliasKey]:
+        """The followed aliases of an adapter."""
+        return [key for key in self._routes if key[0] == name]
+
+    def withdraw(self, key: AliasKey, yanked: Version) -> Version | None:
+        """Has `key` serve nothing, if it serves `yanked`, which it returns then."""
+        route = self._routes.get(key)
+        if route is None or route.serving is None or route.serving.digest != yanked.digest:
+            return None
+        serving, route.serving, route.pending = route.serving, None, None
+        route.pending_error = YankedAdapterError(f"{yanked.name}@{yanked.number} was yanked.")
+        return serving
 
     def flip(self, key: AliasKey, version: Version) -> Version | None:
         """From here on `key` means `version`; returns what it meant before."""

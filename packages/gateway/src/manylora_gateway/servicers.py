@@ -6,10 +6,12 @@
 # pyright: reportIncompatibleMethodOverride=false, reportMissingTypeStubs=false
 
 import asyncio
+import time
 import uuid
 from collections.abc import AsyncGenerator
 from contextlib import aclosing, asynccontextmanager
-from typing import Any
+from dataclasses import replace
+from typing import Any, cast
 
 import grpc
 
@@ -17,11 +19,13 @@ from manylora.admin.v1 import admin_pb2, admin_pb2_grpc
 from manylora.inference.v1 import inference_pb2 as pb
 from manylora.inference.v1 import inference_pb2_grpc
 from manylora_gateway import messages, rollout_messages
+from manylora_gateway.calls import current_call, set_call
 from manylora_gateway.errors import DeadlineError, InvalidRequestError, Violation
 from manylora_gateway.inference import Inference
 from manylora_gateway.limits import check_request_id
 from manylora_gateway.operations import Operations
 from manylora_gateway.requests import Requests
+from manylora_gateway.stalls import patience
 from manylora_gateway.status import CODES, DETAILS_KEY, to_status
 from manylora_gateway.tenants import caller
 
@@ -57,7 +61,11 @@ async def _answering(
     failures included. A client that vanishes cancels the call's task; there is nobody left to tell.
     """
     request_id = uuid.uuid4().hex
-    deadline = asyncio.timeout(context.time_remaining())
+    # Typed as if every call had a deadline.
+    remaining_s = cast("float | None", context.time_remaining())
+    if remaining_s is not None:
+        set_call(replace(current_call(), deadline=time.monotonic() + remaining_s))
+    deadline = asyncio.timeout(remaining_s)
     try:
         async with deadline:
             request_id = _client_request_id(context) or request_id
@@ -89,6 +97,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     def __init__(self, inference: Inference, requests: Requests) -> None:
         self._inference = inference
         self._requests = requests
+        self._stall_s = requests.limits.config.stall_s
 
     async def Generate(
         self, request: pb.GenerateRequest, context: InferenceContext
@@ -106,7 +115,8 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             async with aclosing(self._inference.stream(asked, caller())) as events:
                 async for event in events:
                     if (reply := replies.of(event)) is not None:
-                        await context.write(reply)
+                        async with patience(self._stall_s):
+                            await context.write(reply)
             await context.write(replies.last())
 
     async def BatchGenerate(self, request: pb.BatchGenerateRequest, context: BatchContext) -> None:
@@ -118,7 +128,9 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             ]
             try:
                 for finished in asyncio.as_completed(tasks):
-                    await context.write(await finished)
+                    reply = await finished
+                    async with patience(self._stall_s):
+                        await context.write(reply)
             finally:
                 for task in tasks:
                     task.cancel()

@@ -98,8 +98,14 @@ class Swaps:
                 await asyncio.sleep(self._config.poll_s)
 
     def _note(self, event: Event) -> None:
-        if event.kind == "yanked":
+        if event.kind in ("yanked", "deleted"):
             self._routes.forget_fixed(event.name)
+            for ended in self._routes.rollouts.end_with(event.name, event.version):
+                logger.warning("a rollout of %s ended: it needs a withdrawn version", event.name)
+                for version in ended.versions:
+                    self._start(self._retire_unserved(version))
+            for key in self._routes.aliases_of(event.name):
+                self._wake(key)
         elif event.kind == "alias_moved" and event.alias is not None:
             key = (event.name, event.alias)
             if event.alias in self._config.aliases or self._routes.get(key) is not None:
@@ -140,6 +146,10 @@ class Swaps:
             return False
         if abandoned is not None and abandoned.digest != target.digest:
             await self._retire_unserved(abandoned)
+        if target.yanked and (withdrawn := self._routes.withdraw(key, target)) is not None:
+            logger.warning("%s: version %d was yanked, nothing is served", label, target.number)
+            await self._retire_unserved(withdrawn)
+            return True
         route = self._routes.follow(key, target)
         if route.pending is None:
             return True

@@ -1,7 +1,10 @@
 """TLS of all ports: the gateway's certificate, and the authority of its clients'."""
 
+import logging
 import ssl
+import threading
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import grpc
@@ -9,9 +12,24 @@ import grpc
 from manylora_gateway.config import TlsConfig
 from manylora_gateway.errors import StartError
 
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Read:
+    """The files of a `tls` section as they were at one time."""
+
+    stamp: object
+    context: ssl.SSLContext
+    for_grpc: grpc.ServerCertificateConfiguration
+
 
 class ServerTls:
-    """The files of one `tls` section, read and checked.
+    """The files of one `tls` section, read and checked, and read again when they change.
+
+    The files are looked at with every handshake, so a connection that begins after they were
+    replaced has the new certificate; those that stand are left alone. Files that do not fit
+    together, as in the midst of being replaced, change nothing and are said so once, in the log.
 
     With `client_ca` a client without a certificate of that authority cannot connect at all.
 
@@ -20,24 +38,72 @@ class ServerTls:
     """
 
     def __init__(self, config: TlsConfig) -> None:
-        self.context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        """For HTTPS."""
-        self.context.minimum_version = ssl.TLSVersion.TLSv1_2
-        self.context.set_alpn_protocols(["http/1.1"])
+        self._config = config
+        self._reading = threading.Lock()
         try:
-            self.context.load_cert_chain(config.certificate, config.key)
-            chain, key = config.certificate.read_bytes(), config.key.read_bytes()
-            authority = None
-            if config.client_ca is not None:
-                self.context.load_verify_locations(config.client_ca)
-                self.context.verify_mode = ssl.CERT_REQUIRED
-                authority = config.client_ca.read_bytes()
+            self._now = self._read()
         except OSError as error:
             raise StartError(f"tls: the files cannot be used: {error}") from error
-        self.credentials = grpc.ssl_server_credentials(
-            [(key, chain)], authority, require_client_auth=authority is not None
+        self._refused = self._now.stamp
+        self.context = self._now.context
+        """For HTTPS."""
+        self.context.sni_callback = self._on_hello
+
+    def credentials(self) -> grpc.ServerCredentials:
+        """For one gRPC server."""
+        given = self._now
+
+        # None, which the types do not know of, keeps what was given before.
+        def fetch() -> Any:
+            nonlocal given
+            if (now := self._current()) is given:
+                return None
+            given = now
+            return now.for_grpc
+
+        return grpc.dynamic_ssl_server_credentials(
+            given.for_grpc, fetch, require_client_authentication=self._config.client_ca is not None
         )
-        """For gRPC."""
+
+    def _on_hello(self, connection: ssl.SSLObject, _name: str | None, _: ssl.SSLContext) -> None:
+        connection.context = self._current().context
+
+    def _current(self) -> _Read:
+        with self._reading:
+            stamp = self._look()
+            if stamp not in (self._now.stamp, self._refused):
+                try:
+                    self._now = self._read()
+                    logger.info("TLS files read again")
+                except OSError as error:
+                    self._refused = stamp
+                    logger.error("TLS as before, the changed files cannot be used: %s", error)
+            return self._now
+
+    def _look(self) -> object:
+        """Changes with each of the files; None where one is gone."""
+        config = self._config
+        paths = (config.certificate, config.key, config.client_ca)
+        try:
+            found = [path.stat() for path in paths if path is not None]
+        except OSError:
+            return None
+        return tuple((status.st_mtime_ns, status.st_size, status.st_ino) for status in found)
+
+    def _read(self) -> _Read:
+        config, stamp = self._config, self._look()
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        context.set_alpn_protocols(["http/1.1"])
+        context.load_cert_chain(config.certificate, config.key)
+        chain, key = config.certificate.read_bytes(), config.key.read_bytes()
+        authority = None
+        if config.client_ca is not None:
+            context.load_verify_locations(config.client_ca)
+            context.verify_mode = ssl.CERT_REQUIRED
+            authority = config.client_ca.read_bytes()
+        pairs = grpc.ssl_server_certificate_configuration([(key, chain)], authority)
+        return _Read(stamp, context, pairs)
 
 
 def names_in_auth_context(context: Mapping[str, Any]) -> Iterator[str]:

@@ -4,13 +4,14 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, ExitStack, aclosing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from manylora_gateway.config import EngineConfig
-from manylora_gateway.engine import Delta, Engine, Prompt, Sampling, TextPrompt
+from manylora_gateway.engine import Delta, Engine, Prompt, Sampling, TextPrompt, characters
 from manylora_gateway.errors import (
     AdapterLoadError,
     GatewayError,
@@ -22,11 +23,14 @@ from manylora_gateway.fair import EVERYBODY, Share
 from manylora_gateway.pool import AdapterPool
 from manylora_gateway.replicas import ReplicaState
 from manylora_gateway.timing import Stopwatch
-from manylora_registry import Version
+from manylora_registry import Cache, Version
 from manylora_registry.errors import RegistryError
 
 TRIAL = TextPrompt("Hello")
 """Every version answers this once before it may serve."""
+
+LONG_PROMPT = 16_384
+"""Characters above which a prompt is tokenised beside the event loop: below, 10 ms at most."""
 
 DIGEST_DIGITS = 64
 """A verified copy is a directory named after its version's digest."""
@@ -52,15 +56,16 @@ class Servable:
                 f"{version.name}@{version.number} has rank {version.rank}; this gateway takes up "
                 f"to {self.max_rank} (engine.max_rank)."
             )
-        if version.yanked:
-            raise YankedAdapterError(f"{version.name}@{version.number} was yanked.")
+        if version.yanked or version.deleted:
+            how = "deleted" if version.deleted else "yanked"
+            raise YankedAdapterError(f"{version.name}@{version.number} was {how}.")
 
 
 class Versions(Protocol):
     """What a worker needs of a registry."""
 
-    def materialize(self, version: Version, directory: Path) -> Path:
-        """See `Registry.materialize`."""
+    def hold(self, version: Version, cache: Cache) -> AbstractContextManager[Path]:
+        """See `Registry.hold`."""
         ...
 
 
@@ -69,7 +74,7 @@ class Worker:
 
     Args:
         replica_id: unique among the replicas of the gateway.
-        directory: where verified copies of versions are kept; replicas of one machine share it.
+        cache: verified copies of versions; replicas of one machine share it.
     """
 
     def __init__(
@@ -77,18 +82,22 @@ class Worker:
         replica_id: str,
         engine: Engine,
         registry: Versions,
-        directory: Path,
+        cache: Cache,
         servable: Servable,
         config: EngineConfig,
     ) -> None:
         self._replica_id = replica_id
         self._engine = engine
         self._registry = registry
-        self._directory = directory
+        self._cache = cache
         self._servable = servable
         self._slots = config.slots
+        # One thread: many long prompts queue for it and take no more than a core.
+        self._tokenizing = ThreadPoolExecutor(1, "tokenize")
         # When the load of each adapter that is in the engine began and ended.
         self._loads: dict[str, tuple[float, float]] = {}
+        # Copies on disk of the adapters that are in the engine, which may read them again.
+        self._held: dict[str, ExitStack] = {}
         self._pool = AdapterPool(
             self._load,
             self._unload,
@@ -112,7 +121,7 @@ class Worker:
         Raises:
             GatewayError: the prompt is refused, or the adapter cannot be loaded.
         """
-        token_ids = self._engine.tokenize(prompt)
+        token_ids = await self._tokenize(prompt)
         name = None if version is None else version.engine_name
         stopwatch = Stopwatch(sampling.n)
         most = len(token_ids) + sampling.max_tokens * sampling.n
@@ -126,9 +135,16 @@ class Worker:
                 seat.used += len(delta.token_ids)
                 yield stopwatch.timed(delta)
 
-    def count_tokens(self, prompt: Prompt) -> int:
+    async def count_tokens(self, prompt: Prompt) -> int:
         """Tokens of `prompt` as the engine reads it."""
-        return len(self._engine.tokenize(prompt))
+        return len(await self._tokenize(prompt))
+
+    async def _tokenize(self, prompt: Prompt) -> list[int]:
+        """A long prompt takes its time (half a second for a mebibyte), the others go on."""
+        if characters(prompt) < LONG_PROMPT:
+            return self._engine.tokenize(prompt)
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._tokenizing, self._engine.tokenize, prompt)
 
     async def prepare(self, version: Version) -> None:
         """Loads `version`, if it is not loaded, and tries it."""
@@ -159,9 +175,10 @@ class Worker:
         )
 
     def _on_disk(self) -> int:
-        if not self._directory.is_dir():
+        directory = self._cache.directory
+        if not directory.is_dir():
             return 0
-        return sum(len(entry.name) == DIGEST_DIGITS for entry in self._directory.iterdir())
+        return sum(len(entry.name) == DIGEST_DIGITS for entry in directory.iterdir())
 
     def check_health(self) -> None:
         """Raises once the engine cannot recover."""
@@ -171,28 +188,39 @@ class Worker:
         """Ends loads under way, then the engine."""
         await self._pool.settle()
         await self._engine.close()
+        self._tokenizing.shutdown(wait=False)
+        for held in self._held.values():
+            held.close()
 
     async def _load(self, version: Version) -> None:
         began = time.monotonic()
         self._servable.check(version)
+        held = ExitStack()
         try:
-            directory = await asyncio.to_thread(
-                self._registry.materialize, version, self._directory
-            )
-        except RegistryError as error:
-            raise from_registry(error) from error
-        await self._engine.load(version.engine_name, directory)
-        try:
-            await self._try(version)
-        except Exception as error:
-            await self._engine.unload(version.engine_name)
-            if isinstance(error, GatewayError):
-                raise
-            raise AdapterLoadError(
-                f"{version.name}@{version.number} failed its trial prompt."
-            ) from error
+            directory = await asyncio.to_thread(self._hold, held, version)
+            await self._engine.load(version.engine_name, directory)
+            try:
+                await self._try(version)
+            except Exception as error:
+                await self._engine.unload(version.engine_name)
+                if isinstance(error, GatewayError):
+                    raise
+                raise AdapterLoadError(
+                    f"{version.name}@{version.number} failed its trial prompt."
+                ) from error
+        except BaseException:
+            await asyncio.to_thread(held.close)
+            raise
+        self._held[version.digest] = held
         self._loads[version.digest] = (began, time.monotonic())
         logger.info("loaded %s in %.2f s", version.engine_name, time.monotonic() - began)
+
+    def _hold(self, held: ExitStack, version: Version) -> Path:
+        """A verified copy of `version`, which stays until `held` is closed."""
+        try:
+            return held.enter_context(self._registry.hold(version, self._cache))
+        except RegistryError as error:
+            raise from_registry(error) from error
 
     async def _try(self, version: Version) -> None:
         """One token through the adapter: what vLLM accepts it may still fail to run."""
@@ -209,4 +237,6 @@ class Worker:
     async def _unload(self, version: Version) -> None:
         self._loads.pop(version.digest, None)
         await self._engine.unload(version.engine_name)
+        if (held := self._held.pop(version.digest, None)) is not None:
+            await asyncio.to_thread(held.close)
         logger.info("unloaded %s", version.engine_name)

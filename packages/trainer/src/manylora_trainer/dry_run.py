@@ -110,7 +110,7 @@ def plan(recipe: Recipe) -> Plan:
                 entry.trained_share,
                 float((lengths**2).sum() / lengths.sum()),
             )
-    memory = estimate_memory(recipe, identity)
+    memory = estimate_memory(recipe, identity, sum(entry.tokens_per_step for entry in tasks))
     known = len(work) == len(recipe.tasks)
     return Plan(tuple(tasks), memory, estimate_time(recipe, identity, work) if known else None)
 

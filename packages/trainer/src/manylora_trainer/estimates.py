@@ -3,18 +3,26 @@
 # torch is only partly typed.
 # pyright: reportUnknownMemberType=false
 
-import json
 import math
 import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
+from transformers import AutoConfig
 
 from manylora_registry.base import BaseModelIdentity
+from manylora_trainer.errors import UnsupportedBaseError
+from manylora_trainer.memory import (
+    Architecture,
+    architecture_of,
+    dtype_of,
+    kept_bytes,
+    largest_pack,
+    recomputes,
+)
 from manylora_trainer.recipe import Recipe
 from manylora_trainer.targets import linears_of, targets_of, trainable_parameters
 
@@ -30,12 +38,14 @@ class MemoryEstimate:
 
     base_weights: int
     adapters: int
-    """Weights of all adapters, and their gradients."""
+    """Weights of all adapters, the last sound copy of them, and their gradients."""
     optimizers: int
     """Two running means of every adapter."""
     activations: int
     """What the backward of one pack keeps."""
     logits: int
+    recomputed: bool
+    """Whether layers are computed again in the backward (gradient checkpointing)."""
 
     @property
     def total(self) -> int:
@@ -69,36 +79,28 @@ class TimeEstimate:
     """Of one large matrix product, measured here and now."""
 
 
-@dataclass(frozen=True)
-class _Shapes:
-    """What counts of a base's architecture."""
-
-    layers: int
-    hidden: int
-    inner: int
-    vocabulary: int
-    linear_weights: int
-    weights: int
-
-
-def estimate_memory(recipe: Recipe, identity: BaseModelIdentity) -> MemoryEstimate:
-    """Reckons the peak of a step.
-
-    A layer's backward keeps of every token about ten vectors of the hidden width (inputs of norms
-    and linears, queries, keys, values, what attention gives) and four of the inner width.
-    """
+def estimate_memory(
+    recipe: Recipe, identity: BaseModelIdentity, step_tokens: float = math.inf
+) -> MemoryEstimate:
+    """Reckons the peak of a step, in which all tasks together have `step_tokens` tokens."""
     shapes = _shapes_of(recipe.base, identity)
-    item = dtype_of(recipe).itemsize
-    parameters = sum(trained_parameters(recipe, identity).values())
-    tokens = max(recipe.training.pack_tokens, *(task.max_length for task in recipe.tasks))
+    device = _device()
+    dtype = dtype_of(recipe, device)
+    trained = shapes.weights if recipe.kind == "full" else 0
+    parameters = trained or sum(trained_parameters(recipe, identity).values())
+    tokens = math.ceil(min(largest_pack(recipe), step_tokens))
+    recomputed = recomputes(recipe, shapes, device)
     return MemoryEstimate(
-        base_weights=shapes.weights * item,
-        adapters=2 * parameters * FLOAT32,
+        base_weights=shapes.weights * dtype.itemsize,
+        # With the gradients a copy of the last weights that gave a finite loss.
+        adapters=(2 if trained else 3) * parameters * FLOAT32,
         optimizers=2 * parameters * FLOAT32,
-        activations=shapes.layers * tokens * (10 * shapes.hidden + 4 * shapes.inner) * item,
-        # Logits in float32, once more in the base's own type for the product with the head, and
-        # the hidden states' gradient.
-        logits=LOGITS_CHUNK * shapes.vocabulary * (FLOAT32 + item) + tokens * shapes.hidden * item,
+        activations=kept_bytes(shapes, tokens, dtype, recomputed=recomputed),
+        # Logits in float32, once more in the base's own type for the product with the head.
+        logits=min(tokens, LOGITS_CHUNK)
+        * shapes.vocabulary
+        * (FLOAT32 + (0 if dtype == torch.float32 else dtype.itemsize)),
+        recomputed=recomputed,
     )
 
 
@@ -133,32 +135,24 @@ def trained_parameters(recipe: Recipe, identity: BaseModelIdentity) -> dict[str,
     }
 
 
-def dtype_of(recipe: Recipe) -> torch.dtype:
-    """The base's, on this machine."""
-    if recipe.training.dtype == "auto":
-        return torch.bfloat16 if torch.cuda.is_available() else torch.float32
-    return torch.float32 if recipe.training.dtype == "float32" else torch.bfloat16
+def _shapes_of(base: Path, identity: BaseModelIdentity) -> Architecture:
+    try:
+        config = AutoConfig.from_pretrained(base, local_files_only=True)
+        return architecture_of(config, identity)
+    except (OSError, ValueError, AttributeError) as error:
+        raise UnsupportedBaseError(f"{base}: its config.json cannot be used: {error}") from error
 
 
-def _shapes_of(base: Path, identity: BaseModelIdentity) -> _Shapes:
-    config: dict[str, Any] = json.loads((base / "config.json").read_bytes())
-    hidden = int(config["hidden_size"])
-    return _Shapes(
-        layers=int(config["num_hidden_layers"]),
-        hidden=hidden,
-        inner=int(config.get("intermediate_size", 4 * hidden)),
-        vocabulary=int(config["vocab_size"]),
-        linear_weights=sum(out * into for out, into in linears_of(identity).values()),
-        weights=sum(math.prod(shape) for shape in identity.tensors.values()),
-    )
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _measure(recipe: Recipe, shapes: _Shapes) -> float:
+def _measure(recipe: Recipe, shapes: Architecture) -> float:
     """Floating-point operations a second of a product as large as those of a pack."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = _device()
     if device.type == "cpu":
         torch.set_num_threads(recipe.training.threads or os.cpu_count() or 1)
-    kind = dtype_of(recipe)
+    kind = dtype_of(recipe, device)
     rows = torch.rand(recipe.training.pack_tokens, shapes.hidden, dtype=kind, device=device)
     weight = torch.rand(shapes.hidden, shapes.inner, dtype=kind, device=device)
 

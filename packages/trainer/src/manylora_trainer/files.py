@@ -13,7 +13,7 @@ from manylora_trainer.errors import SourceError
 from manylora_trainer.source_settings import is_uri
 
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
-"""By the end of a file's name."""
+"""By the end of a file's name, in capitals or not."""
 
 
 def find_files(locations: Sequence[str]) -> list[str]:
@@ -43,7 +43,7 @@ def open_file(location: str, *, offset: int = 0) -> Any:
     import pyarrow
 
     file = open_seekable(location)
-    compression = COMPRESSIONS.get("." + location.partition("?")[0].rpartition(".")[2])
+    compression = COMPRESSIONS.get("." + location.partition("?")[0].rpartition(".")[2].lower())
     if compression is None:
         if offset:
             file.seek(offset)

@@ -1,9 +1,10 @@
 """From a row's columns to a conversation and the answer to learn. No tokenizer here."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import date
+from datetime import date, time
 from decimal import Decimal
 from typing import Any, cast
 from uuid import UUID
@@ -18,6 +19,10 @@ from manylora_trainer.data_settings import (
 )
 from manylora_trainer.errors import RowError
 from manylora_trainer.sources import Row
+
+WRITTEN = (Decimal, date, time, UUID)
+"""Columns of databases and Parquet that stand in a text as Python writes them; a `datetime` is a
+`date`."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +85,13 @@ def render(settings: FormatSettings, row: Row) -> Rendered:
             return _render_preference(settings, reader)
 
 
+def _written(value: Any) -> str:
+    """What JSON has no form for, as a template writes it."""
+    if isinstance(value, WRITTEN):
+        return str(value)
+    raise TypeError(f"{type(value).__name__} has no form in it")
+
+
 @dataclass(frozen=True)
 class _RowReader:
     """Reads columns and says which row and field is at fault."""
@@ -114,9 +126,11 @@ class _RowReader:
         value = self.value(column)
         if isinstance(value, str):
             return self.checked(column, value)
-        if isinstance(value, Decimal | date | UUID):
+        if isinstance(value, WRITTEN):
             return str(value)
         if isinstance(value, int | float) and not isinstance(value, bool):
+            if not math.isfinite(value):
+                raise self.error(column, f"is {value}, not a number")
             return str(value)
         raise self.error(column, f"must be text or a number, is {type(value).__name__}")
 
@@ -128,7 +142,12 @@ class _RowReader:
         values = {column: self.value(column) for column in columns}
         try:
             text = json.dumps(
-                values, sort_keys=True, ensure_ascii=False, allow_nan=False, separators=(",", ":")
+                values,
+                sort_keys=True,
+                ensure_ascii=False,
+                allow_nan=False,
+                separators=(",", ":"),
+                default=_written,
             )
         except (TypeError, ValueError) as error:
             raise self.error(", ".join(columns), f"is not JSON: {error}") from error

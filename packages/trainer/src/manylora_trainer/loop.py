@@ -30,10 +30,16 @@ from manylora_trainer.errors import (
 from manylora_trainer.formats import Rendered
 from manylora_trainer.full import BaseWeights
 from manylora_trainer.interruption import Interruption
-from manylora_trainer.memory import ACTIVATION_SHARE, activation_bytes, device_memory
+from manylora_trainer.memory import (
+    architecture_of,
+    dtype_of,
+    recomputes,
+    stating_memory_faults,
+)
 from manylora_trainer.plots import plot_curves
 from manylora_trainer.progress import Watch
 from manylora_trainer.recipe import Recipe, Task
+from manylora_trainer.repeatable import compute_repeatably
 from manylora_trainer.result import RunResult
 from manylora_trainer.run_directory import (
     MetricsFile,
@@ -98,6 +104,7 @@ def train_run(
 
     torch.set_num_threads(training.threads or max(1, (os.cpu_count() or 1) // workers.size))
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    compute_repeatably(device)
     tokenizer = ChatTokenizer(recipe.base)
     data: dict[str, TaskData[Rendered, Any]] = {}
     for task in recipe.tasks:
@@ -119,14 +126,15 @@ def train_run(
 
     watch.say(f"base {recipe.base.name} on {device}, steps {first + 1} to {last}")
     transformers.utils.logging.disable_progress_bar()
-    base = BaseModel(
-        recipe.base,
-        _dtype(recipe, device),
-        device,
-        four_bit=training.quantization == "nf4",
-    )
+    with stating_memory_faults(training.pack_tokens, how_to_resume):
+        base = BaseModel(
+            recipe.base,
+            dtype_of(recipe, device),
+            device,
+            four_bit=training.quantization == "nf4",
+        )
     whole = BaseWeights(base.model) if recipe.kind == "full" else None
-    if _recomputes(recipe, base):
+    if recomputes(recipe, architecture_of(base.model.config, identity), device):
         base.recompute_layers()
     trainees = Trainees(
         base,
@@ -194,6 +202,7 @@ def train_run(
     metrics_bytes = 0 if checkpoint is None else checkpoint.metrics_bytes
     with (
         stating_storage_faults(path, how_to_resume),
+        stating_memory_faults(training.pack_tokens, how_to_resume),
         closing(
             MetricsFile(directory.metrics, metrics_bytes) if writes else NoMetrics()
         ) as metrics,
@@ -310,27 +319,6 @@ def _check_steps(path: Path, trainee: Trainee, done: int) -> None:
         raise RecipeChangedError(
             f"{path}: {trainee.name} has done {done} steps, so it cannot end at {steps}"
         )
-
-
-def _dtype(recipe: Recipe, device: torch.device) -> torch.dtype:
-    if recipe.kind == "full":
-        return torch.float32
-    match recipe.training.dtype:
-        case "float32":
-            return torch.float32
-        case "bfloat16":
-            return torch.bfloat16
-        case "auto":
-            return torch.bfloat16 if device.type == "cuda" else torch.float32
-
-
-def _recomputes(recipe: Recipe, base: BaseModel) -> bool:
-    training = recipe.training
-    if training.gradient_checkpointing != "auto":
-        return training.gradient_checkpointing == "on"
-    tokens = max(training.pack_tokens, *(task.max_length for task in recipe.tasks))
-    kept = activation_bytes(base.model.config, tokens, base.dtype)
-    return kept > ACTIVATION_SHARE * device_memory(base.device)
 
 
 def _describe(task: Task, data: TaskData[Rendered, Any]) -> str:

@@ -1,37 +1,139 @@
-"""How much memory activations take, and how much there is."""
+"""How much memory a step takes, from a base's shapes alone, and how much there is."""
 
 # torch is only partly typed.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
 
+import math
 import os
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from manylora_registry.base import BaseModelIdentity
+from manylora_trainer.errors import DeviceMemoryError
+from manylora_trainer.recipe import Recipe
+from manylora_trainer.targets import linears_of
+
 ACTIVATION_SHARE = 0.4
-"""Of the memory there is; with more than that, activations are computed again instead of kept."""
+"""Of a machine's memory, which is for other things too."""
+ACTIVATION_SHARE_ON_GPU = 0.8
+"""Of what a GPU has beside the base; adapters and the logits need some."""
 CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
-def activation_bytes(config: Any, tokens: int, dtype: torch.dtype) -> int:
-    """About what the backward of a pack of `tokens` keeps, from a base's configuration.
+@contextmanager
+def stating_memory_faults(pack_tokens: int, how_to_resume: str) -> Generator[None]:
+    """States it as one line with what to do, when a GPU has no memory left.
 
-    Per layer and token: ten vectors of the hidden width (inputs of norms and linears, queries,
-    keys, values and what attention gives) and four of the inner width of the MLP.
+    Raises:
+        DeviceMemoryError: instead of torch's error from inside the block.
     """
-    hidden: int = config.hidden_size
-    inner: int = getattr(config, "intermediate_size", 4 * hidden)
-    return config.num_hidden_layers * tokens * (10 * hidden + 4 * inner) * dtype.itemsize
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise DeviceMemoryError(
+            f"the GPU is out of memory with training.pack_tokens {pack_tokens}: lower that, set "
+            "training.gradient_checkpointing to on or training.quantization to nf4, or shorten "
+            "max_length. The last checkpoint is whole; allow the change and go on with: "
+            f"{how_to_resume}"
+        ) from error
 
 
-def device_memory(device: torch.device) -> int:
-    """Bytes of memory this process may fill."""
+@dataclass(frozen=True)
+class Architecture:
+    """What counts of a base's shapes; widths are features of a token."""
+
+    layers: int
+    hidden: int
+    queries: int
+    """Of all heads together, as what attention gives."""
+    keys: int
+    """Of all key heads together; values have as many."""
+    inner: int
+    """Of the MLP."""
+    vocabulary: int
+    linear_weights: int
+    """Of the linear layers that adapters may target."""
+    weights: int
+    """Of everything."""
+
+
+def architecture_of(config: Any, identity: BaseModelIdentity) -> Architecture:
+    """Reads the shapes from a base's transformers configuration and its weight index."""
+    text = config.get_text_config()
+    hidden: int = text.hidden_size
+    heads: int = text.num_attention_heads
+    width: int = getattr(text, "head_dim", None) or hidden // heads
+    return Architecture(
+        layers=text.num_hidden_layers,
+        hidden=hidden,
+        queries=heads * width,
+        keys=(getattr(text, "num_key_value_heads", None) or heads) * width,
+        inner=getattr(text, "intermediate_size", None) or 4 * hidden,
+        vocabulary=text.vocab_size,
+        linear_weights=sum(out * into for out, into in linears_of(identity).values()),
+        weights=sum(math.prod(shape) for shape in identity.tensors.values()),
+    )
+
+
+def dtype_of(recipe: Recipe, device: torch.device) -> torch.dtype:
+    """Of the base on a device; see docs/decisions/0006-precision-and-compilation.md."""
+    if recipe.kind == "full":
+        return torch.float32
+    match recipe.training.dtype:
+        case "float32":
+            return torch.float32
+        case "bfloat16":
+            return torch.bfloat16
+        case "auto":
+            return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def largest_pack(recipe: Recipe) -> int:
+    """Tokens of the largest forward that the recipe's limits allow."""
+    return max(recipe.training.pack_tokens, *(task.max_length for task in recipe.tasks))
+
+
+def recomputes(recipe: Recipe, shapes: Architecture, device: torch.device) -> bool:
+    """Whether a layer's activations are computed again in the backward instead of being kept."""
+    if recipe.training.gradient_checkpointing != "auto":
+        return recipe.training.gradient_checkpointing == "on"
+    dtype = dtype_of(recipe, device)
+    kept = kept_bytes(shapes, largest_pack(recipe), dtype)
+    return kept > _memory_for_activations(device, shapes.weights * dtype.itemsize)
+
+
+def kept_bytes(
+    shapes: Architecture, tokens: int, dtype: torch.dtype, *, recomputed: bool = False
+) -> int:
+    """About what the backward of a pack of `tokens` keeps.
+
+    Of every layer and token: what enters and leaves its two norms, queries, keys, values and what
+    attention gives, and four vectors within the MLP. Norms compute in float32, so a narrower type
+    is kept once more in that one. Recomputed, that is of one layer at a time, and of all others
+    what enters them.
+    """
+    vectors = 4 * shapes.hidden + 2 * shapes.queries + 2 * shapes.keys + 4 * shapes.inner
+    layer = tokens * vectors * dtype.itemsize
+    if dtype.itemsize < torch.float32.itemsize:
+        layer += tokens * 2 * shapes.hidden * torch.float32.itemsize
+    if not recomputed:
+        return shapes.layers * layer
+    return shapes.layers * tokens * shapes.hidden * dtype.itemsize + layer
+
+
+def _memory_for_activations(device: torch.device, base: int) -> float:
+    """Bytes they may take; what needs more is computed again instead of kept."""
     if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
+        total = torch.cuda.get_device_properties(device).total_memory
+        return ACTIVATION_SHARE_ON_GPU * (total - base)
     physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     try:
-        return min(physical, int(CGROUP_LIMIT.read_text()))
+        return ACTIVATION_SHARE * min(physical, int(CGROUP_LIMIT.read_text()))
     except (OSError, ValueError):
         # No control group, or one without a limit ("max").
-        return physical
+        return ACTIVATION_SHARE * physical

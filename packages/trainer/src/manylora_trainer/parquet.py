@@ -104,13 +104,15 @@ def _rows(groups: Groups, index: int, passed: int) -> Iterator[Row]:
     name, number = groups.file, 0
     try:
         with _opened(name) as file:
+            _refuse_twins(name, file.schema_arrow.names)
             end = file.num_row_groups if groups.end is None else groups.end
             for group in range(end):
                 size: int = file.metadata.row_group(group).num_rows
                 if group < groups.start or number + size <= passed:
                     number += size
                     continue
-                for batch in file.iter_batches(BATCH_ROWS, row_groups=[group]):
+                for read in file.iter_batches(BATCH_ROWS, row_groups=[group]):
+                    batch = _with_short_floats(read)
                     unread = batch.slice(min(max(0, passed - number), len(batch)))
                     number += len(batch) - len(unread)
                     for columns in _decode(unread):
@@ -123,6 +125,24 @@ def _rows(groups: Groups, index: int, passed: int) -> Iterator[Row]:
     except (OSError, pyarrow.ArrowException) as error:
         where = "" if number == 0 else f" behind row {number}"
         raise SourceError(f"{name} cannot be read{where}: {why(error)}") from error
+
+
+def _refuse_twins(name: str, columns: Sequence[str]) -> None:
+    """Of two columns with one name it would be chance which counts."""
+    twins = sorted({column for column in columns if columns.count(column) > 1})
+    if twins:
+        raise SourceError(f"{name} has several columns named {', '.join(twins)}")
+
+
+def _with_short_floats(batch: Any) -> Any:
+    """Narrow floats as the numbers they were written from: 0.1 and not 0.10000000149011612."""
+    for place, kind in enumerate(batch.schema.types):
+        if pyarrow.types.is_float32(kind) or pyarrow.types.is_float16(kind):
+            # Text is the shortest that gives the same narrow float.
+            column = batch.column(place).cast(pyarrow.float32()).cast(pyarrow.string())
+            wide = column.cast(pyarrow.float64())
+            batch = batch.set_column(place, batch.schema.names[place], wide)
+    return batch
 
 
 def _decode(batch: Any) -> Iterator[dict[str, Any] | str]:

@@ -52,6 +52,7 @@ def publish_run(
             base=base,
             metrics=trained[name]["metrics"],
             lineage=_lineage(run_dir, run, name),
+            parent=_parent(registry, run, name),
         )
         for name in chosen
     ]
@@ -91,6 +92,7 @@ def publish_best_trial(directory: Path, registry: Registry, alias: str | None = 
         base=_base(run_dir),
         metrics=run["tasks"][best.name]["metrics"],
         lineage={**_lineage(run_dir, run, best.name), "trial": best.name},
+        parent=_parent(registry, run, best.name),
     )
     _point(registry, [version], alias, f"best of {len(sweep.trials)} trials")
     return version
@@ -110,6 +112,17 @@ def _lineage(run_dir: Path, run: Mapping[str, Any], task: str) -> dict[str, str]
     if git := starts[-1]["git"]:
         lineage["git"] = git["commit"] + (" with uncommitted changes" if git["dirty"] else "")
     return lineage
+
+
+def _parent(registry: Registry, run: Mapping[str, Any], task: str) -> str | None:
+    """The version whose weights a task went on from, if it was published here."""
+    weights: str | None = run["tasks"][task].get("init_from")
+    if weights is None:
+        return None
+    found = registry.find_versions(f"file={weights}").versions
+    # The same weights may have been published under several names.
+    own = [version for version in found if version.name == task]
+    return next((f"{version.name}@{version.number}" for version in [*own, *found]), None)
 
 
 def _point(registry: Registry, versions: Sequence[Version], alias: str | None, why: str) -> None:

@@ -79,6 +79,9 @@ class TaskResult:
     tokens: int
     seconds: float
     stopped: str | None
+    """Why it failed before its last step."""
+    ended_early: str | None
+    """Why it ended well before its last step."""
     overlong_dropped: int
     """Examples left out because they are longer than `max_length`, in every epoch anew."""
     overlong_truncated: int
@@ -110,6 +113,7 @@ class RunResult:
                     "tokens": task.tokens,
                     "seconds": round(task.seconds, 3),
                     "stopped": task.stopped,
+                    "ended_early": task.ended_early,
                     "overlong_dropped": task.overlong_dropped,
                     "overlong_truncated": task.overlong_truncated,
                     "rows_skipped": task.rows_skipped,

@@ -230,6 +230,7 @@ def _note_progress(run: dict[str, Any], progress: Mapping[str, TaskProgress]) ->
             overlong_dropped=task.cursor.overlong_dropped,
             overlong_truncated=task.cursor.overlong_truncated,
             stopped=task.stopped,
+            ended_early=task.ended_early,
         )
 
 
@@ -264,6 +265,7 @@ def run_result(directory: RunDirectory) -> RunResult:
             task["tokens"],
             task["seconds"],
             task["stopped"],
+            task.get("ended_early"),
             task["overlong_dropped"],
             task["overlong_truncated"],
             task["rows_skipped"],

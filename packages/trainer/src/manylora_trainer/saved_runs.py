@@ -33,7 +33,9 @@ class SavedTask:
     metrics: Mapping[str, float]
     tokens: int
     stopped: str | None
-    """Why it ended before its last step."""
+    """Why it failed before its last step."""
+    ended_early: str | None
+    """Why it ended well before its last step."""
     data_fingerprint: str | None
 
 
@@ -106,6 +108,7 @@ class SavedRun:
             metrics,
             int(recorded.get("tokens", 0)),
             recorded.get("stopped"),
+            recorded.get("ended_early"),
             recorded.get("data_fingerprint"),
         )
 
@@ -128,6 +131,7 @@ class SavedRun:
                     "metrics": dict(task.metrics),
                     "tokens": task.tokens,
                     "stopped": task.stopped,
+                    "ended_early": task.ended_early,
                     "data_fingerprint": task.data_fingerprint,
                 }
                 for task in self.tasks.values()

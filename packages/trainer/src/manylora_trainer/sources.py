@@ -245,9 +245,23 @@ def _lines(file: str, index: int, offset: int, number: int) -> Iterator[Row]:
 def _parse(file: str, number: int, line: bytes, after: Place) -> Row:
     try:
         # A byte order mark stands before the first line of files from some editors.
-        value: Any = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+        text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+        value: Any = json.loads(text, object_pairs_hook=_object)
     except UnicodeDecodeError as error:
         return bad_row(file, number, f"not UTF-8: {error.reason} at byte {error.start}", after)
     except (ValueError, RecursionError) as error:
-        return bad_row(file, number, f"not JSON: {error}", after)
+        problem = f"not JSON: {error}"
+        if number == 1 and line.lstrip(b"\xef\xbb\xbf \t").startswith(b"["):
+            problem = "not an object: the file is a JSON array; write one object a line instead"
+        return bad_row(file, number, problem, after)
     return row_of(file, number, value, after)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; of a key that stands in it twice it would be chance which value counts."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {twice!r} stands in an object twice")
+    return found

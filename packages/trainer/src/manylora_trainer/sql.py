@@ -115,7 +115,8 @@ class SqlRows:
             return table(name, schema=schema or None)
         query = (self.settings.query or "").strip().rstrip(";")
         literal = BIND_PARAMETER.sub(r"\\:\1", query)
-        return text(f"({literal}) manylora_rows")
+        # On a line of its own, as the query may end with a comment.
+        return text(f"({literal}\n) manylora_rows")
 
     def _place(self, key: Any) -> Any:
         """A key as JSON."""

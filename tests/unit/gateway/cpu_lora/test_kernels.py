@@ -59,7 +59,7 @@ def scenes(draw: st.DrawFn, max_slices: int = 3) -> Scene:
         dtype=draw(st.sampled_from([torch.float32, torch.bfloat16])),
         max_rank=max_rank,
         ranks=tuple(tuple(draw(rank) for _ in range(slots)) for _ in range(slices)),
-        widths=tuple(draw(st.sampled_from([1, 6, 33])) for _ in range(slices)),
+        widths=tuple(draw(st.sampled_from([1, 6, 33, 100])) for _ in range(slices)),
         width_in=draw(st.sampled_from([1, 16, 40])),
         row_slots=tuple(chain.from_iterable([slot] * length for slot, length in runs)),
         seed=draw(st.integers(0, 2**16)),
@@ -230,6 +230,21 @@ def test_a_rows_result_is_the_same_to_the_bit_among_any_few_neighbours(layer: La
         alone = torch.zeros(1, 12)
         x = layer.x[row : row + 1]
         layer.kernels.add_lora_linear(alone, x, (layer.a,), (layer.b,), 1.0, (12,))
+        assert torch.equal(alone[0], together[row])
+
+
+def test_a_row_is_the_same_to_the_bit_in_tiles_of_any_size() -> None:
+    """Five rows of a slot are a tile of four and one of one; width and rank fill no vector."""
+    a, b = stacked([5, 7], 8, 41, 131, torch.float32, seed=4)
+    x = torch.randn(12, 41, generator=torch.Generator().manual_seed(5))
+    row_slots = [0, 1, 1, 0, 1, 1, 0, 0, 1, 0, 1, -1]
+    together = torch.zeros(12, 131)
+    kernels = kernels_for(row_slots, 2)
+    kernels.add_lora_linear(together, x, (a,), (b,), 1.0, (131,))
+    for row, slot in enumerate(row_slots):
+        announce(kernels, [slot], 2)
+        alone = torch.zeros(1, 131)
+        kernels.add_lora_linear(alone, x[row : row + 1], (a,), (b,), 1.0, (131,))
         assert torch.equal(alone[0], together[row])
 
 

@@ -18,11 +18,12 @@ from vllm.distributed import (
 from vllm.lora.layers import (
     LogitsProcessorWithLoRA,
     MergedQKVParallelLinearWithLoRA,
+    RowParallelLinearWithLoRA,
     VocabParallelEmbeddingWithLoRA,
 )
 from vllm.lora.layers.base import BaseLayerWithLoRA
 from vllm.lora.punica_wrapper import get_punica_wrapper
-from vllm.model_executor.layers.linear import QKVParallelLinear
+from vllm.model_executor.layers.linear import QKVParallelLinear, RowParallelLinear
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.vocab_parallel_embedding import (
     ParallelLMHead,
@@ -96,6 +97,33 @@ def test_fused_qkv(kernels: GroupedLoRAWrapper) -> None:
     deltas[2] = deltas[-1]
     expected = torch.stack([plain[r] + deltas[slot][r] for r, slot in enumerate(ROW_SLOTS)])
     torch.testing.assert_close(layer(x)[0], expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("skip_bias_add", [False, True])
+def test_row_parallel_with_a_bias_in_two_and_three_dimensions(
+    kernels: GroupedLoRAWrapper, skip_bias_add: bool
+) -> None:
+    base = RowParallelLinear(HIDDEN, 24, params_dtype=torch.float32, skip_bias_add=skip_bias_add)
+    for parameter in base.parameters():
+        torch.nn.init.normal_(parameter)
+    base.quant_method.process_weights_after_loading(base)
+    layer = RowParallelLinearWithLoRA(base)
+    with_lora(layer, kernels)
+    x = torch.randn(len(ROW_SLOTS), HIDDEN)
+    expected, bias = (None if part is None else part.clone() for part in base(x))
+    assert expected is not None
+    for slot, rank in enumerate([3, 8, 5]):
+        a, b = adapter(rank, HIDDEN, 24, slot)
+        layer.set_lora(slot, a, b)
+        for row, row_slot in enumerate(ROW_SLOTS):
+            if row_slot == slot:
+                expected[row] += b @ (a @ x[row])
+    for shaped in (x, x.unsqueeze(0)):
+        output, returned = layer(shaped)
+        torch.testing.assert_close(output.view_as(expected), expected, rtol=1e-4, atol=1e-4)
+        assert (returned is None) == (bias is None)
+        if bias is not None:
+            torch.testing.assert_close(returned, bias)
 
 
 def test_embedding(kernels: GroupedLoRAWrapper) -> None:

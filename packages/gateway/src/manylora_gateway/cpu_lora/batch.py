@@ -48,7 +48,8 @@ class Batch:
         """The other rows, by slot: int64 [rows]."""
         self.few_starts = torch.tensor([*accumulate(map(len, few), initial=0)])
         """Where each slot begins in `few`, and where the last ends: int64 [slots + 1]."""
-        self.bare = not self.many and not self.few.numel()
+        self.has_few = self.few.numel() > 0
+        self.bare = not self.many and not self.has_few
         """Whether no row has a slot."""
         self._row_slots = torch.tensor(row_slots, dtype=torch.int64)
 

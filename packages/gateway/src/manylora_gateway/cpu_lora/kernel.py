@@ -24,6 +24,7 @@ from torch import Tensor
 
 from manylora_gateway.cpu_lora.batch import Batch
 from manylora_gateway.cpu_lora.packing import OUTPUTS, PackedLayer
+from manylora_gateway.cpu_lora.tiles import COLUMNS, ROWS, expand, shrink
 
 
 def _openmp(name: str, result: Any, *arguments: Any) -> Any:
@@ -40,6 +41,28 @@ _parallel = _openmp(
 )
 
 
+# What the kernel is called with, as int64.
+(
+    ROWS_FEW,
+    SLICES,
+    SLOTS,
+    COLUMNS_ALL,
+    BLOCKS,
+    WIDTH_IN,
+    WIDTH_OUT,
+    Y,
+    X,
+    A,
+    B,
+    SHRUNK,
+    ROW,
+    ROW_STARTS,
+    STARTS,
+    BLOCK_OF,
+    ARGUMENTS,
+) = range(17)
+
+
 def _pointer_to(element: Any) -> Any:
     """A function of compiled code that takes an address as a pointer."""
     pointer = types.CPointer(element)
@@ -53,89 +76,87 @@ def _pointer_to(element: Any) -> Any:
     return intrinsic(declare)
 
 
-_floats = _pointer_to(types.float32)
 _integers = _pointer_to(types.int64)
 
 
-# Sums may be reordered, which makes vectors of them; NaN and infinity stay what they are.
-@cfunc(types.void(types.CPointer(types.int64)), fastmath={"reassoc", "contract"})
+@cfunc(types.void(types.CPointer(types.int64)))
 def _work(call):
-    c = carray(call, (17,))
-    rows, width_in, width_out, few = c[0], c[1], c[2], c[3]
-    slices, slots, columns, blocks = c[4], c[5], c[6], c[7]
-    y = carray(_floats(c[8]), (rows, width_out))
-    x = carray(_floats(c[9]), (rows, width_in))
-    a = carray(_floats(c[10]), (slices, columns, width_in))
-    b = carray(_floats(c[11]), (blocks, columns, OUTPUTS))
-    shrunk = carray(_floats(c[12]), (slices, few, columns))
-    row = carray(_integers(c[13]), (few,))
-    row_starts = carray(_integers(c[14]), (slots + 1,))
-    starts = carray(_integers(c[15]), (slots + 1,))
-    block_of = carray(_integers(c[16]), (blocks, 3))
+    c = carray(call, (ARGUMENTS,))
+    few, columns, blocks = c[ROWS_FEW], c[COLUMNS_ALL], c[BLOCKS]
+    width_in, width_out = c[WIDTH_IN], c[WIDTH_OUT]
+    row_starts = carray(_integers(c[ROW_STARTS]), (c[SLOTS] + 1,))
+    starts = carray(_integers(c[STARTS]), (c[SLOTS] + 1,))
+    block_of = carray(_integers(c[BLOCK_OF]), (blocks, 3))
     thread, threads = np.int64(_thread()), np.int64(_threads())
 
-    for index in range(slices):
-        for slot in range(slots):
+    for index in range(c[SLICES]):
+        for slot in range(c[SLOTS]):
             if row_starts[slot] == row_starts[slot + 1]:
                 continue
             rank = starts[slot + 1] - starts[slot]
-            first = starts[slot] + rank * thread // threads
+            column = starts[slot] + rank * thread // threads
             last = starts[slot] + rank * (thread + 1) // threads
-            for column in range(first, last):
-                weights = a[index, column]
-                for item in range(row_starts[slot], row_starts[slot + 1]):
-                    values = x[row[item]]
-                    total = np.float32(0.0)
-                    for k in range(width_in):
-                        total += values[k] * weights[k]
-                    shrunk[index, item, column] = total
+            while column < last:
+                wide = COLUMNS if column + COLUMNS <= last else 1
+                weights = c[A] + 4 * (index * columns + column) * width_in
+                item = row_starts[slot]
+                while item < row_starts[slot + 1]:
+                    rows = min(ROWS, row_starts[slot + 1] - item)
+                    shrunk = c[SHRUNK] + 4 * ((index * few + item) * columns + column)
+                    row = c[ROW] + 8 * item
+                    shrink((rows, wide, weights, width_in, c[X], row, shrunk, columns))
+                    item += rows
+                column += wide
 
     _barrier()
 
     for block in range(blocks * thread // threads, blocks * (thread + 1) // threads):
         index, low, width = block_of[block, 0], block_of[block, 1], block_of[block, 2]
-        for slot in range(slots):
-            column = starts[slot]
-            while column + 4 <= starts[slot + 1]:
-                b0, b1 = b[block, column], b[block, column + 1]
-                b2, b3 = b[block, column + 2], b[block, column + 3]
-                for item in range(row_starts[slot], row_starts[slot + 1]):
-                    out = y[row[item], low : low + width]
-                    h = shrunk[index, item]
-                    h0, h1, h2, h3 = h[column], h[column + 1], h[column + 2], h[column + 3]
-                    for o in range(width):
-                        out[o] += h0 * b0[o] + h1 * b1[o] + h2 * b2[o] + h3 * b3[o]
-                column += 4
-            while column < starts[slot + 1]:
-                b0 = b[block, column]
-                for item in range(row_starts[slot], row_starts[slot + 1]):
-                    out = y[row[item], low : low + width]
-                    h0 = shrunk[index, item, column]
-                    for o in range(width):
-                        out[o] += h0 * b0[o]
-                column += 1
+        y = c[Y] + 4 * low
+        for slot in range(c[SLOTS]):
+            rank = starts[slot + 1] - starts[slot]
+            weights = c[B] + 4 * (block * columns + starts[slot]) * OUTPUTS
+            item = row_starts[slot]
+            while item < row_starts[slot + 1]:
+                rows = min(ROWS, row_starts[slot + 1] - item)
+                shrunk = c[SHRUNK] + 4 * ((index * few + item) * columns + starts[slot])
+                row = c[ROW] + 8 * item
+                expand((rows, weights, rank, shrunk, columns, y, width_out, row, width))
+                item += rows
 
 
 _work_address: Any = _work.address
 
 
-def add_few(y: Tensor, x: Tensor, layer: PackedLayer, batch: Batch) -> None:
-    """Adds the LoRA product of the batch's `few` rows to y, each with its own slot's weights alone.
+class FewRows:
+    """The kernel with one layer's weights."""
 
-    Args:
-        y: float32 [rows, out or more], contiguous.
-        x: float32 [rows, in], contiguous.
-        layer: the weights, for as many slots as the batch knows.
-        batch: of no more rows than y and x have.
-    """
-    slices, columns, width_in = layer.a.shape
-    blocks, few = layer.blocks.shape[0], batch.few.shape[0]
-    shrunk = torch.empty(slices, few, columns)
-    call = (ctypes.c_int64 * 17)(
-        *(y.shape[0], width_in, y.shape[1], few),
-        *(slices, len(layer.ranks), columns, blocks),
-        *(tensor.data_ptr() for tensor in (y, x, layer.a, layer.b, shrunk)),
-        *(tensor.data_ptr() for tensor in (batch.few, batch.few_starts)),
-        *(tensor.data_ptr() for tensor in (layer.starts, layer.blocks)),
-    )
-    _parallel(_work_address, ctypes.addressof(call), torch.get_num_threads(), 0)
+    def __init__(self, layer: PackedLayer) -> None:
+        slices, columns, width_in = layer.a.shape
+        self.layer = layer
+        self._batch: Batch | None = None
+        self._shrunk = torch.empty(0)
+        self._call = call = (ctypes.c_int64 * ARGUMENTS)()
+        self._address = ctypes.addressof(call)
+        call[SLICES], call[SLOTS], call[COLUMNS_ALL] = slices, len(layer.ranks), columns
+        call[BLOCKS], call[WIDTH_IN] = layer.blocks.shape[0], width_in
+        call[A], call[B] = layer.a.data_ptr(), layer.b.data_ptr()
+        call[STARTS], call[BLOCK_OF] = layer.starts.data_ptr(), layer.blocks.data_ptr()
+
+    def add(self, y: Tensor, x: Tensor, batch: Batch) -> None:
+        """Adds the LoRA product of the batch's `few` rows to y, each with its own slot's weights.
+
+        Args:
+            y: float32 [rows, out or more], contiguous.
+            x: float32 [rows, in], contiguous.
+            batch: of as many slots as the layer, and no more rows than y and x have.
+        """
+        call = self._call
+        if batch is not self._batch:
+            self._batch = batch  # kept, so that its tensors stay where they are
+            call[ROWS_FEW] = few = batch.few.shape[0]
+            call[ROW], call[ROW_STARTS] = batch.few.data_ptr(), batch.few_starts.data_ptr()
+            self._shrunk = torch.empty(call[SLICES] * few * call[COLUMNS_ALL])
+            call[SHRUNK] = self._shrunk.data_ptr()
+        call[Y], call[X], call[WIDTH_OUT] = y.data_ptr(), x.data_ptr(), y.shape[1]
+        _parallel(_work_address, self._address, torch.get_num_threads(), 0)

@@ -40,31 +40,29 @@ class PackedLayer:
     """float32 [slices, columns, in]"""
     b: Tensor
     """float32 [blocks, columns, OUTPUTS], so that a block is read from one end to the other."""
-    sources: tuple[Tensor, ...]
-    states: tuple[tuple[int, int], ...]
+    empty: bool
+    """Whether no slot adapts the layer."""
+    sources: tuple[tuple[Tensor, int, int], ...]
+    """What it was packed from, A then B: each tensor, the address of its data and its version."""
 
     def holds(self, sources: Sequence[Tensor]) -> bool:
-        """Whether this is what packing `sources` again would give."""
-        return len(sources) == len(self.sources) and all(
-            source is packed and state_of(source) == state
-            for source, packed, state in zip(sources, self.sources, self.states, strict=True)
-        )
+        """Whether this is what packing `sources` again would give.
 
-
-def state_of(weights: Tensor) -> tuple[int, int]:
-    """Changes with every write to the tensor or a view of it, and when its storage is replaced.
-
-    The version counter is the one autograd finds overwritten tensors with. It counts in inference
-    mode too, for tensors made outside of it, as vLLM's are; reading it of one made inside raises.
-    Only a write that goes around PyTorch (an array from `.numpy()`) escapes.
-    """
-    return weights.data_ptr(), weights._version
+        A tensor's version is the counter that autograd finds overwritten tensors with: every write
+        to it or a view of it moves it. It counts in inference mode too, for tensors made outside
+        of it, as vLLM's are; reading it of one made inside raises. Only a write that goes around
+        PyTorch (an array from `.numpy()`) escapes.
+        """
+        # A plain loop: this runs for each layer in each step.
+        for source, (packed, address, version) in zip(sources, self.sources, strict=True):
+            if source is not packed or source._version != version or source.data_ptr() != address:
+                return False
+        return True
 
 
 def pack(lora_a: Sequence[Tensor], lora_b: Sequence[Tensor]) -> PackedLayer:
     """Packs the stacked weights of a layer, one tensor of each for each slice."""
-    sources = (*lora_a, *lora_b)
-    states = tuple(map(state_of, sources))
+    sources = tuple((source, source.data_ptr(), source._version) for source in (*lora_a, *lora_b))
     ranks = [max(slot_ranks) for slot_ranks in zip(*map(_ranks, lora_a), strict=True)]
     starts = list(accumulate(ranks, initial=0))
     columns = [slice(start, stop) for start, stop in pairwise(starts)]
@@ -89,8 +87,8 @@ def pack(lora_a: Sequence[Tensor], lora_b: Sequence[Tensor]) -> PackedLayer:
         blocks=torch.tensor(blocks),
         a=a,
         b=torch.cat(b).contiguous(),
+        empty=not any(ranks),
         sources=sources,
-        states=states,
     )
 
 

@@ -15,8 +15,9 @@ from torch import Tensor
 from vllm.lora.punica_wrapper.punica_base import PunicaWrapperBase
 
 from manylora_gateway.cpu_lora.batch import Batch
-from manylora_gateway.cpu_lora.kernel import add_few
-from manylora_gateway.cpu_lora.packing import PackedLayer, pack
+from manylora_gateway.cpu_lora.kernel import FewRows
+from manylora_gateway.cpu_lora.packing import pack
+from manylora_gateway.cpu_lora.shortcut import install
 
 if TYPE_CHECKING:
     from vllm.lora.layers import LoRAMapping
@@ -38,9 +39,10 @@ class GroupedLoRAWrapper(PunicaWrapperBase):
         **_kwargs: Any,
     ) -> None:
         super().__init__(max_num_batched_tokens, max_batches, device)
+        install(GroupedLoRAWrapper)
         self._tokens = Batch([], 0)
         self._samples = Batch([], 0)
-        self._packed: dict[int, PackedLayer] = {}
+        self._layers: dict[int, FewRows] = {}
 
     def update_metadata(
         self,
@@ -106,6 +108,8 @@ class GroupedLoRAWrapper(PunicaWrapperBase):
         **kwargs: Any,
     ) -> None:
         """Adds (`add_inputs` false: writes) each row's x @ B; x [rows, rank] was looked up in A."""
+        if add_inputs and not x.any():
+            return  # nobody adapts the embedding, or not these tokens
         self.add_expand(y, (x,), (lora_b_stacked,), (y.shape[-1],), add_inputs=add_inputs)
 
     def add_shrink(
@@ -176,43 +180,41 @@ class GroupedLoRAWrapper(PunicaWrapperBase):
     ) -> None:
         if batch.bare:
             return
-        layer = self._pack(lora_a, lora_b)
-        if not any(layer.ranks):
+        few = self._layers.get(id(lora_a[0]))
+        if few is None or not few.layer.holds((*lora_a, *lora_b)):
+            few = FewRows(pack(lora_a, lora_b))
+            # The layer holds the tensor, so that its id is not used again.
+            self._layers[id(lora_a[0])] = few
+        layer = few.layer
+        if layer.empty:
             return
         if min(y.shape[0], x.shape[0]) < batch.size or y.shape[1] < layer.width:
             raise ValueError(
                 f"A LoRA layer of {layer.width} outputs and a batch of {batch.size} rows do "
                 f"not fit x {tuple(x.shape)} and y {tuple(y.shape)}."
             )
-        if batch.few.numel():
-            _add_few(y, x, layer, batch, scale)
+        if batch.has_few:
+            _add_few(y, x, few, batch, scale)
         for slot, rows in batch.many:
             if layer.ranks[slot]:
                 _add_many(y, x, lora_a, lora_b, slot, layer.ranks[slot], rows, scale)
-
-    def _pack(self, lora_a: tuple[Tensor, ...], lora_b: tuple[Tensor, ...]) -> PackedLayer:
-        sources = (*lora_a, *lora_b)
-        key = id(sources[0])  # the packed layer holds the tensor, so that its id is not used again
-        layer = self._packed.get(key)
-        if layer is None or not layer.holds(sources):
-            layer = self._packed[key] = pack(lora_a, lora_b)
-        return layer
 
 
 def _batch(indices: Tensor, slots: int) -> Batch:
     return Batch(cast("list[int]", indices.tolist()), slots)
 
 
-def _add_few(y: Tensor, x: Tensor, layer: PackedLayer, batch: Batch, scale: float) -> None:
+def _add_few(y: Tensor, x: Tensor, few: FewRows, batch: Batch, scale: float) -> None:
     """The kernel's product, whatever the types and strides of x and y."""
-    x = x.to(torch.float32).contiguous()
+    if x.dtype != torch.float32 or not x.is_contiguous():
+        x = x.to(torch.float32).contiguous()
     if scale != 1.0:
         x = x * scale
     if y.dtype == torch.float32 and y.is_contiguous():
-        add_few(y, x, layer, batch)
+        few.add(y, x, batch)
     else:
         delta = torch.zeros(y.shape)
-        add_few(delta, x, layer, batch)
+        few.add(delta, x, batch)
         y.add_(delta)
 
 

@@ -22,19 +22,25 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from manylora_gateway.calls import MAX_SESSION, SESSION_KEY, TRACEPARENT_KEY, Call, set_call
 from manylora_gateway.engine import Delta
-from manylora_gateway.errors import GatewayError, InvalidRequestError, Violation
+from manylora_gateway.errors import (
+    GatewayError,
+    InvalidRequestError,
+    StalledError,
+    Violation,
+)
 from manylora_gateway.generation import GenerationRequest, Started
+from manylora_gateway.health import health_route
 from manylora_gateway.inference import Inference
 from manylora_gateway.limits import check_request_id
 from manylora_gateway.openai_http.bodies import ChatBody, CompletionBody, read_body
 from manylora_gateway.openai_http.problems import BodyTooBigError, Problem, problem_of
 from manylora_gateway.openai_http.reading import Asked, Reading
 from manylora_gateway.openai_http.replies import Kind, Replies, error_event, listed, models
+from manylora_gateway.stalls import patience
 from manylora_gateway.tenants import caller
 
 BODY_TIMEOUT_S = 30.0
 """A client that sends its body slower than this keeps a connection from others."""
-HEALTH_PATH = "/health"
 REQUEST_ID_HEADER = "x-request-id"
 EVENT_STREAM = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache"}
 
@@ -53,14 +59,8 @@ def application(
         reading: reads bodies.
         healthy: whether new requests are wanted.
     """
-
-    async def health(_request: Request) -> Response:
-        serving = healthy()
-        status = "serving" if serving else "not serving"
-        return JSONResponse({"status": status}, 200 if serving else 503)
-
     routes = [
-        Route(HEALTH_PATH, health, methods=["GET"]),
+        health_route(healthy),
         Route("/v1/chat/completions", _Completions("chat", inference, reading), methods=["POST"]),
         Route("/v1/completions", _Completions("text", inference, reading), methods=["POST"]),
         Route("/v1/models", _list_models(inference, reading), methods=["GET"]),
@@ -96,6 +96,7 @@ class _Completions:
         except Exception as error:
             await tell(problem_of(error), request_id)(scope, receive, send)
             return
+        send = _patient(send, self._reading.limits.config.stall_s)
         answering = asyncio.create_task(self._answer(asked, request_id, scope, receive, send))
         leaving = asyncio.create_task(_until_gone(receive))
         try:
@@ -244,6 +245,24 @@ async def _json(request: Request, limit: int) -> object:
     except (ValueError, RecursionError) as error:
         text = f"the body is not JSON: {error}"
         raise InvalidRequestError([Violation("", text)]) from error
+
+
+def _patient(send: Send, stall_s: float) -> Send:
+    """The same for a client that may stop reading; once it has, nothing more is tried."""
+    stalled: StalledError | None = None
+
+    async def patient(message: Message) -> None:
+        nonlocal stalled
+        if stalled is not None:
+            raise stalled
+        try:
+            async with patience(stall_s):
+                await send(message)
+        except StalledError as error:
+            stalled = error
+            raise
+
+    return patient
 
 
 async def _until_gone(receive: Receive) -> None:

@@ -5,10 +5,11 @@ import contextlib
 import socket
 import ssl
 from collections.abc import Generator
+from typing import cast
 
 import uvicorn
 from starlette.types import ASGIApp
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
 from manylora_gateway.errors import StartError
 
@@ -26,9 +27,17 @@ class HttpServer:
         address: HOST:PORT.
         field: of the config, for the error.
         tls: speaks HTTPS with it; None: HTTP.
+        idle_s: a connection on which no request comes for so long, or not to the end of its
+            headers, is closed.
     """
 
-    def __init__(self, address: str, field: str, tls: ssl.SSLContext | None = None) -> None:
+    def __init__(
+        self,
+        address: str,
+        field: str,
+        tls: ssl.SSLContext | None = None,
+        idle_s: int = KEEP_ALIVE_S,
+    ) -> None:
         host, _, port = address.rpartition(":")
         family = socket.AF_INET6 if host.startswith("[") else socket.AF_INET
         self._socket = socket.socket(family)
@@ -44,6 +53,7 @@ class HttpServer:
             ) from error
         self.address = f"{host}:{self._socket.getsockname()[1]}"
         self._tls = tls
+        self._idle_s = idle_s
         self._server: uvicorn.Server | None = None
         self._serving: asyncio.Task[None] | None = None
 
@@ -59,7 +69,7 @@ class HttpServer:
             access_log=False,
             server_header=False,
             proxy_headers=False,
-            timeout_keep_alive=KEEP_ALIVE_S,
+            timeout_keep_alive=self._idle_s,
             timeout_graceful_shutdown=FLUSH_S,
             ssl_context_factory=None if tls is None else lambda _config, _default: tls,
         )
@@ -76,7 +86,10 @@ class HttpServer:
 
 
 class _Connection(H11Protocol):
-    """Tells the application whose certificate the client showed."""
+    """Tells the application whose certificate the client showed, and does not wait for ever.
+
+    uvicorn itself closes what is idle after a request, not what never sends one.
+    """
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Begins; with TLS the handshake is over."""
@@ -84,6 +97,21 @@ class _Connection(H11Protocol):
         tls = transport.get_extra_info("ssl_object")
         if tls is not None:
             self.app_state = self.app_state | {PEER_CERTIFICATE: tls.getpeercert()}
+        self._looks_in = self.loop.call_later(self.timeout_keep_alive, self._look, None)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Ends."""
+        self._looks_in.cancel()
+        super().connection_lost(exc)
+
+    def _look(self, seen: object) -> None:
+        """Hangs up where no request has begun since `seen`, and none is being answered."""
+        # Typed as if there were always one.
+        newest = cast("RequestResponseCycle | None", self.cycle)
+        if newest is seen and (newest is None or newest.response_complete):
+            self.transport.close()
+        else:
+            self._looks_in = self.loop.call_later(self.timeout_keep_alive, self._look, newest)
 
 
 class _Server(uvicorn.Server):

@@ -1,0 +1,70 @@
+"""deploy/candidate REF: moves a stage's alias to a version, after the cheap checks."""
+
+from deploy.stages.checks import servable
+from deploy.stages.errors import SwapError
+from deploy.stages.hosting import Hosting
+from deploy.stages.operator import Operator
+from deploy.stages.settings import Stage
+from deploy.stages.work import Outcome, Work, audit
+from manylora_registry import AliasMove, Registry, Version
+
+
+def candidate(stage: Stage, reference: str, work: Work) -> Outcome:
+    """Has `stage` serve what `reference` means; nothing happens where it does already.
+
+    Raises:
+        CheckError: the version may not enter the stage.
+        RegistryError: it is not there, or somebody else moved the alias meanwhile.
+        SwapError: the gateway cannot serve it, and goes on with the one before.
+    """
+    with stage.open_registry() as registry:
+        version = servable(registry, stage, reference)
+        what = f"{version.name}@{version.number}"
+        alias = registry.aliases(version.name).get(stage.alias)
+        moved = alias is None or alias.version != version.number
+        if moved:
+            generation = 0 if alias is None else alias.generation
+            before = "nothing" if alias is None else f"version {alias.version}"
+            if work.step(f"move {version.name}@{stage.alias} from {before} to {version.number}"):
+                registry.set_alias(
+                    version.name,
+                    stage.alias,
+                    version.number,
+                    expect=generation,
+                    actor=work.actor,
+                    why=work.why,
+                )
+        running = Hosting(stage).find()
+        serves = running is not None and running.ready
+        if serves and work.step(f"wait until the gateway of {stage.name} serves {what}"):
+            assert running is not None
+            with Operator(running, stage.token) as operator:
+                try:
+                    operator.await_serving(version, stage.alias, stage.config.start_timeout_s)
+                except SwapError as error:
+                    _record(registry, stage, version, "failed", work, str(error))
+                    raise
+        if not work.plan:
+            _record(registry, stage, version, "done", work)
+        state = "serves" if serves else "will serve, once it is up,"
+        verb = "would move to" if work.plan and moved else state
+        return Outcome(
+            f"{stage.name} {verb} {what}",
+            {"stage": stage.name, "version": version.number, "moved": moved, "served": serves},
+        )
+
+
+def _record(
+    registry: Registry, stage: Stage, version: Version, outcome: str, work: Work, error: str = ""
+) -> None:
+    """Keeps a move once, by the generation it led to, whoever sees to it that it is kept."""
+    move = last_move(registry, version.name, stage.alias)
+    by = Work(work.say, actor=move.actor, why=move.why)
+    key = f"candidate/{stage.name}/{version.name}/{move.generation}/{outcome}"
+    detail = {"generation": move.generation, "before": move.previous, "error": error}
+    audit(registry, stage, "candidate", outcome, by, version=version, detail=detail, key=key)
+
+
+def last_move(registry: Registry, name: str, alias: str) -> AliasMove:
+    """The newest move of an alias that was moved."""
+    return [move for move in registry.history(name) if move.alias == alias][-1]

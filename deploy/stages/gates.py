@@ -1,0 +1,161 @@
+"""The gates of a stage, asked through the gateway a version comes from."""
+
+import hashlib
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from rich.console import Console
+
+from deploy.stages.checks import servable
+from deploy.stages.gate_settings import SuiteGate
+from deploy.stages.hosting import Running
+from deploy.stages.journal import Promotion
+from deploy.stages.load import Prompts, send
+from deploy.stages.settings import Stage
+from deploy.stages.work import Work
+from manylora_evaluator import EvaluationFailedError, EvaluationResult, Gate, evaluate, gate
+from manylora_evaluator.records import record
+from manylora_evaluator.scoring import check
+from manylora_evaluator.suite import Suite, load_suite
+from manylora_registry import Registry, Version
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is to enter where, and through which gateway it is asked."""
+
+    registry: Registry
+    source: Stage
+    target: Stage
+    through: Running
+    """The source's gateway."""
+    version: Version
+    present: Version | None
+    """The target's version now."""
+    reports: Path
+    """Directory for what the suites found."""
+
+
+def closed(asked: Asked, work: Work) -> list[str]:
+    """Why the gates of the target are closed to the version; empty: they are open.
+
+    Every suite and the smoke load are asked, whatever those before them said. What a suite found
+    is kept on the version.
+
+    Raises:
+        CheckError: it does not fit the target, or is not signed; nothing is asked.
+        StatusError: the gateway it comes from is away.
+    """
+    version, gates = asked.version, asked.target.gates
+    what = f"{version.name}@{version.number}"
+    servable(asked.registry, asked.target, what)
+    reasons: list[str] = []
+    tasks = [
+        (entry, suite)
+        for entry in gates.suites
+        if tasks_of(suite := load_suite(entry.path), version.name)
+    ]
+    if gates.suites and not tasks:
+        reasons.append(f"no suite of {asked.target.name} has a task for {version.name}")
+    for entry, suite in tasks:
+        work.say(f"asking {suite.name} of {what}{_beside(asked)} through {asked.source.name}")
+        reasons += _suite(asked, entry, suite)
+    if gates.smoke is not None:
+        work.say(f"sending {gates.smoke.requests} requests to {what} on {asked.source.name}")
+        reasons += _smoke(asked)
+    return reasons
+
+
+def planned(asked: Asked) -> Iterator[str]:
+    """What `closed` would ask."""
+    gates, name = asked.target.gates, asked.version.name
+    for entry in gates.suites:
+        suite = load_suite(entry.path)
+        for task in tasks_of(suite, name):
+            yield f"ask {suite.name}/{task}{_beside(asked)} through {asked.source.name}"
+    if gates.smoke is not None:
+        yield f"send {gates.smoke.requests} requests through {asked.source.name}"
+
+
+def still_open(promotion: Promotion, target: Stage) -> bool:
+    """Whether gates that were passed count on: the same ones, and not too long ago."""
+    age_h = (time.time() - promotion.passed_at) / 3600
+    return promotion.gates == fingerprint(target) and age_h <= target.gates.evidence_hours
+
+
+def fingerprint(target: Stage) -> str:
+    """Of the gates as they are now, their suites included."""
+    gates = target.gates
+    content = gates.model_dump_json(exclude={"canary", "approval", "evidence_hours"}).encode()
+    suites = b"".join(entry.path.read_bytes() for entry in gates.suites)
+    return hashlib.sha256(content + suites).hexdigest()
+
+
+def tasks_of(suite: Suite, name: str) -> list[str]:
+    """The tasks of a suite that are about an adapter."""
+    return [task.name for task in suite.tasks if task.adapter.partition("@")[0] == name]
+
+
+def _beside(asked: Asked) -> str:
+    here = asked.present is not None and asked.target.gates.not_worse
+    return f" beside version {asked.present.number}" if here and asked.present else ""
+
+
+def _suite(asked: Asked, entry: SuiteGate, suite: Suite) -> list[str]:
+    version, gates = asked.version, asked.target.gates
+    candidate = f"{version.name}@{version.number}"
+    baseline = None
+    if asked.present is not None and gates.not_worse:
+        baseline = f"{version.name}@{asked.present.number}"
+    out = asked.reports / suite.name
+    try:
+        result = evaluate(
+            entry.path,
+            asked.through.inference,
+            [candidate],
+            out,
+            tasks=tasks_of(suite, version.name),
+            limit=entry.limit,
+            baseline=baseline,
+            console=Console(stderr=True, quiet=not sys.stderr.isatty()),
+        )
+    except EvaluationFailedError as error:
+        result = error.result
+    decided = _decide(result, candidate, baseline, entry, asked.target)
+    record(replace(result, gates=(decided,)), asked.registry)
+    return [f"{suite.name}: {reason} (report: {out / 'report.html'})" for reason in decided.reasons]
+
+
+def _decide(
+    result: EvaluationResult, candidate: str, baseline: str | None, entry: SuiteGate, target: Stage
+) -> Gate:
+    decided = gate(result, candidate, baseline, decision=target.gates.decision)
+    more = [
+        f"{task.task}: {checked.reason}"
+        for task in result.tasks
+        for threshold in entry.thresholds.get(task.task, ())
+        if not (
+            checked := check(threshold, result.score(task.task, candidate, threshold.score))
+        ).passed
+    ]
+    reasons = (*decided.reasons, *more)
+    return replace(decided, passed=not reasons, reasons=reasons)
+
+
+def _smoke(asked: Asked) -> list[str]:
+    smoke, gates = asked.target.gates.smoke, asked.target.gates
+    assert smoke is not None
+    reference = f"{asked.version.name}@{asked.version.number}"
+    prompts = Prompts(asked.target, asked.version.name).take(smoke.requests)
+    load = send(
+        asked.through,
+        asked.source.token,
+        [(reference, prompt) for prompt in prompts],
+        concurrency=smoke.concurrency,
+        timeout_s=smoke.timeout_s,
+        max_tokens=gates.max_tokens,
+    )
+    return load.broken(smoke)

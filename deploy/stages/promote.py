@@ -1,0 +1,327 @@
+"""deploy/promote NAME --from STAGE --to STAGE: gates, approval, canary, alias.
+
+Whatever ends it, running it again goes on: the journal says what was passed, the gateway how the
+requests are divided, the registry where the alias is. A signal sends everybody back first, as
+nobody watches the version any more; SIGKILL leaves its share as it is until this or a rollback
+is run.
+"""
+
+import time
+import uuid
+from collections.abc import Mapping
+from typing import Any
+
+from deploy.stages import gates
+from deploy.stages.approve import approvers
+from deploy.stages.checks import unprotected
+from deploy.stages.errors import (
+    ApprovalError,
+    BusyError,
+    CanaryError,
+    CheckError,
+    GateError,
+    MovedError,
+    SettingsError,
+    SignalledError,
+)
+from deploy.stages.hosting import Hosting
+from deploy.stages.journal import Journal, Promotion
+from deploy.stages.operator import Operator
+from deploy.stages.settings import Stage
+from deploy.stages.taking_over import BoundBrokenError, Place, take_over
+from deploy.stages.work import Outcome, Work, audit
+from manylora_registry import Registry
+from manylora_registry.errors import AliasConflictError
+
+
+def promote(name: str, source: Stage, target: Stage, work: Work) -> Outcome:
+    """Has `target` serve the version of an adapter that `source` serves.
+
+    Raises:
+        GateError, CheckError: the gates are closed to it; nothing was changed.
+        ApprovalError: they are open, and somebody must approve it.
+        CanaryError: it broke a bound with its first share; everybody is back.
+        MovedError: somebody moved the alias or divided the requests otherwise meanwhile.
+        SignalledError: a signal came; everybody is back, and running it again goes on.
+        BusyError: the same is under way elsewhere.
+        RegistryError, StatusError: the registry or a gateway is away.
+    """
+    if source.gateway.registry != target.gateway.registry:
+        raise SettingsError(
+            [f"{source.name} and {target.name} have different registries in their gateway.yaml"]
+        )
+    journal = Journal(target, name)
+    with source.open_registry() as registry:
+        if work.plan:
+            return _Promoting(registry, name, source, target, work).plan()
+        with journal.alone("promote"):
+            promoting = _Promoting(registry, name, source, target, work)
+            try:
+                return promoting.run()
+            except KeyboardInterrupt:
+                promoting.interrupted()
+                raise AssertionError("it always raises") from None
+
+
+class _Promoting:
+    """One adapter on its way from a stage to another."""
+
+    def __init__(
+        self, registry: Registry, name: str, source: Stage, target: Stage, work: Work
+    ) -> None:
+        self.registry, self.name, self.source, self.target = registry, name, source, target
+        self.work = work
+        self.journal = Journal(target, name)
+        self.version = registry.resolve(f"{name}@{source.alias}")
+        self.alias = registry.aliases(name).get(target.alias)
+
+    @property
+    def what(self) -> str:
+        return f"{self.name}@{self.version.number}"
+
+    def plan(self) -> Outcome:
+        """Says what would be done, from where it stands."""
+        begun = self._begun()
+        target, present = self.target, self.alias
+        if present is not None and present.version == self.version.number:
+            return self._done("serves")
+        if begun is None or not gates.still_open(begun, target):
+            for step in gates.planned(self._asked(Promotion("plan", 0, "", "", None, 0))):
+                self.work.step(step)
+        if target.gates.approval.required:
+            self.work.step("ask for somebody's approval")
+        canary = target.gates.canary
+        if canary is not None and present is not None:
+            for percent in canary.steps[0 if begun is None else begun.step :]:
+                self.work.step(
+                    f"give version {self.version.number} {percent} % of {self.name}@{target.alias} "
+                    f"and watch it for {canary.window_s:g} s and {canary.requests} requests"
+                )
+        before = "nothing" if present is None else f"version {present.version}"
+        self.work.step(
+            f"move {self.name}@{target.alias} from {before} to {self.version.number}, if it is at "
+            f"generation {0 if present is None else present.generation} still"
+        )
+        return self._done("would serve")
+
+    def run(self) -> Outcome:
+        """Goes on from where it stands."""
+        begun = self._begun()
+        present = self.alias
+        if begun is not None and begun.broken:
+            self._take_back(begun, begun.broken)
+        if begun is not None and present is not None and present.version == begun.version:
+            return self._finish(begun)
+        if begun is not None and not self._still_meant(begun):
+            self._abandon(begun, "the alias or the candidate has moved since")
+            begun = None
+        if present is not None and present.version == self.version.number:
+            return self._done("serves")
+        promotion = begun or self._begin()
+        promotion = self._pass_gates(promotion)
+        self._require_approval(promotion)
+        promotion = self._canary(promotion)
+        self._move(promotion)
+        return self._finish(promotion)
+
+    def interrupted(self) -> None:
+        """Sends everybody back.
+
+        Raises:
+            SignalledError: always; says what stands.
+        """
+        begun = self._begun()
+        if begun is None:
+            raise SignalledError("interrupted; nothing was begun")
+        stands = "nothing was changed"
+        alias = self.registry.aliases(self.name).get(self.target.alias)
+        if alias is not None and alias.version == begun.version:
+            stands = f"{self.what} serves already"
+        elif begun.gates and begun.present is not None:
+            self._end_rollout()
+            self.journal.update(begun, began_at=None)
+            stands = f"everybody is back on version {begun.present}"
+        self._audit(begun, "interrupted", step=self._where(begun), once=False)
+        raise SignalledError(f"interrupted; {stands}. Run it again to go on")
+
+    def _begun(self) -> Promotion | None:
+        begun = self.journal.read()
+        if begun is None or isinstance(begun, Promotion):
+            return begun
+        raise BusyError(
+            f"a rollback of {self.name} on {self.target.name} was interrupted: run it again first"
+        )
+
+    def _still_meant(self, begun: Promotion) -> bool:
+        generation = 0 if self.alias is None else self.alias.generation
+        return begun.digest == self.version.digest and begun.generation == generation
+
+    def _begin(self) -> Promotion:
+        alias = self.alias
+        promotion = Promotion(
+            attempt=uuid.uuid4().hex,
+            version=self.version.number,
+            digest=self.version.digest,
+            source=self.source.name,
+            present=None if alias is None else alias.version,
+            generation=0 if alias is None else alias.generation,
+        )
+        self.journal.write(promotion)
+        return promotion
+
+    def _asked(self, promotion: Promotion) -> gates.Asked:
+        alias = self.alias
+        present = None if alias is None else self.registry.find(f"{self.name}@{alias.version}")
+        reports = self.target.state / "reports" / f"{self.what}-{promotion.attempt[:8]}"
+        through = Hosting(self.source).require()
+        return gates.Asked(
+            self.registry, self.source, self.target, through, self.version, present, reports
+        )
+
+    def _pass_gates(self, promotion: Promotion) -> Promotion:
+        if gates.still_open(promotion, self.target):
+            self.work.say(f"{self.what} has passed the gates already")
+            return promotion
+        try:
+            reasons = gates.closed(self._asked(promotion), self.work)
+        except CheckError as error:
+            reasons = [str(error)]
+        if reasons:
+            self._audit(promotion, "refused", step="gates", detail={"reasons": reasons})
+            self.journal.end()
+            raise GateError(
+                f"the gates of {self.target.name} are closed to {self.what}: {'; '.join(reasons)}"
+            )
+        self._audit(promotion, "passed", step="gates")
+        unprotected(self.registry, self.target, self.version)
+        return self.journal.update(
+            promotion, gates=gates.fingerprint(self.target), passed_at=time.time()
+        )
+
+    def _require_approval(self, promotion: Promotion) -> None:
+        if not self.target.gates.approval.required:
+            return
+        by = approvers(self.registry, self.target, self.version, self.work.actor)
+        if not by:
+            self._audit(promotion, "waiting", step="approval")
+            allowed = ", ".join(self.target.gates.approval.by) or "somebody else"
+            raise ApprovalError(
+                f"{self.what} has passed the gates of {self.target.name} and needs approval by "
+                f"{allowed}: deploy/approve {self.what} --stage {self.target.name}, then run this "
+                "again"
+            )
+        self._audit(promotion, "given", step="approval", detail={"by": by})
+
+    def _canary(self, promotion: Promotion) -> Promotion:
+        settings = self.target.gates.canary
+        if settings is None or promotion.present is None:
+            return promotion
+        running = Hosting(self.target).require()
+        with Operator(running, self.target.token) as operator:
+            place = Place(
+                self.registry,
+                self.target,
+                running,
+                operator,
+                self.journal,
+                self.version,
+                promotion.present,
+            )
+            try:
+                return take_over(place, settings, promotion, self.work)
+            except BoundBrokenError as error:
+                self._take_back(promotion, error.reasons)
+            except MovedError as error:
+                self._abandon(promotion, str(error))
+                raise
+        raise AssertionError("one of them always raises")
+
+    def _move(self, promotion: Promotion) -> None:
+        self.work.say(f"moving {self.name}@{self.target.alias} to version {promotion.version}")
+        try:
+            self.registry.set_alias(
+                self.name,
+                self.target.alias,
+                promotion.version,
+                expect=promotion.generation,
+                actor=self.work.actor,
+                why=self.work.why or f"promoted from {promotion.source}",
+            )
+        except AliasConflictError as error:
+            self._abandon(promotion, str(error))
+            raise MovedError(str(error)) from error
+
+    def _finish(self, promotion: Promotion) -> Outcome:
+        running = Hosting(self.target).find()
+        if running is not None and running.ready:
+            with Operator(running, self.target.token) as operator:
+                version = self.registry.find(f"{self.name}@{promotion.version}")
+                within = self.target.config.start_timeout_s
+                operator.await_serving(version, self.target.alias, within)
+        self._audit(promotion, "done", detail={"generation": promotion.generation + 1})
+        self.journal.end()
+        return self._done("serves", promotion.version)
+
+    def _take_back(self, promotion: Promotion, reasons: tuple[str, ...]) -> None:
+        begun = self._begun() or promotion
+        self.journal.update(begun, broken=reasons)
+        self._end_rollout()
+        self._audit(
+            begun, "rolled-back", step=self._where(begun), detail={"reasons": list(reasons)}
+        )
+        self.journal.end()
+        raise CanaryError(
+            f"{self.name}@{begun.version} was taken back at {self._where(begun)}, and everybody is "
+            f"on version {begun.present} again: {'; '.join(reasons)}"
+        )
+
+    def _abandon(self, promotion: Promotion, reason: str) -> None:
+        """Ends a promotion that is none any more; its rollout too, where it is still there."""
+        begun = self._begun() or promotion
+        running = Hosting(self.target).find()
+        if begun.gates and running is not None and running.ready:
+            with Operator(running, self.target.token) as operator:
+                if begun.version in operator.rollout(self.name, self.target.alias).division:
+                    operator.divide(self.name, self.target.alias, ())
+        self._audit(begun, "abandoned", step=self._where(begun), detail={"reason": reason})
+        self.journal.end()
+
+    def _end_rollout(self) -> None:
+        with Operator(Hosting(self.target).require(), self.target.token) as operator:
+            operator.divide(self.name, self.target.alias, ())
+
+    def _where(self, promotion: Promotion) -> str:
+        canary = self.target.gates.canary
+        if not promotion.gates:
+            return "gates"
+        if canary is None or promotion.step >= len(canary.steps):
+            return "alias"
+        return f"canary {canary.steps[promotion.step]} %"
+
+    def _audit(
+        self,
+        promotion: Promotion,
+        outcome: str,
+        *,
+        step: str = "",
+        detail: Mapping[str, Any] | None = None,
+        once: bool = True,
+    ) -> None:
+        audit(
+            self.registry,
+            self.target,
+            "promote",
+            outcome,
+            self.work,
+            version=self.registry.find(f"{self.name}@{promotion.version}"),
+            step=step,
+            detail=detail,
+            key=f"promote/{promotion.attempt}/{step}/{outcome}" if once else None,
+        )
+
+    def _done(self, verb: str, number: int | None = None) -> Outcome:
+        number = self.version.number if number is None else number
+        return Outcome(
+            f"{self.target.name} {verb} {self.name}@{number}",
+            {"stage": self.target.name, "name": self.name, "version": number},
+        )

@@ -1,0 +1,193 @@
+"""deploy/rollback NAME --stage STAGE: sends everybody back.
+
+A promotion under way ends, its version loses its share, and the alias stays. Otherwise the alias
+moves to the version that was there before the present one came, or to the one named by --to.
+Repeated, it says that this was done: it never swings back to what was rolled back.
+"""
+
+import uuid
+from collections.abc import Sequence
+
+from deploy.stages.candidate import last_move
+from deploy.stages.errors import NothingBeforeError, NotRunningError
+from deploy.stages.hosting import Hosting
+from deploy.stages.journal import Journal, Promotion, Rollback
+from deploy.stages.operator import Operator
+from deploy.stages.settings import Stage
+from deploy.stages.work import Outcome, Work, audit
+from manylora_registry import Alias, AliasMove, Registry, Version
+from manylora_registry.errors import AliasNotFoundError
+
+
+def rollback(stage: Stage, name: str, to: str | None, work: Work) -> Outcome:
+    """Takes back what was done last to an adapter on a stage.
+
+    A promotion under way is ended first.
+
+    Raises:
+        NothingBeforeError: the alias never meant another version.
+        NotRunningError: a rollout must end, and the gateway does not run.
+        BusyError: another rollback is under way.
+        RegistryError: there is no such version, or it was withdrawn.
+    """
+    journal = Journal(stage, name)
+    with stage.open_registry() as registry:
+        alias = registry.aliases(name).get(stage.alias)
+        if alias is None:
+            raise AliasNotFoundError(f"{name} has no alias {stage.alias!r}")
+        if work.plan:
+            return _go_back(_Place(registry, stage, journal, name), alias, to, work)
+        with journal.alone("rollback", instead_of="promote"):
+            # Whoever was ended may have moved it.
+            alias = registry.aliases(name)[stage.alias]
+            return _go_back(_Place(registry, stage, journal, name), alias, to, work)
+
+
+class _Place:
+    """One adapter of one stage."""
+
+    def __init__(self, registry: Registry, stage: Stage, journal: Journal, name: str) -> None:
+        self.registry, self.stage, self.journal, self.name = registry, stage, journal, name
+        self.running = Hosting(stage).find()
+
+    @property
+    def serves(self) -> bool:
+        """Whether there is a gateway to tell."""
+        return self.running is not None and self.running.ready
+
+    def operator(self) -> Operator:
+        """To speak to the gateway.
+
+        Raises:
+            NotRunningError: it does not run.
+        """
+        return Operator(Hosting(self.stage).require(), self.stage.token)
+
+    def divided(self, serving: int) -> bool:
+        """Whether others than the alias's version have a share or copies."""
+        if not self.serves:
+            return False
+        with self.operator() as operator:
+            rollout = operator.rollout(self.name, self.stage.alias)
+        return rollout.division != {serving: 100} or rollout.copies is not None
+
+
+def _go_back(place: _Place, alias: Alias, to: str | None, work: Work) -> Outcome:
+    registry, stage, name = place.registry, place.stage, place.name
+    begun = place.journal.read()
+    if not isinstance(begun, Rollback) or to is not None or _over(begun, alias):
+        promotion = begun if isinstance(begun, Promotion) else None
+        begun = _intention(place, promotion, alias, to)
+        if begun is None:
+            return _already(place, alias)
+        if not work.plan:
+            place.journal.write(begun)
+    target = alias.version if begun.target is None else begun.target
+    version = registry.resolve(f"{name}@{target}")
+    if place.serves and work.step(f"end the rollout of {name}@{stage.alias}"):
+        with place.operator() as operator:
+            operator.divide(name, stage.alias, ())
+    if alias.version != target and work.step(
+        f"move {name}@{stage.alias} from version {alias.version} to {target}"
+    ):
+        registry.set_alias(
+            name,
+            stage.alias,
+            target,
+            expect=alias.generation,
+            actor=work.actor,
+            why=work.why or "rolled back",
+            # It served here before, and an emergency waits for no gate.
+            override=True,
+        )
+    if place.serves and work.step(f"wait until the gateway of {stage.name} serves {target}"):
+        with place.operator() as operator:
+            operator.await_serving(version, stage.alias, stage.config.start_timeout_s)
+    if not work.plan:
+        _record(place, version, begun, work)
+        place.journal.end()
+    would = "would serve" if work.plan else "serves"
+    return Outcome(
+        f"{stage.name} {would} {name}@{target} again",
+        {"stage": stage.name, "version": target, "moved": begun.target is not None},
+    )
+
+
+def _over(begun: Rollback, alias: Alias) -> bool:
+    """Whether somebody moved the alias elsewhere since."""
+    return alias.generation != begun.generation and alias.version != begun.target
+
+
+def _intention(
+    place: _Place, promotion: Promotion | None, alias: Alias, to: str | None
+) -> Rollback | None:
+    """What is to be done; None: nothing."""
+    attempt = uuid.uuid4().hex if promotion is None else promotion.attempt
+    if promotion is not None and promotion.generation != alias.generation:
+        promotion = None
+    if promotion is not None and not place.serves:
+        raise NotRunningError(
+            f"version {promotion.version} may have a share of {place.name}@{place.stage.alias}, "
+            f"and the gateway of {place.stage.name} does not run: deploy/up {place.stage.name}"
+        )
+    target: int | None
+    if to is not None:
+        reference = to if "@" in to else f"{place.name}@{to}"
+        target = place.registry.resolve(reference).number
+        if target == alias.version and not place.divided(alias.version):
+            return None
+    elif promotion is not None or place.divided(alias.version):
+        target = None
+    else:
+        target = version_before(place.registry.history(place.name), place.stage.alias)
+        if target is None:
+            return None
+    return Rollback(attempt, target, alias.generation)
+
+
+def version_before(moves: Sequence[AliasMove], alias: str) -> int | None:
+    """The version an alias meant before the present one came; None: it was moved back already.
+
+    Moving to a version that the alias meant before undoes everything since.
+
+    Raises:
+        NothingBeforeError: it never meant another version.
+    """
+    came: list[int] = []
+    back = False
+    for move in moves:
+        if move.alias != alias:
+            continue
+        if came and came[-1] == move.version:
+            continue
+        back = move.version in came
+        came = came[: came.index(move.version) + 1] if back else [*came, move.version]
+    if back:
+        return None
+    if len(came) < 2:
+        only = f"version {came[-1]}" if came else "nothing"
+        raise NothingBeforeError(f"{alias} never meant another version than {only}")
+    return came[-2]
+
+
+def _already(place: _Place, alias: Alias) -> Outcome:
+    text = (
+        f"{place.stage.name} serves {place.name}@{alias.version} since the rollback before; "
+        "--to goes further"
+    )
+    return Outcome(text, {"stage": place.stage.name, "version": alias.version, "moved": False})
+
+
+def _record(place: _Place, version: Version, begun: Rollback, work: Work) -> None:
+    move = last_move(place.registry, place.name, place.stage.alias)
+    audit(
+        place.registry,
+        place.stage,
+        "rollback",
+        "done",
+        work,
+        version=version,
+        step="rollout" if begun.target is None else "alias",
+        detail={"generation": move.generation, "from": move.previous},
+        key=f"rollback/{begun.attempt}",
+    )

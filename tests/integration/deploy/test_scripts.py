@@ -1,0 +1,177 @@
+"""What each script does, seen from outside: the registry, the gateways, exit status and output."""
+
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from tests.integration.deploy.conftest import World
+
+
+@contextmanager
+def breaking(world: World, name: str, number: int) -> Iterator[None]:
+    """Has a version fail once it has a share of production's requests."""
+    stop = threading.Event()
+
+    def watch() -> None:
+        while not stop.wait(0.005):
+            if number in world.division(name):
+                world.gateways["production"].engine.broken.add(f"{name}@{number}")
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+@pytest.fixture(autouse=True)
+def whole(world: World) -> None:
+    """No version is broken when a test begins."""
+    for gateway in world.gateways.values():
+        gateway.engine.broken.clear()
+    world.failures.clear()
+
+
+def test_a_good_version_goes_all_the_way(world: World) -> None:
+    name = world.adapter()
+    assert world.scripts.good("candidate", f"{name}@2", "--why", "better") == (
+        f"staging serves {name}@2\n"
+    )
+    with world.client(name):
+        ended = world.scripts.run("promote", name, "--why", "it is", "--actor", "ann")
+    assert ended.status == 0, ended.err
+    assert ended.out == f"production serves {name}@2\n"
+    for percent in (10, 50, 100):
+        assert f"{percent} % passed" in ended.err
+    assert (world.serving(name), world.division(name)) == (2, {})
+    assert world.outcomes(name, "promote") == [
+        ("gates", "passed"),
+        ("canary 10 %", "passed"),
+        ("canary 50 %", "passed"),
+        ("canary 100 %", "passed"),
+        ("", "done"),
+    ]
+    (evaluation,) = world.registry.evaluations(f"{name}@2")
+    assert (evaluation.suite, evaluation.passed) == ("names", True)
+    last = world.registry.history(name)[-1]
+    assert (last.actor, last.why) == ("ann", "it is")
+    assert world.scripts.good("promote", name) == f"production serves {name}@2\n"
+    assert len(world.outcomes(name, "promote")) == 5
+
+
+def test_a_worse_version_is_refused_at_the_gate(world: World) -> None:
+    name = world.adapter(versions=3)
+    world.scripts.good("candidate", f"{name}@3")
+    with world.client(name):
+        line = world.scripts.refused("promote", name)
+    assert line.startswith(f"promote: the gates of production are closed to {name}@3: names:")
+    assert "regex 0.000 is below 0.900" in line
+    assert "is worse" in line
+    assert (world.serving(name), world.division(name)) == (1, {})
+    assert world.outcomes(name, "promote") == [("gates", "refused")]
+    assert not world.registry.evaluations(f"{name}@3")[-1].passed
+
+
+def test_a_version_that_breaks_a_bound_is_taken_back_by_itself(world: World) -> None:
+    name = world.adapter()
+    world.scripts.good("candidate", f"{name}@2")
+    with breaking(world, name, 2):
+        line = world.scripts.refused("promote", name)
+    assert f"{name}@2 was taken back at canary 10 %, and everybody is on version 1 again" in line
+    assert "requests failed" in line
+    assert (world.serving(name), world.division(name)) == (1, {})
+    assert world.outcomes(name, "promote")[-1] == ("canary 10 %", "rolled-back")
+    with world.client(name):
+        assert world.scripts.good("rollback", name, "--stage", "production", "--to", "1")
+
+
+def test_a_version_that_cannot_be_loaded_is_taken_back(world: World) -> None:
+    name = world.adapter()
+    world.scripts.good("candidate", f"{name}@2")
+    world.gateways["production"].engine.refused.add(world.registry.resolve(f"{name}@2").engine_name)
+    with world.client(name):
+        line = world.scripts.refused("promote", name)
+    assert "was taken back at canary 10 %" in line
+    assert "the gateway cannot serve it" in line
+    assert world.serving(name) == 1
+
+
+def test_a_version_needs_the_approval_of_another(world: World) -> None:
+    name = world.adapter()
+    world.gates(approval={"required": True, "by": ["ann", "bob"]})
+    try:
+        world.scripts.good("candidate", f"{name}@2")
+        waiting = world.scripts.refused("promote", name, "--actor", "bob")
+        assert f"deploy/approve {name}@2 --stage production" in waiting
+        assert "may not approve" in world.scripts.refused("approve", f"{name}@2", "--actor", "eve")
+        world.scripts.good("approve", f"{name}@2", "--actor", "bob")
+        assert "needs approval" in world.scripts.refused("promote", name, "--actor", "bob")
+        world.scripts.good("approve", f"{name}@2", "--actor", "ann")
+        world.scripts.good("approve", f"{name}@2", "--actor", "ann", "--withdraw")
+        assert "needs approval" in world.scripts.refused("promote", name, "--actor", "bob")
+        world.scripts.good("approve", f"{name}@2", "--actor", "ann")
+        ended = world.scripts.run("promote", name, "--actor", "bob")
+        assert ended.status == 0, ended.err
+        assert "has passed the gates already" in ended.err
+        assert world.serving(name) == 2
+    finally:
+        world.gates(approval={})
+
+
+def test_a_plan_changes_nothing(world: World) -> None:
+    name = world.adapter()
+    assert "would move" in world.scripts.good("candidate", f"{name}@2", "--plan")
+    assert "staging" not in world.registry.aliases(name)
+    world.scripts.good("candidate", f"{name}@2")
+    before = world.registry.deployments()
+    ended = world.scripts.run("promote", name, "--plan")
+    assert ended.status == 0
+    assert ended.err.splitlines() == [
+        f"· would ask names/{name} beside version 1 through staging",
+        "· would send 4 requests through staging",
+        f"· would give version 2 10 % of {name}@production and watch it for 0.05 s and 3 requests",
+        f"· would give version 2 50 % of {name}@production and watch it for 0.05 s and 3 requests",
+        f"· would give version 2 100 % of {name}@production and watch it for 0.05 s and 3 requests",
+        f"· would move {name}@production from version 1 to 2, if it is at generation 1 still",
+    ]
+    world.scripts.good("rollback", name, "--stage", "production", "--to", "2", "--plan")
+    assert world.registry.deployments() == before
+    assert world.serving(name) == 1
+
+
+def test_a_rollback_goes_back_once_and_not_to_and_fro(world: World) -> None:
+    name = world.adapter(versions=2)
+    world.registry.set_alias(name, "production", 2)
+    with world.client(name):
+        for _ in range(3):
+            world.scripts.good("rollback", name, "--stage", "production", "--why", "slow")
+            assert world.serving(name) == 1
+    assert world.outcomes(name, "rollback") == [("alias", "done")]
+    assert [move.version for move in world.registry.history(name)] == [1, 2, 1]
+    assert "no version 7" in world.scripts.refused(
+        "rollback", name, "--stage", "production", "--to", "7"
+    )
+
+
+def test_status_and_history_tell_machines_too(world: World) -> None:
+    name = world.adapter()
+    world.scripts.good("candidate", f"{name}@2", "--why", "for history")
+    told = {stage["stage"]: stage for stage in json.loads(world.scripts.good("status", "--json"))}
+    assert told["production"]["healthy"]
+    entry = next(one for one in told["staging"]["adapters"] if one["name"] == name)
+    assert (entry["version"], entry["serving"], entry["under_way"]) == (2, 2, "")
+    (record,) = json.loads(world.scripts.good("history", name, "--json"))
+    assert (record["action"], record["why"]) == ("candidate", "for history")
+    assert "for history" in world.scripts.good("history", name)
+
+
+def test_wrong_usage_and_bad_references_are_told_apart(world: World) -> None:
+    assert world.scripts.run("candidate").status == 2
+    assert "no adapter" in world.scripts.refused("candidate", "nobody@1")
+    assert "there is no stage 'moon'" in world.scripts.refused("up", "moon")
+    assert "something else runs the gateway" in world.scripts.refused("up", "staging")

@@ -1,0 +1,105 @@
+"""What is under way is whole or absent, and has one holder."""
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from deploy.stages.errors import BusyError
+from deploy.stages.gate_settings import Gates
+from deploy.stages.journal import Journal, Promotion, Rollback
+from deploy.stages.operator import Figures
+from deploy.stages.rollback import version_before
+from deploy.stages.settings import Stage, StageConfig
+from manylora_gateway.config import GatewayConfig
+from manylora_registry import Registry
+from tests.unit.gateway.in_process import publish
+
+PROMOTION = Promotion("a1", 3, "sha256:3", "staging", 2, 7, gates="g", began=Figures(5, 1, 9, 0.5))
+
+
+@pytest.fixture
+def journal(tmp_path: Path) -> Journal:
+    config = StageConfig(alias="blue", state=tmp_path / "state")
+    stage = Stage("blue", tmp_path, config, GatewayConfig(base=tmp_path), Gates())
+    return Journal(stage, "red")
+
+
+def test_an_entry_comes_back_as_it_was(journal: Journal) -> None:
+    assert journal.read() is None
+    journal.write(PROMOTION)
+    assert journal.read() == PROMOTION
+    changed = journal.update(PROMOTION, step=1, broken=("slow", "wrong"))
+    assert journal.read() == changed
+    journal.write(Rollback("b2", None, 4))
+    assert journal.read() == Rollback("b2", None, 4)
+    journal.end()
+    journal.end()
+    assert journal.read() is None
+
+
+def in_child(act) -> int:
+    """Has `act` done by another process, which then waits to be killed; its id."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            with act():
+                os.write(writing, b"1")
+                signal.pause()
+        finally:
+            os._exit(1)
+    assert os.read(reading, 1) == b"1"
+    return child
+
+
+def test_a_lock_dies_with_its_holder(journal: Journal) -> None:
+    child = in_child(lambda: journal.alone("promote"))
+    assert journal.running()
+    said = f"promote of red on blue .* process {child}"
+    with pytest.raises(BusyError, match=said), journal.alone("promote"):
+        pass
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert not journal.running()
+    with journal.alone("promote"):
+        assert journal.running()
+
+
+def test_a_rollback_ends_a_promotion_and_no_other_rollback(journal: Journal) -> None:
+    child = in_child(lambda: journal.alone("promote"))
+    with journal.alone("rollback", instead_of="promote"):
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
+    child = in_child(lambda: journal.alone("rollback"))
+    with (
+        pytest.raises(BusyError, match="rollback"),
+        journal.alone("rollback", instead_of="promote"),
+    ):
+        pass
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+
+
+@pytest.mark.parametrize(
+    ("moves", "before"),
+    [
+        ([1, 2], 1),
+        ([1, 2, 3], 2),
+        ([1, 2, 2], 1),
+        ([1, 2, 1], None),
+        ([1, 2, 1, 2], 1),
+        ([1, 2, 3, 2], None),
+        ([1, 2, 3, 1, 4], 1),
+    ],
+)
+def test_a_rollback_goes_to_what_was_there_before(
+    tmp_path: Path, moves: list[int], before: int | None
+) -> None:
+    with Registry.open(tmp_path / "registry") as registry:
+        for number in range(1, max(moves) + 1):
+            publish(registry, tmp_path, "red", number)
+        for number in moves:
+            registry.set_alias("red", "blue", number)
+            registry.set_alias("red", "other", 1)
+        assert version_before(registry.history("red"), "blue") == before

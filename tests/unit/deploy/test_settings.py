@@ -1,0 +1,96 @@
+"""The files of a stage, read and found wrong."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from deploy.stages.errors import NoStageError, SettingsError
+from deploy.stages.settings import load_stage, stage_names
+
+SHIPPED = Path(__file__).parents[3] / "deploy"
+FILES = ("gates.yaml", "gateway.yaml", "stage.yaml", "tenants.yaml")
+
+
+@pytest.fixture
+def stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("MANYLORA_STAGES", str(tmp_path))
+    stage = tmp_path / "blue"
+    stage.mkdir()
+    (stage / "stage.yaml").write_text("alias: blue\nstate: kept\ntoken_file: token\n")
+    (stage / "gateway.yaml").write_text(
+        "base: ../base\nregistry: /r\nstate: s\nfollow: {aliases: [blue]}\n"
+    )
+    (stage / "gates.yaml").write_text("suites: [{path: ../suite.yaml}]\nprompts: p.jsonl\n")
+    return stage
+
+
+def test_paths_start_at_the_stage(stages: Path) -> None:
+    stage = load_stage("blue")
+    assert stage.state == stages / "kept"
+    assert stage.gateway.base == stages / "../base"
+    assert stage.gateway.registry == Path("/r")
+    assert stage.gates.suites[0].path == stages / "../suite.yaml"
+    assert stage.gates.prompts == stages / "p.jsonl"
+    (stages / "token").write_text("secret\n")
+    assert stage.token == "secret"
+
+
+def test_every_mistake_of_every_file_is_told_at_once(stages: Path) -> None:
+    (stages / "stage.yaml").write_text("alias: Blue!\nstat: kept\n")
+    (stages / "gateway.yaml").write_text("base: b\nengine: {slots: 0}\n")
+    (stages / "gates.yaml").write_text("canary: {steps: [25, 5]}\nsmoke: {errors: 2}\n")
+    (stages / "tenants.yaml").write_text("tenants: [{name: x, adapters: []}]\n")
+    with pytest.raises(SettingsError) as caught:
+        load_stage("blue")
+    for said in ("alias", "stat: unknown key", "state: is required", "engine.slots"):
+        assert said in str(caught.value)
+    for said in ("canary.steps: must rise", "smoke.errors", "neither tokens nor certificates"):
+        assert said in str(caught.value)
+
+
+def test_files_that_contradict_each_other_are_refused(stages: Path) -> None:
+    (stages / "gateway.yaml").write_text("base: b\n")
+    with pytest.raises(SettingsError, match=r"follow\.aliases lacks 'blue'.*state is required"):
+        load_stage("blue")
+
+
+def test_an_unknown_stage_says_which_there_are(stages: Path) -> None:
+    with pytest.raises(NoStageError, match=r"no stage 'green' .*\(there: blue\)"):
+        load_stage("green")
+
+
+def test_the_shipped_stages_are_sound_and_of_one_form(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MANYLORA_STAGES", raising=False)
+    assert {"local", "staging", "production"} <= {*stage_names()}
+    ports: set[str] = set()
+    for name in ("local", "staging", "production"):
+        stage = load_stage(name)
+        assert stage.alias == name
+        assert {file.name for file in (SHIPPED / name).glob("*.yaml")} == {*FILES}
+        listen = stage.gateway.listen
+        ports |= {listen.inference, listen.admin, str(listen.http)}
+        for suite in stage.gates.suites:
+            assert suite.path.is_file()
+    assert len(ports) == 9, "two stages run on one machine"
+    registries = {load_stage(name).gateway.registry for name in ("local", "staging", "production")}
+    assert len({path.resolve() for path in registries if path is not None}) == 1
+
+
+@pytest.mark.parametrize(
+    "script", ["up", "down", "status", "candidate", "promote", "rollback", "approve", "history"]
+)
+def test_each_script_answers_help_without_a_python_of_its_own(script: str) -> None:
+    done = subprocess.run([SHIPPED / script, "--help"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert f"Usage: deploy/{script}" in done.stdout
+    lost = subprocess.run(
+        [SHIPPED / script, "--help"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=dict(os.environ, MANYLORA_PYTHON="/nowhere/python"),
+    )
+    assert (lost.returncode, lost.stdout) == (1, "")
+    assert lost.stderr.startswith(f"{script}: there is no /nowhere/python")

@@ -1,0 +1,169 @@
+"""Disks and databases that fail, and questions no registry can answer: one typed error each."""
+
+import json
+import resource
+import shutil
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from manylora_registry import BaseModelIdentity, Registry
+from manylora_registry.errors import (
+    BlobStoreError,
+    CorruptBlobError,
+    DatabaseDamagedError,
+    DescriptionError,
+    DestinationError,
+    InvalidAdapterError,
+    InvalidNameError,
+    LeaseError,
+    QueryError,
+)
+
+BASE = BaseModelIdentity("sha256:" + "b" * 64, {"model.q_proj.weight": (1 << 16, 1 << 16)})
+
+
+@pytest.fixture
+def version(registry, base, make_adapter):
+    return registry.publish("spelling", make_adapter(), base=base)
+
+
+@pytest.fixture
+def large(tmp_path):
+    """An adapter of 1 MiB."""
+    directory = tmp_path / "large"
+    directory.mkdir()
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 1, "target_modules": ["q_proj"]}
+    (directory / "adapter_config.json").write_text(json.dumps(config))
+    prefix = "base_model.model.model.q_proj"
+    tensors = {
+        f"{prefix}.lora_A.weight": np.ones((2, 1 << 16), np.float32),
+        f"{prefix}.lora_B.weight": np.ones((1 << 16, 2), np.float32),
+    }
+    save_file(tensors, directory / "adapter_model.safetensors")
+    return directory
+
+
+@contextmanager
+def no_file_longer_than(count):
+    """A disk as good as full, for files that are written meanwhile."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (count, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def blob_of(tmp_path, digest):
+    (path,) = (tmp_path / "registry" / "blobs").rglob(digest.removeprefix("sha256:"))
+    return path
+
+
+@pytest.mark.parametrize("damage", ["another file", "cut in half"])
+def test_a_damaged_database_is_told(registry, version, tmp_path, damage):
+    registry.close()
+    copy = shutil.copytree(tmp_path / "registry", tmp_path / "copy")
+    file = copy / "registry.sqlite"
+    content = file.read_bytes()
+    file.write_bytes(
+        b"garbage" * 1000 if damage == "another file" else content[: -len(content) // 2]
+    )
+
+    with pytest.raises(DatabaseDamagedError, match=r"registry.sqlite is damaged: .* from a backup"):
+        Registry.open(copy).adapters()
+
+
+def test_a_blob_the_disk_cannot_read_is_damaged_and_the_check_goes_on(registry, version, tmp_path):
+    path = blob_of(tmp_path, version.digest)
+    path.unlink()
+    # Its first byte belongs to no page: reading it fails as a bad sector does.
+    path.symlink_to("/proc/self/mem")
+
+    with pytest.raises(CorruptBlobError, match="cannot be read"):
+        registry.materialize(version, tmp_path / "cache")
+    report = registry.verify()
+
+    assert report.affected == ("spelling@1",)
+    assert report.blobs == 3
+
+
+def test_blobs_that_cannot_be_opened_or_written_are_told(
+    registry, version, base, make_adapter, tmp_path
+):
+    blobs = tmp_path / "registry" / "blobs"
+    blobs.rename(tmp_path / "elsewhere")
+    blobs.touch()
+
+    for action in (
+        lambda: registry.materialize(version, tmp_path / "cache"),
+        lambda: registry.publish("spelling", make_adapter(1), base=base),
+    ):
+        with pytest.raises(BlobStoreError, match="Not a directory"):
+            action()
+    assert len(registry.versions("spelling")) == 1
+
+
+def test_a_disk_that_fills_up_publishes_nothing(registry, large):
+    with no_file_longer_than(300_000), pytest.raises(BlobStoreError, match="make room"):
+        registry.publish("spelling", large, base=BASE)
+
+    assert registry.adapters() == []
+    assert registry.verify().unreferenced == ()
+    assert registry.publish("spelling", large, base=BASE).number == 1
+
+
+def test_a_disk_that_fills_up_materializes_nothing(registry, large, tmp_path):
+    version = registry.publish("spelling", large, base=BASE)
+
+    with no_file_longer_than(300_000), pytest.raises(DestinationError, match="make room"):
+        registry.materialize(version, tmp_path / "cache")
+
+    assert [path for path in (tmp_path / "cache").iterdir() if path.is_dir()] == []
+    assert registry.materialize(version, tmp_path / "cache").is_dir()
+
+
+def test_a_place_that_is_no_directory_is_told(registry, version, tmp_path):
+    (tmp_path / "file").touch()
+
+    with pytest.raises(DestinationError, match=r"spelling@1 cannot be written to .*file"):
+        registry.materialize(version, tmp_path / "file")
+
+
+def test_a_sparse_file_is_refused_before_it_is_copied(registry, large):
+    with (large / "adapter_model.safetensors").open("r+b") as file:
+        file.truncate(1 << 40)
+
+    with no_file_longer_than(1 << 20), pytest.raises(InvalidAdapterError, match="is larger than"):
+        registry.publish("spelling", large, base=BASE)
+
+
+@pytest.mark.parametrize("text", ["\udcff", 'name="\0"'])
+def test_what_no_database_can_be_asked_is_refused(registry, version, text):
+    for query in ({"where": f"name={text}"}, {"sort": f"tag.{text}"}):
+        with pytest.raises(QueryError, match="no character"):
+            registry.find_versions(**query)
+    with pytest.raises(InvalidNameError):
+        registry.adapters(after=text)
+
+
+def test_numbers_beyond_every_database_are_answered(registry, version):
+    assert registry.events(10**30) == []
+    assert [event.version for event in registry.events(-(10**30))] == [1]
+
+
+@pytest.mark.parametrize("seconds", [float("inf"), float("nan"), -1.0, 1e300])
+def test_a_lease_has_an_end(registry, version, seconds):
+    with pytest.raises(LeaseError, match="a lease lasts from 0 to"):
+        registry.lease(version, seconds=seconds)
+
+
+def test_a_record_that_is_nested_without_end_is_refused(registry, version):
+    nested: dict[str, object] = {}
+    for _ in range(100_000):
+        nested = {"more": nested}
+
+    with pytest.raises(DescriptionError, match="is not JSON"):
+        registry.record_evaluation(version, "nightly", nested, True)
