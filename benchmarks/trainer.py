@@ -5,7 +5,7 @@ one task, so lengths differ by a factor of five. Every measurement is a process 
 peak memory; the sides take turns round by round, and the figures are medians. The first step of
 each process is not counted. Tokens are those of the examples, without padding.
 
-    PYTHONPATH=. python benchmarks/trainer.py [--part NAME] [--quick] [--gpu]
+    PYTHONPATH=. python benchmarks/trainer.py [--part NAME] [--quick]
 """
 
 from __future__ import annotations
@@ -36,8 +36,6 @@ LIBRARIES = ("trl.trainer.sft_trainer", "peft", "manylora_trainer.loop")
 FORK = multiprocessing.get_context("fork")
 ADAPTER_COUNTS = (1, 2, 4, 8, 16)
 LENGTHS = (1024, 2048, 4096, 8192)
-PEAK_BF16_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12}
-"""Dense tensor-core peaks from NVIDIA's data sheets, by part of the device's name."""
 
 
 def main() -> None:
@@ -46,14 +44,10 @@ def main() -> None:
     parser.add_argument("--base", type=Path, default=HERE.parent / "bases" / "smollm2-135m")
     parser.add_argument("--part", choices=PARTS, help="only this; each takes minutes on two cores")
     parser.add_argument("--quick", action="store_true", help="one short round")
-    parser.add_argument("--gpu", action="store_true", help="model FLOP utilisation on a GPU")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--rounds", type=int, default=2)
     options = parser.parse_args()
     base = str(options.base.resolve())
-    if options.gpu:
-        report(gpu(base))
-        return
     plain = Load(
         base=base,
         threads=options.threads,
@@ -355,7 +349,7 @@ def matmul_rate(base: Path, threads: int) -> float:
     return statistics.median(rates)
 
 
-# Length and GPU -------------------------------------------------------------------------------
+# Length ---------------------------------------------------------------------------------------
 
 
 def activations(load: Load, directory: Path) -> dict[str, float]:
@@ -401,58 +395,7 @@ def random_base(like: Path, directory: Path, **changes: int) -> Path:
     return directory
 
 
-def gpu(base: str) -> dict[str, float]:
-    """Model FLOP utilisation of a random base of 1.7 billion weights in bfloat16."""
-    import torch
-
-    if not torch.cuda.is_available():
-        print("there is no GPU here, so its utilisation is not measured", file=sys.stderr)
-        return {}
-    name = torch.cuda.get_device_name()
-    peak = next((rate for part, rate in PEAK_BF16_FLOPS.items() if part in name), None)
-    if peak is None:
-        raise SystemExit(f"the peak rate of {name} is not known; add it to PEAK_BF16_FLOPS")
-    with tempfile.TemporaryDirectory() as directory:
-        shape = {
-            "layers": 24,
-            "hidden_size": 2048,
-            "intermediate_size": 8192,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 32,
-        }
-        made = random_base(Path(base), Path(directory) / "base", **shape)
-        return {
-            f"mfu_{count}_adapters": measure(
-                "utilisation",
-                Load(
-                    base=str(made),
-                    tasks=count,
-                    batch_size=256 // count,
-                    steps=12,
-                    rows="mixed",
-                    pack_tokens=16384,
-                ),
-            )["flops_per_s"]
-            / peak
-            for count in (1, 8)
-        }
-
-
-def utilisation(load: Load, directory: Path) -> dict[str, float]:
-    """Operations a second that training the load achieves."""
-    recipe = write_recipe(load, directory)
-    import manylora_trainer
-
-    manylora_trainer.train(recipe)
-    lines = [json.loads(line) for line in (directory / "run/metrics.jsonl").open()]
-    steps = [line for line in lines if line["step"] > 2 and "loss" in line]
-    seconds = sum(line["tokens"] / line["tokens_per_s"] for line in steps)
-    computed = sum(line["computed_tokens"] for line in steps)
-    trained = sum(line["trained_tokens"] for line in steps)
-    return {"flops_per_s": flops(Path(load.base), computed, trained, load.rank) / seconds}
-
-
-MEASUREMENTS = {"ours": ours, "trl": trl, "activations": activations, "utilisation": utilisation}
+MEASUREMENTS = {"ours": ours, "trl": trl, "activations": activations}
 
 if __name__ == "__main__":
     main()

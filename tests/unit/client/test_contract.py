@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import grpc
 import pytest
@@ -225,6 +225,9 @@ def test_text_chat_and_tokens_are_sent_as_such(
         ("x", {"temperature": "warm"}, "cannot be sent"),
         ("x", {"regex": "a", "grammar": "b"}, "give only one of regex, grammar"),
         ("x", {"choice": "abc"}, r"choice must be a list of strings"),
+        (cast("Input", b"abc"), {}, "input is bytes"),
+        ("x", {"timeout": 0}, "timeout must be a positive number of seconds, not 0"),
+        ("x", {"timeout": float("nan")}, "positive number"),
         ("x", {"stop": "END"}, r"stop must be a list of strings, e\.g\. \['END'\]"),
     ],
 )
@@ -362,6 +365,13 @@ def test_a_call_may_have_longer_than_the_client_grants(serve: Serve, connect: Co
     with pytest.raises(DeadlineExceededError):
         client.generate("x", "slow", timeout=1.0)
     assert time.monotonic() - begun > 0.9
+
+
+@pytest.mark.parametrize("timeout", [float("inf"), 1e18])
+def test_no_deadline_is_too_far_away(timeout: float, serve: Serve, connect: Connect) -> None:
+    client = connect(serve({"": Answer("here")}).target, timeout=0.001)
+
+    assert client.generate("x", timeout=timeout).text == "here"
 
 
 def test_a_stream_brings_started_then_deltas_then_finished(serve: Serve, connect: Connect) -> None:

@@ -1,6 +1,7 @@
 """The synthetic SOAP visits: repeatable, varied, labelled, and true to what is said."""
 
 import json
+import re
 from collections import Counter
 from importlib.util import module_from_spec, spec_from_file_location
 from itertools import islice
@@ -86,6 +87,46 @@ def test_what_the_note_states_was_said(soap: ModuleType, visits: list[dict[str, 
             plan["follow_up"],
         ]
         assert [value for value in literal if str(value) not in said] == []
+
+
+@pytest.mark.parametrize("short", [False, True], ids=["whole", "short"])
+def test_what_was_said_is_in_the_note_and_as_it_was_said(soap: ModuleType, short: bool) -> None:
+    terms = {
+        (complaint.name, words): term
+        for complaint in soap.COMPLAINTS
+        for term, words in complaint.symptoms.items()
+    }
+    openings = {complaint.name: complaint.opening for complaint in soap.COMPLAINTS}
+    yes = ("Yes, ", "I do, yes.", "A little, yes.")
+    for seed in range(VISITS):
+        visit = soap.visit(seed, short=short)
+        note, said = visit["subjective"], visit["dialogue"].split("\n")
+        fillers = "|".join(re.escape(filler) for filler in soap.FILLERS)
+        answers = [re.sub(f"^Patient: (?:{fillers})?", "", line) for line in said]
+        asked = {
+            term: answers[index + 1].startswith(yes)
+            for index, line in enumerate(said)
+            for (complaint, words), term in terms.items()
+            if complaint == visit["complaint"]
+            if line.startswith("Doctor: ") and line.endswith(f" {words}?")
+        }
+        assert note["symptoms"] == sorted(term for term, has in asked.items() if has)
+        if not short:
+            assert note["denied"] == sorted(term for term, has in asked.items() if not has)
+            bad = next(
+                i for i, line in enumerate(said) if "zero to ten" in line or "of ten" in line
+            )
+            assert str(note["severity"]) in re.findall(r"\d+", said[bad + 1])
+        told = next(answer for answer in answers if note["duration"] in answer)
+        assert any(way.lower() in told.lower() for way in openings[visit["complaint"]])
+        assert told.rindex(note["duration"]) >= max(m.start() for m in re.finditer(r"\d+", told))
+
+
+@pytest.mark.parametrize("visits_of", ["dialogues", "short_dialogues"])
+def test_hardly_a_dialogue_comes_twice(visits_of: str, soap: ModuleType) -> None:
+    said = [visit["dialogue"] for visit in getattr(soap, visits_of)()]
+
+    assert len(set(said)) > 0.99 * len(said)
 
 
 @pytest.mark.parametrize("suite", ["suite.yaml", "cpu-suite.yaml"])

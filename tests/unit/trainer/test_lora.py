@@ -23,9 +23,10 @@ def adapter(shapes, seed, **settings) -> Adapter:
     return made
 
 
+@pytest.mark.parametrize("stacked", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
-def test_layer_and_its_gradients_equal_autograd(bias, dropout):
+def test_layer_and_its_gradients_equal_autograd(bias, dropout, stacked):
     torch.manual_seed(0)
     linear = nn.Linear(6, 5, bias=bias).requires_grad_(False)
     model = nn.ModuleDict({"layer": linear})
@@ -34,7 +35,7 @@ def test_layer_and_its_gradients_equal_autograd(bias, dropout):
         adapter(shapes, 1, rank=2, alpha=4),
         adapter(shapes, 2, rank=4, alpha=3, use_rslora=True, dropout=dropout),
     ]
-    routing = Routing(CPU)
+    routing = Routing(CPU, stacked=stacked)
     attach(model, adapters, routing)
     inputs = torch.randn(1, 10, 6, requires_grad=True)
     slope = torch.randn(1, 10, 5)
@@ -64,6 +65,50 @@ def test_layer_and_its_gradients_equal_autograd(bias, dropout):
     for matrices, down, up in leaves:
         torch.testing.assert_close(matrices.down_gradient, down.grad)
         torch.testing.assert_close(matrices.up_gradient, up.grad)
+
+
+def routed_layer(adapters, *, stacked, apart=False):
+    """A layer with these adapters, ten tokens of each, forward and backward."""
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"layer": nn.Linear(6, 5, bias=False).requires_grad_(False)})
+    routing = Routing(CPU, stacked=stacked)
+    routing.apart = apart
+    attach(model, adapters, routing)
+    inputs = torch.randn(10 * len(adapters), 6, requires_grad=True)
+    with routing.through([Range(a, 10 * a, 10 * a + 10) for a in range(len(adapters))]):
+        outputs = model["layer"](inputs)
+        outputs.backward(torch.ones_like(outputs))
+    assert inputs.grad is not None
+    return outputs, inputs.grad, [a.gradients for a in adapters]
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_stacked_adapters_beyond_the_largest_stack_equal_one_after_the_other(apart):
+    ranks = (100, 200, 120, 120, 256, 3)
+    results = [
+        routed_layer(
+            [adapter({"layer": (5, 6)}, n, rank=rank, alpha=4) for n, rank in enumerate(ranks)],
+            stacked=stacked,
+            apart=apart,
+        )
+        for stacked in (False, True)
+    ]
+    torch.testing.assert_close(*results)
+
+
+def test_an_adapter_that_overflows_does_not_reach_its_stacked_neighbours():
+    def make(scale):
+        adapters = [adapter({"layer": (5, 6)}, n, rank=2, alpha=4) for n in range(3)]
+        adapters[1].weights.mul_(scale)
+        return adapters
+
+    plain, reckless = (routed_layer(make(scale), stacked=True, apart=True) for scale in (1.0, 1e39))
+    assert not reckless[0][10:20].isfinite().all()
+    for part in (slice(10), slice(20, 30)):
+        assert torch.equal(plain[0][part], reckless[0][part])
+        assert torch.equal(plain[1][part], reckless[1][part])
+    assert torch.equal(plain[2][0], reckless[2][0])
+    assert torch.equal(plain[2][2], reckless[2][2])
 
 
 def test_initial_weights_are_pefts():

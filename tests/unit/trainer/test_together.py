@@ -203,3 +203,14 @@ def test_equal_runs_are_equal_bytes(make_task, write_recipe, tmp_path):
             for run in ("one", "two")
         )
         assert one == two
+
+
+def test_a_base_in_bfloat16_trains_almost_alike(make_task, write_recipe, tmp_path):
+    losses: dict[str, float] = {}
+    for dtype in ("float32", "bfloat16"):
+        recipe = write_recipe(make_task("one"), dtype=dtype)
+        result = manylora_trainer.train(recipe, tmp_path / dtype)
+        losses[dtype] = result.tasks["one"].metrics["validation_loss"]
+    weights = load_file(tmp_path / "bfloat16/adapters/one/adapter_model.safetensors")
+    assert {str(tensor.dtype) for tensor in weights.values()} == {"float32"}
+    assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.02)

@@ -15,7 +15,9 @@ def base() -> None:
 
 @app.command("fetch")
 def fetch(
-    name: Annotated[str, typer.Argument(help="The base to fetch, e.g. smollm2-135m.")],
+    name: Annotated[
+        str, typer.Argument(metavar="NAME", help="The base to fetch, e.g. smollm2-135m.")
+    ],
     directory: Annotated[
         Path, typer.Argument(metavar="DIR", help="Where to put it; made if it is not there.")
     ],

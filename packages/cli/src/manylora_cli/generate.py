@@ -27,20 +27,32 @@ def generate(
     ] = None,
     stream: Annotated[bool, typer.Option("--stream", help="Print tokens as they come.")] = False,
     max_tokens: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Most tokens to generate.")
+        int | None,
+        typer.Option(metavar="N", min=1, help="Most tokens to generate; default: the gateway's."),
     ] = None,
     temperature: Annotated[
         float | None, typer.Option(metavar="T", min=0, help="0, the default, is greedy.")
     ] = None,
     top_p: Annotated[
-        float | None, typer.Option(metavar="P", min=0, max=1, help="Nucleus cut.")
+        float | None,
+        typer.Option(
+            metavar="P",
+            min=0,
+            max=1,
+            help="Keep the likeliest candidates of this share; default: 1, all.",
+        ),
     ] = None,
     top_k: Annotated[
-        int | None, typer.Option(metavar="K", min=0, help="Keep the K likeliest candidates.")
+        int | None,
+        typer.Option(
+            metavar="K", min=0, help="Keep the K likeliest candidates; 0, the default: all."
+        ),
     ] = None,
     min_p: Annotated[
         float | None,
-        typer.Option(metavar="P", min=0, max=1, help="Cut below this share of the likeliest."),
+        typer.Option(
+            metavar="P", min=0, max=1, help="Cut below this share of the likeliest; default: 0."
+        ),
     ] = None,
     presence_penalty: Annotated[
         float | None, typer.Option(metavar="X", help="-2 to 2: makes repetition less likely.")
@@ -52,7 +64,7 @@ def generate(
         float | None, typer.Option(metavar="X", help="Above 1: tokens seen become less likely.")
     ] = None,
     n: Annotated[
-        int | None, typer.Option("--n", metavar="N", min=1, help="Answers to sample.")
+        int | None, typer.Option("--n", metavar="N", min=1, help="Answers to sample; default: 1.")
     ] = None,
     seed: Annotated[
         int | None, typer.Option(metavar="N", min=0, help="Makes sampling repeatable.")

@@ -54,6 +54,11 @@ def main() -> None:
         # The reader of a pipe left; the interpreter must not flush into it again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
+    except OSError as error:
+        # Of the machine and not of the program: a full disk, a file nobody may read.
+        place = "" if error.filename is None else f"{error.filename}: "
+        print(f"manylora: {place}{error.strerror or error}", file=sys.stderr)
+        sys.exit(1)
     except Exception as error:
         if not is_stated(error):
             raise

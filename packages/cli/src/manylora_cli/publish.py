@@ -19,7 +19,7 @@ def publish(
     ] = None,
     alias: Annotated[
         str | None,
-        typer.Option("--alias", help="Also point this alias at the new versions."),
+        typer.Option("--alias", metavar="ALIAS", help="Also point this alias at the new versions."),
     ] = None,
     sign_key: Annotated[
         Path | None,

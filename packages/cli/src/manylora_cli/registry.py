@@ -64,7 +64,7 @@ def list_adapters(
     registry: Location = None,
     as_json: AsJson = False,
 ) -> None:
-    r"""List every adapter with its latest version and its aliases, or the versions that match.
+    """List every adapter with its latest version and its aliases, or the versions that match.
 
     FILTER compares tag.KEY, metric.KEY, lineage.KEY, name, number, digest, base, rank, size,
     created, yanked, alias, parent and file by = != < <= > >= or ~ (a pattern), joined with
@@ -236,7 +236,7 @@ def alias(
             help="Move it only from this generation (see `list --json`); 0: only if it is new.",
         ),
     ] = None,
-    why: Annotated[str, typer.Option(help="The reason, kept in the history.")] = "",
+    why: Annotated[str, typer.Option(metavar="TEXT", help="The reason, kept in the history.")] = "",
     override: Override = False,
     registry: Location = None,
     as_json: AsJson = False,

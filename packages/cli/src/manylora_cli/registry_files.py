@@ -34,7 +34,7 @@ def diff(
     registry: Location = None,
     as_json: AsJson = False,
 ) -> None:
-    r"""Tell what differs between two versions.
+    """Tell what differs between two versions.
 
     Compared are base, rank, the keys of adapter_config.json, metrics, tags and lineage, and for
     each module the effective update, scaling times B times A: its Frobenius norm before and
@@ -85,7 +85,7 @@ def export(
     registry: Location = None,
     as_json: AsJson = False,
 ) -> None:
-    r"""Write a version in a form other tools read.
+    """Write a version in a form other tools read.
 
     Importing it gives the same digest.
 
@@ -118,12 +118,12 @@ def import_adapter(
     source: Annotated[
         Path, typer.Argument(metavar="SRC", help="What `export` wrote, or a PEFT directory.")
     ],
-    name: Annotated[str, typer.Option(help="The adapter to add a version to.")],
+    name: Annotated[str, typer.Option(metavar="NAME", help="The adapter to add a version to.")],
     base: Annotated[Path, typer.Option(metavar="DIR", help="The base model it was trained on.")],
     registry: Location = None,
     as_json: AsJson = False,
 ) -> None:
-    r"""Publish an adapter that comes from elsewhere.
+    """Publish an adapter that comes from elsewhere.
 
     SRC is a PEFT or a Hugging Face directory, an OCI layout, or a tar of one; which, is found out.
     Every file is checked as `manylora publish` does it:
@@ -152,7 +152,7 @@ def sign(
     registry: Location = None,
     as_json: AsJson = False,
 ) -> None:
-    r"""Sign a version with a key of your own.
+    """Sign a version with a key of your own.
 
     The signature is an OpenSSF model signature over the version's manifest, which names every
     file by its sha256. The version's digest stays what it is. A key with a password is opened
@@ -200,7 +200,7 @@ def copy(
     target: Annotated[str, typer.Argument(metavar="TO", help="A new one, or a copy begun.")],
     as_json: AsJson = False,
 ) -> None:
-    r"""Copy a whole registry to another place.
+    """Copy a whole registry to another place.
 
     A directory to Postgres and a bucket, back, or to another directory.
 
@@ -212,7 +212,7 @@ def copy(
     A password belongs into PGPASSWORD or ~/.pgpass, not into the URL.
 
     \b
-    manylora registry copy registry \
+    manylora registry copy registry \\
         postgresql+psycopg://manylora@db/adapters,s3://adapters/production
     manylora registry copy postgresql+psycopg://manylora@db/adapters,s3://adapters/production backup
     """

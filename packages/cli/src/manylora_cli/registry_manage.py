@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from manylora_registry import AliasMove, Event
 
 Alias = Annotated[str, typer.Argument(metavar="ALIAS", help="E.g. production.")]
-Why = Annotated[str, typer.Option(help="The reason, kept for ever.")]
+Why = Annotated[str, typer.Option(metavar="TEXT", help="The reason, kept for ever.")]
 Remove = Annotated[
     list[str] | None, typer.Option("--remove", metavar="KEY", help="Remove one; may be repeated.")
 ]
@@ -56,14 +56,17 @@ def protect(
     alias: Alias,
     suite: Annotated[
         str | None,
-        typer.Option(help="The suite that must have passed; else every suite with a record."),
+        typer.Option(
+            metavar="SUITE",
+            help="The suite that must have passed; else every suite with a record.",
+        ),
     ] = None,
     off: Annotated[bool, typer.Option("--off", help="Protect it no longer; needs --why.")] = False,
     why: Why = "",
     registry: Location = None,
     as_json: AsJson = False,
 ) -> None:
-    r"""Let an alias move only to versions that have passed a gate.
+    """Let an alias move only to versions that have passed a gate.
 
     What counts is the latest record of the suite (see `gate`). A move to another version is
     refused, or done with --override and a reason, which the history keeps.
@@ -182,8 +185,10 @@ def collect_garbage(
     version that was trained on from it needs it. What nobody needs is condemned by one run and
     removed by the first that comes a grace later; readers without a lease have that long.
     """
+    from rich.console import Console
+
     waiting_time = _duration(grace)
-    with open_registry(registry) as opened:
+    with open_registry(registry) as opened, Console(stderr=True).status("collecting"):
         report = opened.collect_garbage(grace=waiting_time, dry_run=dry_run)
     if as_json:
         print_json(

@@ -7,7 +7,7 @@ import typer
 
 
 def serve(
-    config: Annotated[Path, typer.Argument(help="The gateway's YAML file.")],
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="The gateway's YAML file.")],
     set_: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="PATH=VALUE", help="Override a key of the file."),

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def train(
-    recipe: Annotated[Path, typer.Argument(help="The recipe's YAML file.")],
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe's YAML file.")],
     run_dir: Annotated[
         Path | None,
         typer.Option("--run-dir", metavar="DIR", help="Instead of the recipe's run_directory."),

@@ -16,6 +16,7 @@ from manylora_client.channel import (
     Attempts,
     CallMetadata,
     channel_options,
+    deadline,
     resolve_credentials,
     resolve_target,
 )
@@ -215,7 +216,7 @@ class AsyncClient:
             await asyncio.sleep(delay)
 
     def _seconds(self, timeout: float | None) -> float | None:
-        return self._timeout if timeout is None else timeout
+        return deadline(timeout, self._timeout)
 
 
 class AsyncGenerationStream(AsyncIterator[Delta]):

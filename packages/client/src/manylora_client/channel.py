@@ -18,6 +18,8 @@ DEFAULT_TARGET = "127.0.0.1:50051"
 TARGET_VARIABLE = "MANYLORA_SERVER"
 DEFAULT_TIMEOUT = 300.0
 """Seconds; a CPU makes a hundred tokens a second for all its callers together."""
+LONGEST_TIMEOUT = 1e9
+"""Seconds; gRPC takes a longer deadline for one that has passed."""
 TOKEN_VARIABLE = "MANYLORA_TOKEN"  # noqa: S105 - a name
 TLS_VARIABLES = ("MANYLORA_TLS_CA", "MANYLORA_TLS_CERT", "MANYLORA_TLS_KEY")
 MAX_MESSAGE_BYTES = 64 * 2**20
@@ -63,6 +65,20 @@ def resolve_credentials(
         return credentials
     files = [os.environ.get(name) or None for name in TLS_VARIABLES]
     return tls_credentials(*files) if any(files) else None
+
+
+def deadline(timeout: float | None, default: float | None) -> float | None:
+    """Seconds a call may take: `timeout`, or the client's; None: as long as it takes.
+
+    Raises:
+        InvalidInputError: it is no positive number.
+    """
+    seconds = default if timeout is None else timeout
+    if seconds is None or seconds > LONGEST_TIMEOUT:
+        return None
+    if not seconds > 0:
+        raise InvalidInputError(f"the timeout must be a positive number of seconds, not {seconds}")
+    return seconds
 
 
 class CallMetadata:

@@ -16,6 +16,7 @@ from manylora_client.channel import (
     Attempts,
     CallMetadata,
     channel_options,
+    deadline,
     resolve_credentials,
     resolve_target,
 )
@@ -41,7 +42,7 @@ Response = TypeVar("Response", bound="Message")
 
 
 class Client:
-    """Talks to one gateway; safe to share between threads.
+    """Talks to one gateway; safe to share between threads, not with a process forked after a call.
 
         with Client() as client:
             print(client.generate("The capital of France is", max_tokens=8).text)
@@ -196,7 +197,7 @@ class Client:
             time.sleep(delay)
 
     def _seconds(self, timeout: float | None) -> float | None:
-        return self._timeout if timeout is None else timeout
+        return deadline(timeout, self._timeout)
 
     def _check_open(self) -> None:
         if self._closed:

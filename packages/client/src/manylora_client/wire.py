@@ -91,6 +91,9 @@ def prompt(source: Input) -> str | pb.Chat | pb.Tokens:
     """The input of a request: text as it stands, chat messages or token ids as messages."""
     if isinstance(source, str):
         return source
+    if isinstance(source, bytes | bytearray):
+        # A sequence of integers too, and would be taken for token ids.
+        raise InvalidInputError("the input is bytes: decode it to text")
     if not source:
         raise InvalidInputError("the input is empty: give text, chat messages or token ids")
     if all(isinstance(part, int) for part in source):

@@ -50,6 +50,7 @@ def train(
         BaseError, UnsupportedBaseError: the base cannot be read or trained on.
         DataError: rows cannot be read or trained on.
         RunDirectoryError: the run directory cannot be used as asked.
+        DeviceMemoryError: the GPU has too little memory; the last checkpoint is whole.
         StorageError: the disk is full; the last checkpoint is whole.
         WorkersUnavailableError: several workers were asked for, and Ray is not installed.
         WorkersLostError: workers were lost more often than they may be started again.

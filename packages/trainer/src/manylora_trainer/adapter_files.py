@@ -107,6 +107,8 @@ def read_initial(task: Task, targets: Shapes, base_fingerprint: str) -> InitialA
         shapes[f"base_model.model.{module}.lora_B.weight"] = (out, rank)
     if not problems and {name: tuple(tensor.shape) for name, tensor in tensors.items()} != shapes:
         problems.append("it changes other modules than target_modules names")
+    if not all(tensor.isfinite().all() for tensor in tensors.values()):
+        problems.append("it has weights that are not finite")
     if problems:
         raise InitialAdapterError(f"task {task.name}: init_from {directory}: {'; '.join(problems)}")
     return InitialAdapter(tensors, f"sha256:{hashlib.sha256(content).hexdigest()}")

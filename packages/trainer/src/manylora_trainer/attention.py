@@ -20,8 +20,10 @@ import torch.nn.functional as F  # noqa: N812 (its name everywhere)
 from torch import Tensor
 from transformers.modeling_utils import AttentionInterface
 
+from manylora_trainer.device import on_device
 from manylora_trainer.errors import UnsupportedBaseError
 from manylora_trainer.packing import Pack
+from manylora_trainer.varlen import VarlenPlan, takes_varlen, varlen_attention
 
 ATTENTION_NAME = "manylora_packed"
 
@@ -42,13 +44,14 @@ class AttentionPlan:
     """The buckets of a pack as index tensors, made once and used by every layer."""
 
     def __init__(self, pack: Pack, device: torch.device, dtype: torch.dtype) -> None:
+        dtype = torch.float32 if device.type == "cpu" else dtype
         self.calls: list[_Call] = []
-        self.longest = 0
+        self.longest_key = 0
         for bucket in pack.buckets:
             examples, own = bucket.queries.shape
             mask = None if bucket.prefix == 0 else _mask(own, bucket.prefix).to(device, dtype)
             self.calls.append(_Call(examples, bucket.prefix, int(bucket.keys[0, 0]), mask))
-            self.longest = max(self.longest, bucket.prefix + own)
+            self.longest_key = max(self.longest_key, bucket.prefix + own)
         # Rows of each call, to split by: the gradient of a split is one concatenation, that of a
         # slice a tensor of zeros as long as all calls.
         self.query_rows = [bucket.queries.size for bucket in pack.buckets]
@@ -63,13 +66,13 @@ class AttentionPlan:
         )
         self.gathers_queries = not np.array_equal(queries, np.arange(len(pack)))
         self.gathers_keys = not np.array_equal(keys, np.arange(len(pack)))
-        self.query_index = torch.from_numpy(queries).to(device)
-        self.key_index = torch.from_numpy(keys).to(device)
+        self.query_index = on_device(queries, device)
+        self.key_index = on_device(keys, device)
         # Where each token stands as itself. Fillers repeat a token behind its own first place.
-        self.query_home = torch.from_numpy(np.unique(queries, return_index=True)[1]).to(device)
+        self.query_home = on_device(np.unique(queries, return_index=True)[1], device)
         homes = np.flatnonzero(is_own)
         homes = homes[np.unique(keys[is_own], return_index=True)[1]]
-        self.key_home = torch.from_numpy(homes).to(device)
+        self.key_home = on_device(homes, device)
 
 
 class _TakeQueries(torch.autograd.Function):
@@ -128,11 +131,21 @@ def _mask(own: int, prefix: int) -> Tensor:
     return torch.zeros(own, prefix + own).masked_fill_(hidden, float("-inf"))
 
 
-_plans: list[AttentionPlan] = []
+Plan = AttentionPlan | VarlenPlan
+
+
+def plan_attention(pack: Pack, device: torch.device, dtype: torch.dtype, head_dim: int) -> Plan:
+    """How the attention of a pack is computed: where there are kernels for it, in one call."""
+    if takes_varlen(device, dtype, head_dim):
+        return VarlenPlan(pack, device)
+    return AttentionPlan(pack, device, dtype)
+
+
+_plans: list[Plan] = []
 
 
 @contextmanager
-def attending(plan: AttentionPlan) -> Generator[None]:
+def attending(plan: Plan) -> Generator[None]:
     """Sets the plan that packed attention follows inside the block."""
     _plans.append(plan)
     try:
@@ -160,18 +173,28 @@ def packed_attention(
         UnsupportedBaseError: the model asks for attention that is not plain and causal.
     """
     plan = _plans[-1]
+    dtype = query.dtype
+    if query.device.type == "cpu":
+        # Torch's backward of attention in bfloat16 takes five times as long there.
+        query, key, value = query.float(), key.float(), value.float()
     if softcap is not None or s_aux is not None or dropout:
         raise UnsupportedBaseError("bases with soft-capped or sink attention cannot be trained yet")
-    if sliding_window is not None and plan.longest > sliding_window:
+    if sliding_window is not None and plan.longest_key > sliding_window:
         raise UnsupportedBaseError(
             f"the base attends to the last {sliding_window} tokens only; lower max_length to that"
         )
     queries, keys, values = (states[0].transpose(0, 1) for states in (query, key, value))
+    if isinstance(plan, VarlenPlan):
+        return varlen_attention(plan, queries, keys, values, scaling).unsqueeze(0), None
     if plan.gathers_queries:
         queries = _TakeQueries.apply(queries, plan)
     if plan.gathers_keys:
         keys = _TakeKeys.apply(keys, plan)
         values = _TakeKeys.apply(values, plan)
+    groups = queries.shape[1] // keys.shape[1]
+    if keys.is_cuda and groups > 1:
+        # torch's fused kernels for float32 and for masks want as many heads as the queries have.
+        keys, values = (states.repeat_interleave(groups, dim=1) for states in (keys, values))
     attended = [
         F.scaled_dot_product_attention(
             _rectangle(query_rows, call.examples),
@@ -195,7 +218,7 @@ def packed_attention(
     outputs = attended[0] if len(attended) == 1 else torch.cat(attended)
     if plan.gathers_queries:
         outputs = _PutBack.apply(outputs, plan)
-    return outputs.unsqueeze(0), None
+    return outputs.unsqueeze(0).to(dtype), None
 
 
 def _rectangle(rows: Tensor, examples: int) -> Tensor:

@@ -15,17 +15,22 @@ from typing import Any, cast
 import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812 (its name everywhere)
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM
 
-from manylora_trainer.attention import ATTENTION_NAME, AttentionPlan, attending
+from manylora_trainer.attention import ATTENTION_NAME, attending, plan_attention
+from manylora_trainer.device import on_device
 from manylora_trainer.errors import UnsupportedBaseError
+from manylora_trainer.fused import fuse_small_operations, fused
 from manylora_trainer.packing import Batch, Pack, pack_batches
 from manylora_trainer.tokenization import Example
 
 LOGITS_CHUNK = 256
 """Predictions whose logits exist at one time."""
+LOGITS_CHUNK_ON_GPU = 1024
+"""There fewer would not fill it; 0.6 GB at a time for a vocabulary of 150,000."""
 PROBE_TOLERANCE = 1e-3
 
 
@@ -64,7 +69,12 @@ class BaseModel:
         self.decoder: Any = model.get_decoder()
         self._embedding: nn.Embedding = model.get_input_embeddings()
         self._head: nn.Linear = model.get_output_embeddings()
-        self._check_packing(directory)
+        tokens = np.random.default_rng(0).integers(len(self._embedding.weight), size=(2, 24))
+        tokens[1, :12] = tokens[0, :12]
+        expected = self._stock_logits(tokens)
+        if device.type == "cuda":
+            fuse_small_operations(self.model)
+        self._check_packing(tokens.astype(np.int32), expected, directory)
 
     def recompute_layers(self) -> None:
         """From now on keeps only what enters each layer (https://arxiv.org/abs/1604.06174).
@@ -84,6 +94,12 @@ class BaseModel:
             )
 
     @property
+    def _head_dim(self) -> int:
+        config = self.model.config.get_text_config()
+        own: int | None = getattr(config, "head_dim", None)
+        return own or config.hidden_size // config.num_attention_heads
+
+    @property
     def dtype(self) -> torch.dtype:
         """Of its activations."""
         return self._head.weight.dtype
@@ -91,7 +107,7 @@ class BaseModel:
     @contextmanager
     def reading(self, pack: Pack) -> Generator[None]:
         """Attention follows this pack inside the block; forward and backward both belong there."""
-        with attending(AttentionPlan(pack, self.device, self.dtype)):
+        with attending(plan_attention(pack, self.device, self.dtype, self._head_dim)):
             yield
 
     def hidden_states(self, pack: Pack) -> Tensor:
@@ -99,16 +115,16 @@ class BaseModel:
 
         [targets, hidden]
         """
-        tokens = torch.from_numpy(pack.tokens).to(self.device)[None]
-        positions = torch.from_numpy(pack.positions).to(self.device)[None]
+        tokens = on_device(pack.tokens, self.device)[None]
+        positions = on_device(pack.positions, self.device)[None]
         states = self.decoder(
             inputs_embeds=self._embedding(tokens), position_ids=positions, use_cache=False
         ).last_hidden_state
-        return states[0].index_select(0, torch.from_numpy(pack.predicting).to(self.device))
+        return states[0].index_select(0, on_device(pack.predicting, self.device))
 
     def cross_entropy(self, pack: Pack) -> Tensor:
         """Cross-entropy of each of the pack's targets, in nats, float32 [targets]."""
-        targets = torch.from_numpy(pack.targets).to(self.device)
+        targets = on_device(pack.targets, self.device)
         states = self.hidden_states(pack)
         if self._head.weight.requires_grad:
             return _trainable_head_loss(states, self._head, targets)
@@ -121,25 +137,26 @@ class BaseModel:
             return self._head(self.hidden_states(pack))
 
     @torch.no_grad()
-    def _check_packing(self, directory: Path) -> None:
+    def _stock_logits(self, tokens: NDArray[np.int64]) -> Tensor:
+        """As transformers computes them, [examples, tokens, vocabulary]."""
+        self.model.set_attn_implementation("sdpa")
+        try:
+            return self.model(input_ids=torch.from_numpy(tokens).to(self.device)).logits
+        finally:
+            self.model.set_attn_implementation(ATTENTION_NAME)
+
+    @torch.no_grad()
+    def _check_packing(self, tokens: NDArray[np.int32], expected: Tensor, directory: Path) -> None:
         """Compares a small pack with transformers' own forward, one example at a time.
 
         Catches whatever a model does besides plain causal attention and a linear head: scaled or
         capped logits, positions that do not restart, another kind of attention.
         """
-        vocabulary = self._embedding.weight.shape[0]
-        tokens = np.random.default_rng(0).integers(vocabulary, size=(2, 24)).astype(np.int32)
-        tokens[1, :12] = tokens[0, :12]
         trained = np.arange(24) >= 16
         examples = [Example(row, trained) for row in tokens]
         (pack,) = pack_batches([Batch(0, examples)], 64)
+        expected = expected[:, 15:-1].flatten(0, 1).float()
         packed = self.logits(pack).float()
-        self.model.set_attn_implementation("sdpa")
-        try:
-            stock = self.model(input_ids=torch.from_numpy(tokens).long().to(self.device)).logits
-        finally:
-            self.model.set_attn_implementation(ATTENTION_NAME)
-        expected = stock[:, 15:-1].flatten(0, 1).float()
         # bfloat16 keeps 8 bits, and the two ways add up in another order.
         tolerance = PROBE_TOLERANCE if self._head.weight.dtype == torch.float32 else 0.1
         if (packed - expected).abs().max() > tolerance * expected.abs().max():
@@ -195,6 +212,15 @@ def _four_bit(dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
     return {"quantization_config": config, "device_map": {"": device}}
 
 
+def _losses_and_slopes(logits: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of each row and its gradient, in as few passes as a compiler makes of it."""
+    exact = logits.float()
+    normaliser = exact.logsumexp(-1, keepdim=True)
+    columns = torch.arange(logits.shape[1], device=logits.device)
+    slope = (exact - normaliser).exp() - (columns == wanted).float()
+    return (normaliser - exact.gather(1, wanted))[:, 0], slope.to(logits.dtype)
+
+
 class _HeadLoss(torch.autograd.Function):
     """Head and cross-entropy in chunks; the gradient is made on the way, full logits never are.
 
@@ -209,10 +235,16 @@ class _HeadLoss(torch.autograd.Function):
         losses = torch.empty(len(targets), device=states.device)
         needs_gradient: bool = ctx.needs_input_grad[0]
         gradient = torch.empty_like(states) if needs_gradient else None
-        for start in range(0, len(targets), LOGITS_CHUNK):
-            chunk = slice(start, start + LOGITS_CHUNK)
+        rows = LOGITS_CHUNK_ON_GPU if states.is_cuda else LOGITS_CHUNK
+        for start in range(0, len(targets), rows):
+            chunk = slice(start, start + rows)
             wanted = targets[chunk, None]
-            logits = F.linear(states[chunk], head, bias).float()
+            logits = F.linear(states[chunk], head, bias)
+            if states.is_cuda and gradient is not None:
+                losses[chunk], slope = fused(_losses_and_slopes)(logits, wanted)
+                torch.mm(slope, head, out=gradient[chunk])
+                continue
+            logits = logits.float()
             normaliser = logits.logsumexp(-1, keepdim=True)
             losses[chunk] = (normaliser - logits.gather(1, wanted))[:, 0]
             if gradient is not None:

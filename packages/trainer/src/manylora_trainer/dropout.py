@@ -49,6 +49,7 @@ def keep_mask(keys: Tensor, layer: int, width: int, dropout: float) -> Tensor:
         width: features of the layer's input.
         dropout: share that is dropped.
     """
+    # Not compiled on a GPU: for a fixed width the compiler was seen to choose otherwise.
     columns = torch.arange(width, dtype=torch.int32, device=keys.device) * _signed(GOLDEN)
     bits = _mix_tensor(keys ^ layer)[:, None] + columns
     # One more round is enough: a product's high bits, which decide, depend on all bits below.

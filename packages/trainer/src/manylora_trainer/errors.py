@@ -16,6 +16,7 @@ TrainerError
 ├── SweepError                a sweep cannot go on as asked, or found nothing
 ├── WorkersUnavailableError   several workers were asked for, and Ray is not installed
 ├── WorkersLostError          workers ended more often than they may be started again
+├── DeviceMemoryError         the GPU has too little memory for what the recipe asks
 ├── RunInterruptedError       stopped by a signal; a checkpoint was written
 ├── AdaptersStoppedError      one or more adapters stopped early, for the reasons given
 ├── ExportError               an experiment tracker is not installed or refuses
@@ -140,6 +141,12 @@ class WorkersLostError(TrainerError):
     """Workers ended more often than they may be started again."""
 
     reason = "WORKERS_LOST"
+
+
+class DeviceMemoryError(TrainerError):
+    """The GPU has too little memory; the last checkpoint is whole."""
+
+    reason = "DEVICE_MEMORY"
 
 
 class RunInterruptedError(TrainerError):

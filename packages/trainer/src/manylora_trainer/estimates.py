@@ -9,6 +9,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoConfig
@@ -137,7 +138,7 @@ def trained_parameters(recipe: Recipe, identity: BaseModelIdentity) -> dict[str,
 
 def _shapes_of(base: Path, identity: BaseModelIdentity) -> Architecture:
     try:
-        config = AutoConfig.from_pretrained(base, local_files_only=True)
+        config: Any = AutoConfig.from_pretrained(base, local_files_only=True)
         return architecture_of(config, identity)
     except (OSError, ValueError, AttributeError) as error:
         raise UnsupportedBaseError(f"{base}: its config.json cannot be used: {error}") from error

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from manylora_trainer.base_model import BaseModel
-from manylora_trainer.lora import Adapter, dense_weight, frozen_linear
+from manylora_trainer.frozen import dense_weight
+from manylora_trainer.lora import Adapter, frozen_linear
 from manylora_trainer.packing import Batch, pack_batches
 
 OVERSAMPLING = 16

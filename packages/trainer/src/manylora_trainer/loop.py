@@ -30,10 +30,16 @@ from manylora_trainer.errors import (
 from manylora_trainer.formats import Rendered
 from manylora_trainer.full import BaseWeights
 from manylora_trainer.interruption import Interruption
-from manylora_trainer.memory import architecture_of, dtype_of, recomputes
+from manylora_trainer.memory import (
+    architecture_of,
+    dtype_of,
+    recomputes,
+    stating_memory_faults,
+)
 from manylora_trainer.plots import plot_curves
 from manylora_trainer.progress import Watch
 from manylora_trainer.recipe import Recipe, Task
+from manylora_trainer.repeatable import compute_repeatably
 from manylora_trainer.result import RunResult
 from manylora_trainer.run_directory import (
     MetricsFile,
@@ -98,6 +104,7 @@ def train_run(
 
     torch.set_num_threads(training.threads or max(1, (os.cpu_count() or 1) // workers.size))
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    compute_repeatably(device)
     tokenizer = ChatTokenizer(recipe.base)
     data: dict[str, TaskData[Rendered, Any]] = {}
     for task in recipe.tasks:
@@ -119,12 +126,13 @@ def train_run(
 
     watch.say(f"base {recipe.base.name} on {device}, steps {first + 1} to {last}")
     transformers.utils.logging.disable_progress_bar()
-    base = BaseModel(
-        recipe.base,
-        dtype_of(recipe, device),
-        device,
-        four_bit=training.quantization == "nf4",
-    )
+    with stating_memory_faults(training.pack_tokens, how_to_resume):
+        base = BaseModel(
+            recipe.base,
+            dtype_of(recipe, device),
+            device,
+            four_bit=training.quantization == "nf4",
+        )
     whole = BaseWeights(base.model) if recipe.kind == "full" else None
     if recomputes(recipe, architecture_of(base.model.config, identity), device):
         base.recompute_layers()
@@ -194,6 +202,7 @@ def train_run(
     metrics_bytes = 0 if checkpoint is None else checkpoint.metrics_bytes
     with (
         stating_storage_faults(path, how_to_resume),
+        stating_memory_faults(training.pack_tokens, how_to_resume),
         closing(
             MetricsFile(directory.metrics, metrics_bytes) if writes else NoMetrics()
         ) as metrics,

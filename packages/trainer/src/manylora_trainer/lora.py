@@ -12,7 +12,6 @@ import math
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib import import_module
 from typing import Any, cast
 
 import torch
@@ -22,7 +21,9 @@ from torch import Tensor, nn
 from manylora_trainer.adapter_settings import Lora
 from manylora_trainer.dropout import keep_mask, layer_key
 from manylora_trainer.errors import UnsupportedBaseError
+from manylora_trainer.frozen import dense_weight
 from manylora_trainer.packing import Range
+from manylora_trainer.stacked import Member, PackOwners, Working, stacked_linear, stacks_of
 from manylora_trainer.targets import Shapes
 
 
@@ -57,6 +58,7 @@ class Adapter:
         `shapes` gives (out, in) of every targeted linear, by module name.
         """
         rank = settings.rank
+        self.scaling = settings.scaling
         downs = [rank * into for _, into in shapes.values()]
         sizes = [*downs, *(rank * out for out, _ in shapes.values())]
         self.up_from = sum(downs)
@@ -71,6 +73,8 @@ class Adapter:
         """The weights as they began, where the base is to do without their product (PiSSA)."""
         if settings.init_weights == "pissa":
             self.origin = torch.zeros_like(self.weights)
+        self._sizes = sizes
+        self._working: Working | None = None
         weights, gradients = _split(self.weights, sizes), _split(self.gradients, sizes)
         origins = weights if self.origin is None else _split(self.origin, sizes)
         layers = len(shapes)
@@ -89,6 +93,25 @@ class Adapter:
             )
             for number, (name, (out, into)) in enumerate(shapes.items())
         }
+
+    def working(self, dtype: torch.dtype) -> Working:
+        """A copy of the weights for products in this dtype, as they are now."""
+        if self._working is None or self._working.flat.dtype != dtype:
+            flat = torch.empty_like(self.weights, dtype=dtype)
+            parts, layers = _split(flat, self._sizes), len(self.matrices)
+            self._working = Working(
+                flat,
+                {
+                    name: (parts[at].view_as(lora.down), parts[layers + at].view_as(lora.up))
+                    for at, (name, lora) in enumerate(self.matrices.items())
+                },
+            )
+        downs, ups = self.weights[: self.up_from], self.weights[self.up_from :]
+        # An adapter that runs away overflows by itself; stacked products must not see it infinite.
+        most = torch.finfo(dtype).max
+        self._working.flat[: self.up_from].copy_(downs.clamp(-most, most))
+        self._working.flat[self.up_from :].copy_((ups * self.scaling).clamp(-most, most))
+        return self._working
 
     def tensors(self) -> dict[str, Tensor]:
         """The weights under PEFT's names; what is taken off the base is folded in, negated."""
@@ -110,9 +133,17 @@ def _split(flat: Tensor, sizes: list[int]) -> tuple[Tensor, ...]:
 class Routing:
     """Which tokens go through which adapter; shared by all layers, set for one pack at a time."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, *, stacked: bool | None = None) -> None:
+        """`stacked`: adapters side by side, as by default on a GPU; else one after the other."""
+        self.adapters: Sequence[Adapter] = ()
         self.ranges: Sequence[Range] = ()
         self.dropout: Tensor | None = None
+        self.stacked = device.type == "cuda" if stacked is None else stacked
+        self.apart = False
+        """Whether stacked adapters' gradients are taken one by one, as neighbours may be broken."""
+        self._device = device
+        self._working: dict[int, Working] = {}
+        self._owners: PackOwners | None = None
         # Autograd records a function only if an input needs a gradient; the adapters' weights,
         # which do, are not inputs, and the embeddings that enter the first layer do not.
         self.anchor = torch.zeros((), device=device, requires_grad=True)
@@ -130,16 +161,35 @@ class Routing:
         finally:
             self.ranges = ()
             self.dropout = None
+            self._working = {}
+            self._owners = None
+
+    def working(self, adapter: int, dtype: torch.dtype) -> Working:
+        """An adapter's weights for the products of this pack."""
+        if adapter not in self._working:
+            self._working[adapter] = self.adapters[adapter].working(dtype)
+        return self._working[adapter]
+
+    def owners(self, tokens: int) -> PackOwners:
+        """Whose the tokens of this pack are."""
+        if self._owners is None:
+            self._owners = PackOwners.of(self.ranges, tokens, self._device)
+        return self._owners
 
 
 class MultiLoraLinear(nn.Module):
     """A frozen linear layer and the adapters attached to it."""
 
     def __init__(
-        self, base: nn.Linear, adapters: Sequence[LoraMatrices | None], routing: Routing
+        self,
+        name: str,
+        base: nn.Linear,
+        adapters: Sequence[LoraMatrices | None],
+        routing: Routing,
     ) -> None:
         super().__init__()
         self.base = base
+        self._module_name = name
         self._adapters = adapters
         self._routing = routing
 
@@ -154,8 +204,28 @@ class MultiLoraLinear(nn.Module):
         if not routed:
             return self.base(inputs)
         rows = inputs.flatten(0, -2)
+        if self._routing.stacked and not any(route.lora.origin for route in routed):
+            outputs = self._stacked(rows)
+            return outputs.view(*inputs.shape[:-1], -1)
         outputs = cast("Tensor", _LoraLinear.apply(rows, self._routing.anchor, self.base, routed))
         return outputs.view(*inputs.shape[:-1], -1)
+
+    def _stacked(self, rows: Tensor) -> Tensor:
+        routing = self._routing
+        members = [
+            Member(
+                route.adapter,
+                route.start,
+                route.end,
+                matrices,
+                *routing.working(route.adapter, rows.dtype).matrices[self._module_name],
+            )
+            for route in routing.ranges
+            if (matrices := self._adapters[route.adapter]) is not None
+        ]
+        owners = routing.owners(len(rows))
+        stacks = stacks_of(members, owners, len(rows), apart=routing.apart)
+        return stacked_linear(rows, routing.anchor, self.base, stacks, routing.dropout)
 
 
 @dataclass(frozen=True)
@@ -251,15 +321,6 @@ def _accumulate(into: Tensor, left: Tensor, right: Tensor, scale: float) -> None
         into.add_(left @ right, alpha=scale)
 
 
-def dense_weight(linear: nn.Linear) -> Tensor:
-    """The weight of a frozen linear, [out, in]; of a 4-bit one, what its bits stand for."""
-    state: Any = getattr(linear.weight, "quant_state", None)
-    if state is None:
-        return linear.weight
-    functional = import_module("bitsandbytes.functional")  # Of the extra `qlora`.
-    return cast("Tensor", functional.dequantize_4bit(linear.weight.data, state))
-
-
 def frozen_linear(model: nn.Module, name: str) -> nn.Linear:
     """The base's own linear layer of that name, below any adapters."""
     module = model.get_submodule(name)
@@ -284,4 +345,5 @@ def attach(model: nn.Module, adapters: Sequence[Adapter], routing: Routing) -> N
                 f"{name} is a {type(linear).__name__}, and adapters are made for linear layers"
             )
         matrices = [adapter.matrices.get(name) for adapter in adapters]
-        setattr(parent, child, MultiLoraLinear(linear, matrices, routing))
+        setattr(parent, child, MultiLoraLinear(name, linear, matrices, routing))
+    routing.adapters = adapters

@@ -5,6 +5,8 @@
 
 import math
 import os
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,12 +14,33 @@ from typing import Any
 import torch
 
 from manylora_registry.base import BaseModelIdentity
+from manylora_trainer.errors import DeviceMemoryError
 from manylora_trainer.recipe import Recipe
 from manylora_trainer.targets import linears_of
 
 ACTIVATION_SHARE = 0.4
-"""Of the memory there is; with more than that, activations are computed again instead of kept."""
+"""Of a machine's memory, which is for other things too."""
+ACTIVATION_SHARE_ON_GPU = 0.8
+"""Of what a GPU has beside the base; adapters and the logits need some."""
 CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
+
+
+@contextmanager
+def stating_memory_faults(pack_tokens: int, how_to_resume: str) -> Generator[None]:
+    """States it as one line with what to do, when a GPU has no memory left.
+
+    Raises:
+        DeviceMemoryError: instead of torch's error from inside the block.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise DeviceMemoryError(
+            f"the GPU is out of memory with training.pack_tokens {pack_tokens}: lower that, set "
+            "training.gradient_checkpointing to on or training.quantization to nf4, or shorten "
+            "max_length. The last checkpoint is whole; allow the change and go on with: "
+            f"{how_to_resume}"
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -79,8 +102,9 @@ def recomputes(recipe: Recipe, shapes: Architecture, device: torch.device) -> bo
     """Whether a layer's activations are computed again in the backward instead of being kept."""
     if recipe.training.gradient_checkpointing != "auto":
         return recipe.training.gradient_checkpointing == "on"
-    kept = kept_bytes(shapes, largest_pack(recipe), dtype_of(recipe, device))
-    return kept > ACTIVATION_SHARE * device_memory(device)
+    dtype = dtype_of(recipe, device)
+    kept = kept_bytes(shapes, largest_pack(recipe), dtype)
+    return kept > _memory_for_activations(device, shapes.weights * dtype.itemsize)
 
 
 def kept_bytes(
@@ -102,13 +126,14 @@ def kept_bytes(
     return shapes.layers * tokens * shapes.hidden * dtype.itemsize + layer
 
 
-def device_memory(device: torch.device) -> int:
-    """Bytes of memory this process may fill."""
+def _memory_for_activations(device: torch.device, base: int) -> float:
+    """Bytes they may take; what needs more is computed again instead of kept."""
     if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
+        total = torch.cuda.get_device_properties(device).total_memory
+        return ACTIVATION_SHARE_ON_GPU * (total - base)
     physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     try:
-        return min(physical, int(CGROUP_LIMIT.read_text()))
+        return ACTIVATION_SHARE * min(physical, int(CGROUP_LIMIT.read_text()))
     except (OSError, ValueError):
         # No control group, or one without a limit ("max").
-        return physical
+        return ACTIVATION_SHARE * physical

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 (its name everywhere)
 from torch import Tensor
 
+from manylora_trainer.device import on_device
 from manylora_trainer.packing import Batch, Pack
 
 
@@ -41,11 +42,11 @@ class MeanCrossEntropy:
                 weights = np.full(len(trained), 1.0 / trained.sum())
             case "examples":
                 weights = 1.0 / (trained * len(trained))
-        self._weights = torch.from_numpy(weights.astype(np.float32)).to(device)
+        self._weights = on_device(weights.astype(np.float32), device)
 
     def loss(self, sequences: Sequence[int], summed: Tensor) -> Tensor:
         """See `Objective`."""
-        return (summed * self._weights[list(sequences)]).sum()
+        return (summed * _taken(self._weights, sequences)).sum()
 
 
 class DirectPreference:
@@ -58,7 +59,7 @@ class DirectPreference:
         """`reference` holds what the examples' cross-entropy sums up to before training, [2k]."""
         self._beta = beta
         self._reference = reference
-        self.margins: list[float] = []
+        self.margins: list[Tensor] = []
         """How much more each pair's chosen answer has gained than its rejected one, times beta."""
 
     def loss(self, sequences: Sequence[int], summed: Tensor) -> Tensor:
@@ -66,25 +67,32 @@ class DirectPreference:
         place = {number: at for at, number in enumerate(sequences)}
         chosen = [number for number in sequences if number % 2 == 0]
         # Log-probabilities are the negated cross-entropies, so gains are differences from before.
-        gained = self._reference[list(sequences)] - summed
-        ahead = gained[[place[number] for number in chosen]]
-        behind = gained[[place[number + 1] for number in chosen]]
+        gained = _taken(self._reference, sequences) - summed
+        ahead = _taken(gained, [place[number] for number in chosen])
+        behind = _taken(gained, [place[number + 1] for number in chosen])
         margins = self._beta * (ahead - behind)
-        self.margins += cast("list[float]", margins.detach().tolist())
+        # Read once the step is over: a GPU would have to be waited for here.
+        self.margins.append(margins.detach())
         return -F.logsigmoid(margins).sum() / (len(self._reference) // 2)
+
+
+def _taken(values: Tensor, numbers: Sequence[int]) -> Tensor:
+    return values[on_device(np.array(numbers), values.device)]
 
 
 def sums_by_example(pack: Pack, losses: Tensor) -> Tensor:
     """Adds up the losses of a pack's targets for each of its examples, [examples]."""
     examples = sum(len(span.sequences) for span in pack.spans)
-    targets = torch.from_numpy(pack.target_sequences).to(losses.device)
+    targets = on_device(pack.target_sequences, losses.device)
     return losses.new_zeros(examples).index_add(0, targets, losses)
 
 
-def margin_sums(objective: Objective | None) -> tuple[float, float, float]:
+def margin_sums(objective: Objective | None, device: torch.device) -> Tensor:
     """Pairs of a step seen here, those whose chosen answer is ahead, and by how much in all."""
-    margins = objective.margins if isinstance(objective, DirectPreference) else []
-    return len(margins), sum(margin > 0 for margin in margins), sum(margins)
+    if not (isinstance(objective, DirectPreference) and objective.margins):
+        return torch.zeros(3, device=device)
+    margins = torch.cat(objective.margins)
+    return torch.stack([torch.ones_like(margins), (margins > 0).float(), margins]).sum(dim=1)
 
 
 def preference_figures(pairs: float, ahead: float, margin: float) -> dict[str, float]:

@@ -1,7 +1,7 @@
 """Training with several workers, which Ray Train starts, places and starts again.
 
-Inside a worker the loop is the one that runs
-without Ray; what it has to show and what a person decides travel through one small actor.
+Inside a worker the loop is the one that runs without Ray; what it has to show and what a person
+decides travel through one small actor.
 """
 
 # ray and torch are only partly typed.
@@ -27,6 +27,7 @@ import ray.train
 import ray.train.torch
 
 from manylora_registry.base import identify_base
+from manylora_trainer.desk import Desk
 from manylora_trainer.errors import TrainerError, WorkersLostError
 from manylora_trainer.interruption import Signals
 from manylora_trainer.progress import Progress
@@ -50,41 +51,7 @@ class _Job:
     how_to_resume: str
     judge: "Judge | None"
     desk: Any
-    """Handle of the `_Desk`."""
-
-
-class _Desk:
-    """Where workers leave what should be shown and how the run ended; an actor."""
-
-    def __init__(self) -> None:
-        self._events: list[tuple[str, tuple[Any, ...]]] = []
-        self._signal: str | None = None
-        self._outcome: RunResult | TrainerError | None = None
-
-    def tell(self, name: str, arguments: tuple[Any, ...]) -> None:
-        """Notes one call of a method of `Progress`."""
-        self._events.append((name, arguments))
-
-    def heard(self) -> list[tuple[str, tuple[Any, ...]]]:
-        """The calls noted since the last time."""
-        events, self._events = self._events, []
-        return events
-
-    def stop(self, signal: str) -> None:
-        """A person asks the run to end."""
-        self._signal = signal
-
-    def signal(self) -> str | None:
-        """What a person asked the run to end by."""
-        return self._signal
-
-    def end(self, outcome: RunResult | TrainerError) -> None:
-        """Notes how the run ended; the first word counts."""
-        self._outcome = self._outcome or outcome
-
-    def outcome(self) -> RunResult | TrainerError | None:
-        """How the run ended; None while it goes on."""
-        return self._outcome
+    """Handle of the `Desk`."""
 
 
 def train_on_workers(
@@ -115,7 +82,7 @@ def train_on_workers(
             settings.gpu == "auto" and ray.cluster_resources().get("GPU", 0) >= settings.count
         )
         # Its place costs nothing, so that it never waits for a core behind the workers.
-        desk: Any = ray.remote(num_cpus=0)(_Desk).remote()
+        desk: Any = ray.remote(num_cpus=0)(Desk).remote()
         trainer = ray.train.torch.TorchTrainer(
             _work,
             train_loop_config={"job": _Job(recipe, path.absolute(), how_to_resume, judge, desk)},

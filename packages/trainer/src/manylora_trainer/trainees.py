@@ -15,6 +15,7 @@ import torch
 
 from manylora_trainer.base_model import BaseModel
 from manylora_trainer.dataset import TaskData
+from manylora_trainer.device import on_device
 from manylora_trainer.dropout import step_key, token_keys
 from manylora_trainer.formats import Rendered
 from manylora_trainer.full import BaseWeights
@@ -160,13 +161,12 @@ class Trainee:
             tensor.copy_(tensors[name])
         self._sound.copy_(self._weights)
 
-    def apply_gradient(self, step: int, loss: float) -> tuple[float, float | None]:
-        """Applies the gradient of step `step`, if it is finite; gives its norm and the rate.
+    def apply_gradient(self, step: int, loss: float, norm: float) -> float | None:
+        """Applies the gradient of step `step`, if it is finite; gives the rate.
 
         What is not finite is not applied, and stops the adapter: the rate is None then.
         """
         gradients = self.gradients
-        norm = cast("float", torch.linalg.vector_norm(gradients).item())
         rate = None
         if math.isfinite(loss) and math.isfinite(norm):
             self._sound.copy_(self._weights)
@@ -174,7 +174,7 @@ class Trainee:
         else:
             self.progress.stopped = f"step {step + 1}: loss {loss}, gradient norm {norm}"
         gradients.zero_()
-        return norm, rate
+        return rate
 
     def validated(self, step: int, loss: float) -> None:
         """Takes note of the validation loss after `step` steps, and keeps the best weights."""
@@ -246,17 +246,28 @@ class Trainees:
         packs = pack_batches(batches, self._pack_tokens, self._workers.size)
         objectives = self._objectives(batches)
         means = self._backward(step, batches, packs, objectives)
-        sums = torch.tensor([margin_sums(objective) for objective in objectives])
+        norms = self._gradient_norms(batches)
+        if self._routing.stacked and not all(map(math.isfinite, [*means, *norms])):
+            # One that breaks may have broken its neighbours' sums: again, each for itself.
+            for batch in batches:
+                self._trainees[batch.adapter].gradients.zero_()
+            objectives = self._objectives(batches)
+            self._routing.apart = True
+            means = self._backward(step, batches, packs, objectives)
+            self._routing.apart = False
+            norms = self._gradient_norms(batches)
+        device = self._base.device
+        sums = torch.stack([margin_sums(objective, device) for objective in objectives])
         self._workers.add_up(sums)
         margins = cast("list[list[float]]", sums.tolist())
-        applied = [
-            self._trainees[batch.adapter].apply_gradient(step, means[batch.adapter])
-            for batch in batches
+        rates = [
+            self._trainees[batch.adapter].apply_gradient(step, means[batch.adapter], norm)
+            for batch, norm in zip(batches, norms, strict=True)
         ]
         seconds = time.perf_counter() - started
         total = sum(batch.tokens for batch in batches)
         reports: dict[str, StepReport] = {}
-        for batch, (norm, rate) in zip(batches, applied, strict=True):
+        for batch, norm, rate in zip(batches, norms, rates, strict=True):
             trainee, loss = self._trainees[batch.adapter], means[batch.adapter]
             reports[trainee.name] = StepReport(
                 loss=loss,
@@ -319,6 +330,12 @@ class Trainees:
         self._workers.add_up(sums, *(self._trainees[b.adapter].gradients for b in batches))
         return cast("list[float]", sums.tolist())
 
+    def _gradient_norms(self, batches: Sequence[Batch]) -> list[float]:
+        """L2 norm of the gradient of each batch's adapter, read at once."""
+        gradients = [self._trainees[batch.adapter].gradients for batch in batches]
+        norms = torch.stack([torch.linalg.vector_norm(gradient) for gradient in gradients])
+        return cast("list[float]", norms.tolist())
+
     def _objectives(self, batches: Sequence[Batch]) -> list[Objective | None]:
         """By adapter number; None for those without a batch."""
         objectives: list[Objective | None] = [None] * len(self._trainees)
@@ -352,7 +369,7 @@ class Trainees:
             at = 0
             for span in pack.spans:
                 part = summed[at : at + len(span.sequences)]
-                found[span.adapter][list(span.sequences)] = part
+                found[span.adapter][on_device(np.array(span.sequences), device)] = part
                 at += len(span.sequences)
         return found
 
@@ -365,4 +382,4 @@ class Trainees:
             part = slice(r.start, r.end)
             key = self._trainees[r.adapter].dropout_key(step)
             keys[part] = token_keys(key, pack.token_sequences[part], pack.positions[part])
-        return torch.from_numpy(keys.view(np.int32)).to(self._base.device)
+        return on_device(keys.view(np.int32), self._base.device)

@@ -1,0 +1,84 @@
+"""Bases of other families than Llama are trained as PEFT reads the result, or refused by name."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import manylora_trainer
+from manylora_trainer.errors import UnsupportedBaseError
+
+SHAPE = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.2,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+
+
+@pytest.fixture
+def base_of(tiny_base, tmp_path):
+    """A random base of a family, with the tokenizer of the tiny one."""
+
+    def made(family: str, **changes: Any) -> Path:
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+        directory = tmp_path / family
+        vocabulary = len(AutoTokenizer.from_pretrained(tiny_base))
+        torch.manual_seed(0)
+        config = AutoConfig.for_model(family, vocab_size=vocabulary, **{**SHAPE, **changes})
+        AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(directory)
+        for file in tiny_base.glob("*token*"):
+            shutil.copy(file, directory)
+        for file in tiny_base.glob("*.jinja"):
+            shutil.copy(file, directory)
+        return directory
+
+    return made
+
+
+def recipe_over(base: Path, recipe: Path) -> manylora_trainer.Recipe:
+    return manylora_trainer.load_recipe(recipe).model_copy(update={"base": base})
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [("qwen3", {"head_dim": 16}), ("gemma", {"head_dim": 8}), ("phi3", {})],
+)
+def test_what_is_trained_is_what_peft_computes(
+    base_of, make_task, write_recipe, tmp_path, family, changes
+):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    from manylora_trainer.dataset import load_task
+    from manylora_trainer.tokenization import ChatTokenizer
+
+    base = base_of(family, **changes)
+    recipe = recipe_over(base, write_recipe(make_task("one", steps=2)))
+    result = manylora_trainer.train(recipe, tmp_path / "run")
+    stock = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model = PeftModel.from_pretrained(stock, str(tmp_path / "run/adapters/one")).eval()
+    summed = count = 0.0
+    for example in load_task(recipe.tasks[0], ChatTokenizer(base), recipe.seed).validation:
+        tokens = torch.from_numpy(example.tokens)[None].long()
+        labels = tokens.masked_fill(~torch.from_numpy(example.trained)[None], -100)
+        with torch.no_grad():
+            summed += model(input_ids=tokens, labels=labels).loss.item() * example.trained.sum()
+        count += example.trained.sum()
+    assert result.tasks["one"].metrics["validation_loss"] == pytest.approx(summed / count, abs=1e-3)
+
+
+def test_soft_capped_attention_is_refused(base_of, make_task, write_recipe, tmp_path):
+    base = base_of("gemma2", head_dim=8)
+    recipe = recipe_over(base, write_recipe(make_task("one")))
+    with pytest.raises(UnsupportedBaseError, match="soft-capped"):
+        manylora_trainer.train(recipe, tmp_path / "run")
