@@ -333,8 +333,9 @@ class Trainees:
     def _gradient_norms(self, batches: Sequence[Batch]) -> list[float]:
         """L2 norm of the gradient of each batch's adapter, read at once."""
         gradients = [self._trainees[batch.adapter].gradients for batch in batches]
-        norms = torch.stack([torch.linalg.vector_norm(gradient) for gradient in gradients])
-        return cast("list[float]", norms.tolist())
+        norms = [torch.linalg.vector_norm(gradient) for gradient in gradients]
+        # None where all have ended before the last step.
+        return cast("list[float]", torch.stack(norms).tolist()) if norms else []
 
     def _objectives(self, batches: Sequence[Batch]) -> list[Objective | None]:
         """By adapter number; None for those without a batch."""
