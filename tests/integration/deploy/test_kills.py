@@ -1,4 +1,4 @@
-"""A script, killed before and after each of its effects and run again, ends as if it had not been.
+"""Every script, killed before and after each of its effects and run again, ends as if it had not.
 
 One client asks production all the while, and nothing of it may fail.
 """
@@ -54,6 +54,59 @@ def killed_everywhere(
     raise AssertionError("there is no end of moments")
 
 
+def test_a_promotion(world: World) -> None:
+    def prepare() -> str:
+        name = quick(world)
+        world.registry.set_alias(name, "staging", 2)
+        return name
+
+    def check(name: str, ended: Ended) -> None:
+        assert ended.status == 0, ended.err
+        moves = [move for move in world.registry.history(name) if move.alias == "production"]
+        assert [move.version for move in moves] == [1, 2]
+        assert world.division(name) == {}
+        assert sorted(world.outcomes(name, "promote")) == [
+            ("", "done"),
+            ("canary 100 %", "passed"),
+            ("canary 50 %", "passed"),
+            ("gates", "passed"),
+        ]
+
+    assert killed_everywhere(world, prepare, lambda name: ("promote", name), check) > 20
+
+
+def test_a_refusal(world: World) -> None:
+    def prepare() -> str:
+        name = world.adapter(versions=3)
+        world.registry.set_alias(name, "staging", 3)
+        return name
+
+    def check(name: str, ended: Ended) -> None:
+        assert ended.status == 1, ended.err
+        assert "the gates of production are closed" in ended.err
+        assert (world.serving(name), world.division(name)) == (1, {})
+        assert {*world.outcomes(name, "promote")} == {("gates", "refused")}
+
+    assert killed_everywhere(world, prepare, lambda name: ("promote", name), check) > 5
+
+
+def test_a_version_that_is_taken_back(world: World) -> None:
+    def prepare() -> str:
+        name = quick(world)
+        world.registry.set_alias(name, "staging", 2)
+        bad = world.registry.resolve(f"{name}@2")
+        world.gateways["production"].engine.refused.add(bad.engine_name)
+        return name
+
+    def check(name: str, ended: Ended) -> None:
+        assert ended.status == 1, ended.err
+        assert "was taken back" in ended.err
+        assert (world.serving(name), world.division(name)) == (1, {})
+        assert ("canary 50 %", "rolled-back") in world.outcomes(name, "promote")
+
+    assert killed_everywhere(world, prepare, lambda name: ("promote", name), check) > 8
+
+
 def test_a_rollback(world: World) -> None:
     def prepare() -> str:
         name = quick(world)
@@ -67,3 +120,39 @@ def test_a_rollback(world: World) -> None:
 
     arguments = ("--stage", "production")
     assert killed_everywhere(world, prepare, lambda name: ("rollback", name, *arguments), check) > 8
+
+
+def test_a_rollback_of_a_canary_whose_script_was_killed(world: World) -> None:
+    def prepare() -> str:
+        name = quick(world)
+        world.registry.set_alias(name, "production", 2)
+        world.registry.set_alias(name, "production", 1)
+        world.registry.set_alias(name, "staging", 2)
+        # Begins the journal, passes the gates, divides the requests.
+        moment = 0
+        while 2 not in world.division(name):
+            moment += 2
+            assert world.scripts.run("promote", name, kill=moment).killed
+        assert "interrupted" in world.scripts.good("status", "production")
+        return name
+
+    def check(name: str, ended: Ended) -> None:
+        assert ended.status == 0, ended.err
+        assert (world.serving(name), world.division(name)) == (1, {})
+        assert world.outcomes(name, "rollback") == [("rollout", "done")]
+
+    arguments = ("--stage", "production")
+    assert killed_everywhere(world, prepare, lambda name: ("rollback", name, *arguments), check) > 6
+
+
+def test_a_candidate(world: World) -> None:
+    def check(name: str, ended: Ended) -> None:
+        assert ended.status == 0, ended.err
+        moves = [move for move in world.registry.history(name) if move.alias == "staging"]
+        assert [move.version for move in moves] == [2]
+        assert world.outcomes(name, "candidate") == [("", "done")]
+
+    moments = killed_everywhere(
+        world, lambda: quick(world), lambda name: ("candidate", f"{name}@2"), check
+    )
+    assert moments == 4
