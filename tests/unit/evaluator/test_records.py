@@ -41,7 +41,10 @@ def test_every_version_but_the_baseline_gets_its_scores_and_its_verdict(
         (f"good@{version('good', 1).digest}", "small-one-v2", False),
     ]
     payload = kept.records[0][2]
-    assert payload["tasks"]["spelling"]["scores"]["exact_match"] == {"mean": 0, "low": 0, "high": 0}
+    none_of_30 = 1.96**2 / (30 + 1.96**2)  # Wilson's upper bound where nothing was right
+    assert payload["tasks"]["spelling"]["scores"]["exact_match"] == pytest.approx(
+        {"mean": 0, "low": 0, "high": none_of_30}, abs=1e-4
+    )
     assert payload["comparison"]["verdict"] == "worse"
     assert "exact_match is worse" in payload["reasons"][0]
     assert kept.records[1][2]["comparison"]["verdict"] == "too_few_rows"
