@@ -151,6 +151,18 @@ async def test_a_shadow_answers_copies_that_nobody_gets(
     assert (await told_of(gateway)).shares[0].figures.requests == 5
 
 
+async def test_a_shadow_is_not_compared_with_itself(
+    gateway: RunningGateway, published: Publish
+) -> None:
+    published("red", 5)
+    await divide(gateway, (1, 50), (2, 50), shadow=(2, 100))
+    answered = Counter([await ask(gateway, f"session-{index}") for index in range(40)])
+    await gateway.core.shadows.settle()
+    assert answered[1] > 0 < answered[2]
+    report = (await told_of(gateway)).shadow
+    assert report.same + report.skipped == answered[1]
+
+
 async def test_a_failing_shadow_hurts_nobody(gateway: RunningGateway, published: Publish) -> None:
     published("red", 5)
     await divide(gateway, shadow=(2, 100))

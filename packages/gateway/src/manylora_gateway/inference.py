@@ -119,20 +119,22 @@ class Inference:
                             if not delta.choice:
                                 tokens.extend(delta.token_ids)
                             yield with_queue_time(delta, queued_s)
-            self._copy(request, request_id, tokens)
+            self._copy(request, started, tokens)
         except BaseException as error:
             tracing.failed(span, seen.failure(error)[1])
             raise
         finally:
             span.end()
 
-    def _copy(self, request: GenerationRequest, request_id: str, tokens: list[int]) -> None:
-        """Has a copy of an answered request made where its alias is shadowed."""
+    def _copy(self, request: GenerationRequest, started: Started, tokens: list[int]) -> None:
+        """Has a copy of an answered request made where its alias is shadowed by another version."""
         if (found := self._routes.rollout(request.adapter)) is None:
             return
         key, rollout = found
-        if (version := rollout.copies(key, request_id)) is not None:
-            self.shadows.copy(rollout, version, request.prompt, request.sampling, tokens)
+        version, answered = rollout.copies(key, started.request_id), started.version
+        if version is None or (answered and answered.engine_name == version.engine_name):
+            return
+        self.shadows.copy(rollout, version, request.prompt, request.sampling, tokens)
 
     async def _answer(
         self,
