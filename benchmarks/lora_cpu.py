@@ -209,6 +209,11 @@ class Child:
         """Median tokens/s."""
         return statistics.median(self.measured[what, mode])
 
+    def ratio(self, what: str, mode: str, peer: Child, peer_mode: str) -> float:
+        """Median over the rounds of this rate over a peer's: a machine's drift hits both alike."""
+        pairs = zip(self.measured[what, mode], peer.measured[what, peer_mode], strict=True)
+        return statistics.median(own / other for own, other in pairs)
+
     def close(self) -> None:
         """Ends the process."""
         assert self.process.stdin is not None
@@ -380,7 +385,7 @@ def report(
             result[f"prefill_{name}_{mode}"] = round(prefill, 1)
     ratios = {
         f"{what}_mixed_vs_{label}": round(
-            children["grouped"].rate(what, "mixed") / children[peer].rate(what, mode), 3
+            children["grouped"].ratio(what, "mixed", children[peer], mode), 3
         )
         for label, peer, mode in (
             ("lora_off", "off", "bare"),

@@ -43,6 +43,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--base", type=Path, default=HERE.parent / "bases" / "smollm2-135m")
     parser.add_argument("--part", choices=PARTS, help="only this; each takes minutes on two cores")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--quick", action="store_true", help="one short round")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--rounds", type=int, default=2)
@@ -55,7 +56,7 @@ def main() -> None:
         batch_size=8,
         steps=3,
         rows="mixed",
-        dtype="float32",
+        dtype=options.dtype,
     )
     rounds = 1 if options.quick else options.rounds
     figures: dict[str, float] = {}
@@ -118,8 +119,8 @@ def adapters(plain: Load, rounds: int, quick: bool) -> dict[str, float]:
                 replace(
                     plain,
                     tasks=count,
-                    batch_size=16 // count,
-                    steps=2 if quick else 4,
+                    batch_size=64 // count,
+                    steps=2 if quick else 3,
                     rows="distinct-spelling",
                 ),
             )
@@ -168,11 +169,20 @@ def quality(plain: Load, rounds: int, quick: bool) -> dict[str, float]:
 
 
 def precision(plain: Load, rounds: int, quick: bool) -> dict[str, float]:
-    """The base in bfloat16 beside float32: tokens a second, peak memory, held-out loss."""
+    """The base in bfloat16 beside float32 and TRL: tokens a second, peak memory, held-out loss."""
     fast = replace(plain, **({"batch_size": 4, "steps": 2} if quick else {}))
     good = replace(plain, rows="spelling", steps=3 if quick else 12, held_out=True)
     kinds = ("float32", "bfloat16")
-    found = in_turns({kind: ("ours", replace(fast, dtype=kind)) for kind in kinds}, rounds)
+    narrow = replace(fast, dtype="bfloat16")
+    found = in_turns(
+        {
+            **{kind: ("ours", replace(fast, dtype=kind)) for kind in kinds},
+            "trl_bfloat16": ("trl", narrow),
+            "trl_padding_free_bfloat16": ("trl", replace(narrow, padding_free=True)),
+        },
+        rounds,
+    )
+    rates = {name: measured["tokens_per_s"] for name, measured in found.items()}
     losses = {
         kind: statistics.mean(
             measure("ours", replace(good, dtype=kind, seed=seed))["held_out_loss"]
@@ -181,13 +191,16 @@ def precision(plain: Load, rounds: int, quick: bool) -> dict[str, float]:
         for kind in kinds
     }
     ratios = {
-        "tokens_per_s": found["bfloat16"]["tokens_per_s"] / found["float32"]["tokens_per_s"],
+        "tokens_per_s": rates["bfloat16"] / rates["float32"],
         "peak_memory": found["bfloat16"]["peak_bytes"] / found["float32"]["peak_bytes"],
     }
     return {
         **{f"{name}_bfloat16_vs_float32": ratio for name, ratio in ratios.items()},
+        "tokens_per_s_vs_trl_1_bfloat16": rates["bfloat16"] / rates["trl_bfloat16"],
+        "tokens_per_s_vs_trl_padding_free_1_bfloat16": rates["bfloat16"]
+        / rates["trl_padding_free_bfloat16"],
         "held_out_loss_bfloat16_vs_float32": losses["bfloat16"] - losses["float32"],
-        **{f"tokens_per_s_{kind}": found[kind]["tokens_per_s"] for kind in kinds},
+        **{f"tokens_per_s_{name}": rate for name, rate in rates.items()},
         **{f"peak_gb_{kind}": found[kind]["peak_bytes"] / 1e9 for kind in kinds},
         **{f"held_out_loss_{kind}": loss for kind, loss in losses.items()},
     }

@@ -38,7 +38,7 @@ class Load:
     threads: int = 2
     seed: int = 0
     dtype: str = "auto"
-    """Of our base; TRL's is float32."""
+    """Of our base; TRL's is float32 under autocast to this, as it is by default on a GPU."""
     padding_free: bool = False
     """TRL's option of that name."""
     matmul: bool = False

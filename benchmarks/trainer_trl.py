@@ -60,7 +60,7 @@ def trl(load: Load, directory: Path) -> dict[str, float]:
                 padding_free=load.padding_free,
                 # Not to be given together; no row is that long.
                 max_length=None if load.padding_free else load.max_length,
-                bf16=False,
+                bf16=load.dtype == "bfloat16",
                 use_cpu=True,
                 report_to=[],
                 save_strategy="no",

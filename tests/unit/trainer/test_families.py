@@ -77,6 +77,22 @@ def test_what_is_trained_is_what_peft_computes(
     assert result.tasks["one"].metrics["validation_loss"] == pytest.approx(summed / count, abs=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [("qwen3", {"head_dim": 16}), ("gemma", {"head_dim": 8}), ("stablelm", {})],
+)
+def test_in_bfloat16_a_family_learns_almost_the_same(
+    base_of, make_task, write_recipe, tmp_path, family, changes
+):
+    base = base_of(family, **changes)
+    losses: list[float] = []
+    for dtype in ("float32", "bfloat16"):
+        recipe = recipe_over(base, write_recipe(make_task("one", steps=2), dtype=dtype))
+        result = manylora_trainer.train(recipe, tmp_path / dtype)
+        losses.append(result.tasks["one"].metrics["validation_loss"])
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)
+
+
 def test_soft_capped_attention_is_refused(base_of, make_task, write_recipe, tmp_path):
     base = base_of("gemma2", head_dim=8)
     recipe = recipe_over(base, write_recipe(make_task("one")))

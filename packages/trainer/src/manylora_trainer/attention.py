@@ -44,7 +44,6 @@ class AttentionPlan:
     """The buckets of a pack as index tensors, made once and used by every layer."""
 
     def __init__(self, pack: Pack, device: torch.device, dtype: torch.dtype) -> None:
-        dtype = torch.float32 if device.type == "cpu" else dtype
         self.calls: list[_Call] = []
         self.longest_key = 0
         for bucket in pack.buckets:
@@ -173,10 +172,6 @@ def packed_attention(
         UnsupportedBaseError: the model asks for attention that is not plain and causal.
     """
     plan = _plans[-1]
-    dtype = query.dtype
-    if query.device.type == "cpu":
-        # Torch's backward of attention in bfloat16 takes five times as long there.
-        query, key, value = query.float(), key.float(), value.float()
     if softcap is not None or s_aux is not None or dropout:
         raise UnsupportedBaseError("bases with soft-capped or sink attention cannot be trained yet")
     if sliding_window is not None and plan.longest_key > sliding_window:
@@ -218,7 +213,7 @@ def packed_attention(
     outputs = attended[0] if len(attended) == 1 else torch.cat(attended)
     if plan.gathers_queries:
         outputs = _PutBack.apply(outputs, plan)
-    return outputs.unsqueeze(0).to(dtype), None
+    return outputs.unsqueeze(0), None
 
 
 def _rectangle(rows: Tensor, examples: int) -> Tensor:

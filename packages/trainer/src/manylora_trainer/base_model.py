@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM
 from manylora_trainer.attention import ATTENTION_NAME, attending, plan_attention
 from manylora_trainer.device import on_device
 from manylora_trainer.errors import UnsupportedBaseError
+from manylora_trainer.frozen import keep_activations_in_float32
 from manylora_trainer.fused import fuse_small_operations, fused
 from manylora_trainer.packing import Batch, Pack, pack_batches
 from manylora_trainer.tokenization import Example
@@ -74,6 +75,8 @@ class BaseModel:
         expected = self._stock_logits(tokens)
         if device.type == "cuda":
             fuse_small_operations(self.model)
+        elif dtype != torch.float32:
+            keep_activations_in_float32(self.model)
         self._check_packing(tokens.astype(np.int32), expected, directory)
 
     def recompute_layers(self) -> None:
@@ -102,7 +105,7 @@ class BaseModel:
     @property
     def dtype(self) -> torch.dtype:
         """Of its activations."""
-        return self._head.weight.dtype
+        return torch.float32 if self.device.type == "cpu" else self._head.weight.dtype
 
     @contextmanager
     def reading(self, pack: Pack) -> Generator[None]:
@@ -239,7 +242,7 @@ class _HeadLoss(torch.autograd.Function):
         for start in range(0, len(targets), rows):
             chunk = slice(start, start + rows)
             wanted = targets[chunk, None]
-            logits = F.linear(states[chunk], head, bias)
+            logits = F.linear(states[chunk].to(head.dtype), head, bias)
             if states.is_cuda and gradient is not None:
                 losses[chunk], slope = fused(_losses_and_slopes)(logits, wanted)
                 torch.mm(slope, head, out=gradient[chunk])

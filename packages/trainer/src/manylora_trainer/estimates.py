@@ -18,6 +18,7 @@ from manylora_registry.base import BaseModelIdentity
 from manylora_trainer.errors import UnsupportedBaseError
 from manylora_trainer.memory import (
     Architecture,
+    activation_dtype_of,
     architecture_of,
     dtype_of,
     kept_bytes,
@@ -96,7 +97,9 @@ def estimate_memory(
         # With the gradients a copy of the last weights that gave a finite loss.
         adapters=(2 if trained else 3) * parameters * FLOAT32,
         optimizers=2 * parameters * FLOAT32,
-        activations=kept_bytes(shapes, tokens, dtype, recomputed=recomputed),
+        activations=kept_bytes(
+            shapes, tokens, activation_dtype_of(recipe, device), recomputed=recomputed
+        ),
         # Logits in float32, once more in the base's own type for the product with the head.
         logits=min(tokens, LOGITS_CHUNK)
         * shapes.vocabulary

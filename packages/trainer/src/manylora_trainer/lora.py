@@ -15,13 +15,12 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F  # noqa: N812 (its name everywhere)
 from torch import Tensor, nn
 
 from manylora_trainer.adapter_settings import Lora
 from manylora_trainer.dropout import keep_mask, layer_key
 from manylora_trainer.errors import UnsupportedBaseError
-from manylora_trainer.frozen import dense_weight
+from manylora_trainer.frozen import input_gradient, product
 from manylora_trainer.packing import Range
 from manylora_trainer.stacked import Member, PackOwners, Working, stacked_linear, stacks_of
 from manylora_trainer.targets import Shapes
@@ -265,7 +264,7 @@ class _LoraLinear(torch.autograd.Function):
         base: nn.Linear,
         routed: Sequence[_Route],
     ) -> Tensor:
-        outputs = F.linear(inputs, dense_weight(base), base.bias)
+        outputs = product(base, inputs)
         kept: list[Tensor | None] = []
         inner: list[Tensor] = []
         for route in routed:
@@ -294,7 +293,7 @@ class _LoraLinear(torch.autograd.Function):
         inputs, *saved = ctx.saved_tensors
         kept, inner = saved[: len(routed)], saved[len(routed) :]
         needs_input: bool = ctx.needs_input_grad[0]
-        input_gradient = gradient @ dense_weight(ctx.base) if needs_input else None
+        passed = input_gradient(ctx.base, gradient) if needs_input else None
         for route, keep, lowered in zip(routed, kept, inner, strict=True):
             lora, part = route.lora, slice(route.start, route.end)
             rows, outer = inputs[part], gradient[part]
@@ -302,16 +301,16 @@ class _LoraLinear(torch.autograd.Function):
             seen = rows if keep is None else rows * keep
             _accumulate(lora.down_gradient, through.t(), seen, 1.0)
             _accumulate(lora.up_gradient, outer.t(), lowered, route.scaling)
-            if input_gradient is None:
+            if passed is None:
                 continue
             if lora.origin is not None:
                 down, up = (matrix.to(outer.dtype) for matrix in lora.origin)
-                input_gradient[part].addmm_(outer @ up, down, alpha=-lora.scaling)
+                passed[part].addmm_(outer @ up, down, alpha=-lora.scaling)
             if keep is None:
-                input_gradient[part].addmm_(through, lora.down.to(outer.dtype))
+                passed[part].addmm_(through, lora.down.to(outer.dtype))
             else:
-                input_gradient[part].add_((through @ lora.down.to(outer.dtype)).mul_(keep))
-        return input_gradient, None, None, None
+                passed[part].add_((through @ lora.down.to(outer.dtype)).mul_(keep))
+        return passed, None, None, None
 
 
 def _accumulate(into: Tensor, left: Tensor, right: Tensor, scale: float) -> None:

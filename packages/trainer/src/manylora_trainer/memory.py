@@ -93,6 +93,11 @@ def dtype_of(recipe: Recipe, device: torch.device) -> torch.dtype:
             return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
+def activation_dtype_of(recipe: Recipe, device: torch.device) -> torch.dtype:
+    """Of what lies between the base's products; see `keep_activations_in_float32`."""
+    return torch.float32 if device.type == "cpu" else dtype_of(recipe, device)
+
+
 def largest_pack(recipe: Recipe) -> int:
     """Tokens of the largest forward that the recipe's limits allow."""
     return max(recipe.training.pack_tokens, *(task.max_length for task in recipe.tasks))
@@ -102,9 +107,9 @@ def recomputes(recipe: Recipe, shapes: Architecture, device: torch.device) -> bo
     """Whether a layer's activations are computed again in the backward instead of being kept."""
     if recipe.training.gradient_checkpointing != "auto":
         return recipe.training.gradient_checkpointing == "on"
-    dtype = dtype_of(recipe, device)
-    kept = kept_bytes(shapes, largest_pack(recipe), dtype)
-    return kept > _memory_for_activations(device, shapes.weights * dtype.itemsize)
+    kept = kept_bytes(shapes, largest_pack(recipe), activation_dtype_of(recipe, device))
+    base = shapes.weights * dtype_of(recipe, device).itemsize
+    return kept > _memory_for_activations(device, base)
 
 
 def kept_bytes(

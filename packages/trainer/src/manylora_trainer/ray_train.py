@@ -126,6 +126,8 @@ def _connect(address: str | None, workers: int, cpus: float) -> None:
     if address:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         return
+    # Ray starts workers at nice 15: whatever else the machine does would come first.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     ray.init(
         # As many as asked for: cores are the machine's to share out, and a laptop has few.
         num_cpus=max(os.cpu_count() or 1, int(-(-workers * cpus // 1))),

@@ -155,7 +155,8 @@ class Training(ConfigModel):
     """nf4: the frozen base's linear layers in four bits (QLoRA); needs a GPU and the extra
     `qlora`."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of the frozen base. auto: float32 on a CPU, bfloat16 on a GPU. Adapters are float32."""
+    """Of the frozen base. auto: float32 on a CPU, bfloat16 on a GPU. Adapters are float32.
+    A CPU that multiplies bfloat16 itself (AMX) trains about one and a half times as fast in it."""
 
     @field_validator("gradient_checkpointing", mode="before")
     @classmethod
