@@ -62,7 +62,6 @@ class Served:
         self._process = subprocess.Popen(
             [sys.executable, "-m", *module, str(config)],
             stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
             text=True,
             cwd=ROOT,
             env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", **environment},
@@ -84,7 +83,7 @@ def told(script: str, *arguments: str, **environment: str) -> Any:
     """The JSON that a script of this directory prints; Ray may print below it."""
     done = subprocess.run(
         [sys.executable, str(ROOT / "benchmarks" / script), *arguments],
-        capture_output=True,
+        stdout=subprocess.PIPE,
         text=True,
         check=True,
         cwd=ROOT,
@@ -167,11 +166,11 @@ def vllm_serve(base: Path, streams: int) -> Generator[str, None, None]:
     lora = "--enable-lora --max-loras 5 --max-lora-rank 16"
     process = subprocess.Popen(
         [
-            *(sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(base)),
+            # `vllm serve` asks for the version of a package that the CPU build is not called.
+            *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(base)),
             *f"--host 127.0.0.1 --port {port} {engine} {lora} --disable-log-stats".split(),
         ],
         stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
         env={
             **os.environ,
             "HF_HUB_OFFLINE": "1",
