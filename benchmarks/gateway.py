@@ -4,7 +4,7 @@ Part one, no model: an engine that makes up tokens behind the whole gateway (gRP
 Serve, pool), as fast as asked at 64 streams, and the same deltas through a plain Ray Serve
 streaming handle. Part two, with `--real`: the base model in vLLM behind the gateway (gRPC, and HTTP
 with the `openai` client), the same requests to `AsyncLLM` called directly, and to `vllm serve` with
-the `openai` client; one after the other, each alone on the machine.
+the `openai` client; all are up at once and take turns, so that a machine that drifts hits all.
 
     PYTHONPATH=. python benchmarks/gateway.py [--real] [--no-synthetic]
 
@@ -20,8 +20,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -53,6 +53,10 @@ def write_base(directory: Path) -> Path:
     weights = {"model.layers.0.self_attn.q_proj.weight": np.zeros((4, 4), np.float32)}
     save_file(weights, directory / "model.safetensors")
     return directory
+
+
+Measure = Callable[[], tuple[float, float]]
+"""Takes a round: tokens/s, and median seconds to the first token."""
 
 
 class Served:
@@ -197,10 +201,42 @@ def vllm_serve(base: Path, streams: int) -> Generator[str, None, None]:
         process.wait(90)
 
 
+@contextmanager
+def engine_alone(config: Path, streams: int, tokens: int) -> Generator[Measure]:
+    """A round of the engine without a gateway."""
+    script = str(ROOT / "benchmarks/engine_alone.py")
+    with subprocess.Popen(
+        [sys.executable, script, str(config), str(streams), str(tokens)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    ) as process:
+        asked, answered = process.stdin, process.stdout
+        assert asked is not None
+        assert answered is not None
+
+        def line(start: str) -> str:
+            # vLLM logs to the same place.
+            return next(line for line in answered if line.startswith(start))
+
+        line("up")
+
+        def measure() -> tuple[float, float]:
+            asked.write("\n")
+            asked.flush()
+            speed, first = json.loads(line("["))
+            return speed, first
+
+        yield measure
+        asked.close()
+
+
 def real(
     base: Path, streams: int, tokens: int, rounds: int, peers: Sequence[str], directory: Path
 ) -> dict[str, float]:
-    """The gateway beside the engine it holds and vLLM's own server, each alone on the machine."""
+    """The gateway beside the engine it holds and vLLM's own server; all are up, one is asked."""
     registry = directory / "real-registry"
     Registry.open(registry).close()
     config = directory / "real.yaml"
@@ -209,30 +245,27 @@ def real(
     )
     prompt = list(range(100, 164))
 
-    def over_http(url: str, model: str) -> list[tuple[float, float]]:
-        work = (streams, tokens, prompt)
-        return [asyncio.run(openai_stream.stream_all(url, model, *work)) for _ in range(rounds + 1)]
+    def over_http(url: str, model: str) -> Measure:
+        return lambda: asyncio.run(openai_stream.stream_all(url, model, streams, tokens, prompt))
 
-    measured: dict[str, Sequence[Sequence[float]]] = {}
-    with Served(["manylora_cli", "serve"], config) as ready:
-        measured["gateway"] = [
-            asyncio.run(stream_all(ready["grpc"], streams, tokens, prompt))[:2]
-            for _ in range(rounds + 1)
-        ]
+    with ExitStack() as up:
+        ready = up.enter_context(Served(["manylora_cli", "serve"], config))
+        sides: dict[str, Measure] = {
+            "gateway": lambda: asyncio.run(stream_all(ready["grpc"], streams, tokens, prompt))[:2]
+        }
+        if "engine" in peers:
+            sides["engine"] = up.enter_context(engine_alone(config, streams, tokens))
         if "vllm-serve" in peers:
-            measured["gateway, HTTP"] = over_http(f"http://{ready['http']}", base.name)
-    if "engine" in peers:
-        measured["engine"] = told(
-            "engine_alone.py", str(config), str(streams), str(tokens), str(rounds + 1)
+            sides["gateway, HTTP"] = over_http(f"http://{ready['http']}", base.name)
+            url = up.enter_context(vllm_serve(base, streams))
+            sides["vllm serve"] = over_http(url, str(base))
+        for measure in sides.values():
+            measure()  # Warms up.
+        found = [{name: measure() for name, measure in sides.items()} for _ in range(rounds)]
+    for name in sides:
+        speed, first = (
+            median(column) for column in zip(*(turn[name] for turn in found), strict=True)
         )
-    if "vllm-serve" in peers:
-        with vllm_serve(base, streams) as url:
-            measured["vllm serve"] = over_http(url, str(base))
-    medians: dict[str, tuple[float, float]] = {}
-    for name, found in measured.items():
-        # The first round of each warms up.
-        speed, first = (median(column) for column in zip(*found[1:], strict=True))
-        medians[name] = (speed, first)
         print(f"{streams} streams, {name:<13} {speed:7.1f} tokens/s, first after {first:.3f} s")
     figures: dict[str, float] = {}
     for label, ours, theirs in (
@@ -240,9 +273,10 @@ def real(
         ("vs_vllm_serve", "gateway", "vllm serve"),
         ("http_vs_vllm_serve", "gateway, HTTP", "vllm serve"),
     ):
-        if theirs in medians:
-            figures[f"tokens_per_s_{label}"] = medians[ours][0] / medians[theirs][0]
-            figures[f"ttft_{label}"] = medians[ours][1] / medians[theirs][1]
+        if theirs in sides:
+            for at, what in enumerate(("tokens_per_s", "ttft")):
+                ratios = [turn[ours][at] / turn[theirs][at] for turn in found]
+                figures[f"{what}_{label}"] = median(ratios)
     return figures
 
 
