@@ -66,8 +66,8 @@ class Backend(Protocol):
         """The connection, set so that its next transaction sees one state."""
         ...
 
-    def write(self, connection: Connection, /) -> Connection:
-        """The connection, set for a writing transaction."""
+    def write(self, connection: Connection, /, *, lasting: bool) -> Connection:
+        """The connection, set for a writing transaction; `lasting`: it survives a power cut."""
         ...
 
     def lock(self, connection: Connection, /) -> None:
@@ -134,18 +134,19 @@ class Database:
             yield self._backend.read(connection)
 
     @contextlib.contextmanager
-    def write(self, *, trial: bool = False) -> Generator[Connection]:
+    def write(self, *, trial: bool = False, lasting: bool = True) -> Generator[Connection]:
         """A transaction alone among writers; committed, durably, when the block ends well.
 
         Args:
             trial: undo everything at the end of the block instead.
+            lasting: False where a power cut may undo it, alone: nobody waits for the disk then.
 
         Raises:
             DatabaseUnavailableError: the database cannot be reached, or another writer kept the
                 lock too long. If that happens at the commit itself, it may have been done.
         """
         with self._stated(), self._backend.engine.connect() as connection:
-            connection = self._backend.write(connection)
+            connection = self._backend.write(connection, lasting=lasting)
             with connection.begin() as transaction:
                 self._backend.lock(connection)
                 yield connection

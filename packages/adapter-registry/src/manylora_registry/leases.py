@@ -109,7 +109,9 @@ def uploading(database: Database, digests: Iterable[str], holder: str) -> Genera
     before it deletes. `end_upload` ends the lease; so does leaving the block with an error.
     """
     named = sorted(digests)
-    with database.write() as connection:
+    # A power cut ends the upload too, or, of a database elsewhere, loses the lease, which the
+    # upload's end finds out.
+    with database.write(lasting=False) as connection:
         expires_at = _after(database.clock(connection), UPLOAD_SECONDS)
         identity = _insert(connection, "upload", holder, expires_at)
         connection.execute(

@@ -62,13 +62,17 @@ class Postgres:
             isolation_level="REPEATABLE READ", postgresql_readonly=True
         )
 
-    def write(self, connection: Connection) -> Connection:
+    def write(self, connection: Connection, *, lasting: bool) -> Connection:
         """See `Backend`."""
-        return connection.execution_options(isolation_level="READ COMMITTED")
+        return connection.execution_options(
+            isolation_level="READ COMMITTED", manylora_lasting=lasting
+        )
 
     def lock(self, connection: Connection) -> None:
         """See `Backend`."""
         connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({LOCK})")
+        if not connection.get_execution_options()["manylora_lasting"]:
+            connection.exec_driver_sql("SET LOCAL synchronous_commit TO off")
 
     def preparing(self) -> contextlib.AbstractContextManager[None]:
         """See `Backend`: tables are made within a transaction, under the write lock."""

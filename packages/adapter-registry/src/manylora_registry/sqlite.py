@@ -48,9 +48,11 @@ class Sqlite:
         """See `Backend`: every transaction in WAL mode has its snapshot."""
         return connection
 
-    def write(self, connection: Connection) -> Connection:
+    def write(self, connection: Connection, *, lasting: bool) -> Connection:
         """See `Backend`."""
-        return connection.execution_options(manylora_write=True)
+        return connection.execution_options(
+            manylora_write=True, manylora_synchronous="FULL" if lasting else "NORMAL"
+        )
 
     def lock(self, _connection: Connection) -> None:
         """See `Backend`: `BEGIN IMMEDIATE` has it already."""
@@ -139,12 +141,15 @@ def _on_connect(connection: Any, _record: Any) -> None:
     connection.isolation_level = None
     cursor = connection.cursor()
     cursor.execute("PRAGMA foreign_keys=ON")
-    # In WAL mode NORMAL could lose the last commits in a power cut: a version said to be
-    # published would be gone.
-    cursor.execute("PRAGMA synchronous=FULL")
     cursor.close()
 
 
 def _on_begin(connection: Connection) -> None:
-    write = connection.get_execution_options().get("manylora_write")
-    connection.exec_driver_sql("BEGIN IMMEDIATE" if write else "BEGIN")
+    options = connection.get_execution_options()
+    if not options.get("manylora_write"):
+        connection.exec_driver_sql("BEGIN")
+        return
+    # In WAL mode NORMAL could lose the last commits in a power cut: a version said to be
+    # published would be gone.
+    connection.exec_driver_sql(f"PRAGMA synchronous={options['manylora_synchronous']}")
+    connection.exec_driver_sql("BEGIN IMMEDIATE")
