@@ -2,13 +2,14 @@
 
 `python -m tests.integration.deploy.scripts` answers each line of JSON `{"arguments", "kill",
 "stages"}` with one about the script that it ran. It imports what scripts need once and forks, as
-imports would take most of the time; it makes no gRPC object itself, which a fork would break.
+imports would take most of the time; it opens no gRPC channel itself, which a fork would break.
 
 An effect is a call that changes something others see: the journal, a rollout, the registry, a
 process. A script is killed before its first effect, after it, before its second, and so on.
 """
 
 import functools
+import importlib
 import json
 import os
 import signal
@@ -53,11 +54,15 @@ class Scripts:
             env=dict(os.environ, MANYLORA_STAGES=str(stages), PYTHONPATH=str(ROOT)),
         )
 
-    def run(self, *arguments: str, kill: int | None = None) -> Ended:
-        """Runs `deploy/ARGUMENTS`, killed at its moment number `kill`, from 0."""
+    def run(
+        self, *arguments: str, kill: int | None = None, by: signal.Signals = signal.SIGKILL
+    ) -> Ended:
+        """Runs `deploy/ARGUMENTS`; it gets the signal `by` at its moment number `kill`, from 0."""
         assert self._runner.stdin is not None
         assert self._runner.stdout is not None
-        self._runner.stdin.write(json.dumps({"arguments": arguments, "kill": kill}) + "\n")
+        self._runner.stdin.write(
+            json.dumps({"arguments": arguments, "kill": kill, "by": by}) + "\n"
+        )
         self._runner.stdin.flush()
         return Ended(**json.loads(self._runner.stdout.readline()))
 
@@ -94,17 +99,17 @@ def effects() -> list[tuple[type, str]]:
     ]
 
 
-def run(arguments: list[str], kill: int | None, counted: int) -> None:
-    """In the child: the script, killed at moment `kill`; says how many there were."""
+def run(arguments: list[str], kill: int | None, by: int, counted: int) -> None:
+    """In the child: the script, sent `by` at moment `kill`; says how many there were."""
     from deploy.stages.__main__ import main
 
     moments = 0
 
     def moment() -> None:
         nonlocal moments
-        if moments == kill:
-            os.kill(os.getpid(), signal.SIGKILL)
-        moments += 1
+        at, moments = moments, moments + 1
+        if at == kill:
+            os.kill(os.getpid(), by)
         os.pwrite(counted, moments.to_bytes(4, "big"), 0)
 
     def between_moments(effect: Callable[..., Any]) -> Callable[..., Any]:
@@ -127,8 +132,8 @@ def run(arguments: list[str], kill: int | None, counted: int) -> None:
 
 def serve() -> None:
     """Runs what it is told to, until there is no more."""
-    import manylora_registry.registry  # noqa: F401
-
+    for name in ("promote", "rollback", "history", "status"):
+        importlib.import_module(f"deploy.stages.{name}")
     for line in sys.stdin:
         told: dict[str, Any] = json.loads(line)
         with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
@@ -139,7 +144,7 @@ def serve() -> None:
                     os.dup2(err.fileno(), 2)
                     status = 0
                     try:
-                        run(told["arguments"], told["kill"], counted.fileno())
+                        run(told["arguments"], told["kill"], told["by"], counted.fileno())
                     except SystemExit as error:
                         status = error.code if isinstance(error.code, int) else 1
                     except BaseException:

@@ -3,6 +3,7 @@
 One client asks production all the while, and nothing of it may fail.
 """
 
+import signal
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -124,15 +125,7 @@ def test_a_rollback(world: World) -> None:
 
 def test_a_rollback_of_a_canary_whose_script_was_killed(world: World) -> None:
     def prepare() -> str:
-        name = quick(world)
-        world.registry.set_alias(name, "production", 2)
-        world.registry.set_alias(name, "production", 1)
-        world.registry.set_alias(name, "staging", 2)
-        # Begins the journal, passes the gates, divides the requests.
-        moment = 0
-        while 2 not in world.division(name):
-            moment += 2
-            assert world.scripts.run("promote", name, kill=moment).killed
+        name, _ = killed_in_canary(world)
         assert "interrupted" in world.scripts.good("status", "production")
         return name
 
@@ -143,6 +136,39 @@ def test_a_rollback_of_a_canary_whose_script_was_killed(world: World) -> None:
 
     arguments = ("--stage", "production")
     assert killed_everywhere(world, prepare, lambda name: ("rollback", name, *arguments), check) > 6
+
+
+def candidate(world: World) -> str:
+    """An adapter in its first version, and in the second before; staging has the second too."""
+    name = quick(world)
+    world.registry.set_alias(name, "production", 2)
+    world.registry.set_alias(name, "production", 1)
+    world.registry.set_alias(name, "staging", 2)
+    return name
+
+
+def killed_in_canary(world: World) -> tuple[str, int]:
+    """An adapter whose promotion was killed when a share was given, and at which moment."""
+    for moment in range(0, MOST_MOMENTS, 2):
+        name = candidate(world)
+        assert world.scripts.run("promote", name, kill=moment).killed
+        if 2 in world.division(name):
+            return name, moment
+    raise AssertionError("no share was given")
+
+
+@pytest.mark.parametrize("by", [signal.SIGINT, signal.SIGTERM])
+def test_who_interrupts_a_canary_sends_everybody_back(world: World, by: signal.Signals) -> None:
+    _, moment = killed_in_canary(world)
+    name = candidate(world)
+    with world.client(name):
+        ended = world.scripts.run("promote", name, kill=moment, by=by)
+        assert ended.status == 1, ended.err
+        assert "everybody is back on version 1. Run it again to go on" in ended.err
+        assert (world.serving(name), world.division(name)) == (1, {})
+        assert world.scripts.run("promote", name).status == 0
+    assert (world.serving(name), world.division(name)) == (2, {})
+    assert ("canary 50 %", "interrupted") in world.outcomes(name, "promote")
 
 
 def test_a_candidate(world: World) -> None:
