@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,12 @@ def test_every_verb_and_every_option_says_what_it_does(path: tuple[str, ...]) ->
     assert not [line for line in options if "<str>" in line], "it does not say what it takes"
     for parameter in getattr(VERBS[path], "params", ()):
         assert getattr(parameter, "help", None), f"{parameter.name} has no word of help"
+
+
+def test_the_command_knows_its_version() -> None:
+    shown = CliRunner().invoke(app, ["--version"])
+
+    assert (shown.exit_code, shown.output) == (0, f"manylora {version('manylora')}\n")
 
 
 def test_examples_keep_their_lines() -> None:

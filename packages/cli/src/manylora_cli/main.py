@@ -6,6 +6,8 @@ and a wrong word on the command line answer at once.
 
 import os
 import sys
+from importlib.metadata import version as installed
+from typing import Annotated
 
 import typer
 
@@ -24,6 +26,13 @@ from manylora_cli import (
     train,
 )
 
+
+def _say_version(asked: bool) -> None:
+    if asked:
+        print(f"manylora {installed('manylora')}")
+        raise typer.Exit
+
+
 app = typer.Typer(
     name="manylora",
     help="Train many LoRA adapters over one base model, version them, serve them all from it.",
@@ -32,6 +41,20 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Print the version and exit.", is_eager=True, callback=_say_version
+        ),
+    ] = False,
+) -> None:
+    """Takes the options that belong to no verb."""
+
+
 app.command("train")(train.train)
 app.command("sweep")(sweep.sweep)
 app.command("publish")(publish.publish)
