@@ -12,6 +12,10 @@ RUN := HF_HUB_OFFLINE=1 RAY_USAGE_STATS_ENABLED=0 VLLM_NO_USAGE_STATS=1 .venv/bi
 BASE := bases/smollm2-135m
 NAME ?= lora_cpu
 
+# Where a machine forbids it, every process compiles all of vLLM's and torch's sources again, which
+# is two thirds of the time they take to import.
+export PYTHONDONTWRITEBYTECODE :=
+
 .PHONY: help
 help: ## Say what there is
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
