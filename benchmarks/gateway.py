@@ -219,7 +219,10 @@ def engine_alone(config: Path, streams: int, tokens: int) -> Generator[Measure]:
 
         def line(start: str) -> str:
             # vLLM logs to the same place.
-            return next(line for line in answered if line.startswith(start))
+            for line in answered:
+                if line.startswith(start):
+                    return line
+            raise SystemExit("the engine ended")
 
         line("up")
 

@@ -43,7 +43,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--base", type=Path, default=HERE.parent / "bases" / "smollm2-135m")
     parser.add_argument("--part", choices=PARTS, help="only this; each takes minutes on two cores")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--quick", action="store_true", help="one short round")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--rounds", type=int, default=2)
@@ -56,7 +55,7 @@ def main() -> None:
         batch_size=8,
         steps=3,
         rows="mixed",
-        dtype=options.dtype,
+        dtype="float32",
     )
     rounds = 1 if options.quick else options.rounds
     figures: dict[str, float] = {}
