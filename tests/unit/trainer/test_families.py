@@ -4,11 +4,15 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 import manylora_trainer
+from manylora_trainer.base_model import BaseModel
 from manylora_trainer.errors import UnsupportedBaseError
+from manylora_trainer.packing import Batch, pack_batches
+from manylora_trainer.tokenization import Example
 
 SHAPE = {
     "hidden_size": 32,
@@ -91,6 +95,14 @@ def test_in_bfloat16_a_family_learns_almost_the_same(
         result = manylora_trainer.train(recipe, tmp_path / dtype)
         losses.append(result.tasks["one"].metrics["validation_loss"])
     assert losses[1] == pytest.approx(losses[0], rel=0.02)
+
+
+def test_between_products_in_bfloat16_a_cpu_keeps_float32(tiny_base):
+    base = BaseModel(tiny_base, torch.bfloat16, torch.device("cpu"))
+    example = Example(np.arange(8, dtype=np.int32), np.arange(8) >= 4)
+    (pack,) = pack_batches([Batch(0, [example])], 64)
+    with base.reading(pack):
+        assert base.hidden_states(pack).dtype == torch.float32
 
 
 def test_soft_capped_attention_is_refused(base_of, make_task, write_recipe, tmp_path):
