@@ -15,7 +15,7 @@ from deploy.stages.operator import Copies, Figures
 FEWEST_COMPARED = 10
 """Copies below which nothing is said about how many differ."""
 PATIENCE = 10
-"""Windows after which a version that has not had its requests is taken back."""
+"""Windows watched after which a version that has not had its requests is taken back."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,8 @@ class Reading:
 
     seconds: float
     """Since its window began."""
+    watched_s: float
+    """Seconds of them in which this script watched: nobody probes for a script that was killed."""
     candidate: Figures
     """What the new version did in the window."""
     present: Figures
@@ -55,8 +57,8 @@ def judge(canary: Canary, reading: Reading) -> Verdict:
     missing = _missing(canary, reading)
     if not missing:
         return Verdict("passed")
-    if reading.seconds > PATIENCE * canary.window_s and not enough:
-        return Verdict("broken", (f"after {reading.seconds:.0f} s: {missing[0]}",))
+    if reading.watched_s > PATIENCE * canary.window_s and not enough:
+        return Verdict("broken", (f"after {reading.watched_s:.0f} s: {missing[0]}",))
     return Verdict("watch", missing)
 
 

@@ -72,6 +72,7 @@ class _Step:
         self._percent = percent
         self._division = _division(place, percent)
         self._copies = settings.copies if percent < 100 else 0
+        self._watching_since = time.monotonic()
 
     def begin(self, promotion: Promotion) -> Promotion:
         """Has the version take its share, unless it has it already."""
@@ -100,6 +101,7 @@ class _Step:
 
     def watch(self, promotion: Promotion) -> Promotion:
         """Looks at it until the step has passed."""
+        self._watching_since = time.monotonic()
         while True:
             promotion, reading = self._read(promotion)
             verdict = canary.judge(self._settings, reading)
@@ -122,6 +124,7 @@ class _Step:
             )
         now = rollout.figures(place.version.number)
         if canary.restarted(now, promotion.began):
+            self._watching_since = time.monotonic()
             self._work.say("the gateway was restarted and counts anew: so does this step")
             promotion = place.journal.update(
                 promotion, began_at=time.time(), began=Figures(), present_began=Figures()
@@ -133,8 +136,13 @@ class _Step:
         seen = canary.did(now, promotion.began)
         # What the gateway calls the client's doing, a deadline that passed, is the version's.
         seen = replace(seen, errors=max(seen.errors, self._probing.failed))
-        seconds = time.time() - promotion.began_at
-        reading = canary.Reading(seconds, seen, present, rollout.copies)
+        reading = canary.Reading(
+            seconds=time.time() - promotion.began_at,
+            watched_s=time.monotonic() - self._watching_since,
+            candidate=seen,
+            present=present,
+            copies=rollout.copies,
+        )
         return replace(promotion, present_did=present), reading
 
     def _pass(self, promotion: Promotion, reading: canary.Reading) -> Promotion:

@@ -24,7 +24,7 @@ COPIES = Copies(2, 10, same=9, different=1)
 
 
 def verdict(seconds: float = 100, candidate: Figures = GOOD, copies: Copies | None = COPIES):
-    return judge(CANARY, Reading(seconds, candidate, PRESENT, copies))
+    return judge(CANARY, Reading(seconds, seconds, candidate, PRESENT, copies))
 
 
 def test_a_step_passes_when_time_and_requests_are_enough() -> None:
@@ -75,13 +75,19 @@ def test_a_version_without_requests_is_not_waited_for_for_ever() -> None:
     assert verdict(seconds=1001, candidate=Figures(5)).state == "broken"
 
 
+def test_the_time_in_which_a_killed_script_watched_nothing_is_not_held_against_a_version() -> None:
+    few = Reading(1001, 0, Figures(5), PRESENT, COPIES)
+    assert judge(CANARY, few).state == "watch"
+    assert judge(CANARY, Reading(1001, 0, GOOD, PRESENT, COPIES)).state == "passed"
+
+
 def test_nothing_is_compared_with_a_version_that_did_nothing() -> None:
-    assert judge(CANARY, Reading(100, GOOD, Figures(), COPIES)).state == "passed"
+    assert judge(CANARY, Reading(100, 100, GOOD, Figures(), COPIES)).state == "passed"
 
 
 def test_probes_are_paced_over_the_window() -> None:
     def due(seconds: float, requests: int, copies: Copies | None = COPIES) -> int:
-        return probes_due(CANARY, Reading(seconds, Figures(requests), PRESENT, copies))
+        return probes_due(CANARY, Reading(seconds, seconds, Figures(requests), PRESENT, copies))
 
     assert due(0, 0) == 3
     assert due(45, 3) == 22
