@@ -43,13 +43,15 @@ def everything(registry):
 def test_the_copy_is_the_same_and_goes_on_alike(filled, target, base, make_adapter, tmp_path):
     told = []
 
-    report = copy_registry(filled, target, lambda arrived, total: told.append((arrived, total)))
+    report = copy_registry(filled, target, lambda *progress: told.append(progress))
 
     assert report.ok
     assert (report.versions, report.moves) == (4, 3)
     assert everything(target) == everything(filled)
-    assert told[0] == (0, report.blobs)
-    assert told[-1] == (report.blobs, report.blobs)
+    steps = [("copying", done) for done in range(report.blobs + 1)]
+    again = [("copying", report.blobs)]  # under the lock, for what was published meanwhile
+    steps += again + [("hashing", done + 1) for done in range(report.blobs)]
+    assert told == [(what, done, report.blobs) for what, done in steps]
     # New rows continue the ids, the numbers and the hash chain.
     for registry in (filled, target):
         assert registry.publish("spelling", make_adapter(9), base=base).number == 4
@@ -64,9 +66,9 @@ def test_what_is_copied_already_is_not_copied_again(filled, target):
     copy_registry(filled, target)
     told = []
 
-    assert copy_registry(filled, target, lambda arrived, total: told.append((arrived, total))).ok
+    assert copy_registry(filled, target, lambda *progress: told.append(progress)).ok
 
-    assert {arrived for arrived, _ in told} == {told[0][1]}
+    assert {done == total for what, done, total in told if what == "copying"} == {True}
     assert everything(target) == everything(filled)
 
 
@@ -76,8 +78,8 @@ def test_a_copy_killed_anywhere_goes_on(filled, target, tmp_path):
         child = os.fork()
         if child == 0:
 
-            def die(arrived, _total, killed_at=killed_at):
-                if arrived >= killed_at:
+            def die(what, arrived, _total, killed_at=killed_at):
+                if what == "copying" and arrived >= killed_at:
                     os.kill(os.getpid(), signal.SIGKILL)
 
             # Connections of the parent are not for the child.

@@ -35,7 +35,7 @@ def test_a_stray_file_is_refused(refused, make_adapter):
     (directory / "optimizer.pt").write_bytes(b"")
     (directory / "sub").mkdir()
 
-    assert "optimizer.pt: does not belong" in refused(directory)
+    assert "optimizer.pt, sub: does not belong" in refused(directory)
 
 
 def test_pickled_weights_are_refused(refused, make_adapter, tensors):
@@ -112,6 +112,14 @@ def test_tensors_that_do_not_fit_the_base_are_refused(refused, make_adapter, nam
     said = refused(make_adapter(tensors={name: np.zeros(shape, np.float32)}))
 
     assert says in said
+
+
+def test_what_is_wrong_with_many_tensors_is_said_once(refused, make_adapter):
+    names = [f"layers.{number}.weight" for number in range(40)]
+    said = refused(make_adapter(tensors={name: np.zeros((2, 8), np.float32) for name in names}))
+
+    assert said.count("is not named") == 1
+    assert " and 37 more: is not named" in said
 
 
 def test_half_a_pair_is_refused(refused, make_adapter, tensors):

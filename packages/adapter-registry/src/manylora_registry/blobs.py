@@ -9,7 +9,7 @@ import hashlib
 import io
 import os
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -21,10 +21,16 @@ from urllib.parse import unquote, urlsplit
 
 from manylora_registry.errors import CorruptBlobError, RegistryLocationError
 
+Progress = Callable[[str, int, int], None]
+"""Is told what is being done with blobs, with how many it is done, and of how many."""
 CHUNK_BYTES = 1 << 20
 READ_ATTEMPTS = 3
 """How often bytes that do not match their digest are read again: a wire may err once, a disk that
 errs always is told from it by the last attempt."""
+
+
+def untold(_what: str, _done: int, _total: int) -> None:
+    """The progress nobody asked for."""
 
 
 class BlobSource(Protocol):

@@ -5,13 +5,12 @@ and hash chain as they are, in one transaction: the copy is the same registry or
 that was interrupted goes on where it was, as blobs that have arrived are not sent again.
 """
 
-from collections.abc import Callable
 from itertools import zip_longest
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
-from manylora_registry.blobs import BlobStore, copy_verified
+from manylora_registry.blobs import BlobStore, Progress, copy_verified
 from manylora_registry.database import Database
 from manylora_registry.errors import DestinationError
 from manylora_registry.schema import metadata, version_blobs
@@ -19,8 +18,6 @@ from manylora_registry.schema import metadata, version_blobs
 TRANSIENT = frozenset({"leases", "lease_blobs", "condemned"})
 """Tables of what processes are doing just now: no part of what a registry holds."""
 ROWS_AT_ONCE = 1000
-Progress = Callable[[int, int], None]
-"""Is told how many blobs have arrived, and of how many."""
 
 
 def copy(
@@ -65,13 +62,13 @@ def _copy_blobs(
     there = set(target.digests())
     missing = [digest for digest in needed if digest not in there]
     arrived = len(needed) - len(missing)
-    progress(arrived, len(needed))
+    progress("copying", arrived, len(needed))
     for count, digest in enumerate(missing, arrived + 1):
         with target.staging() as staging:
             blob = staging.directory / "blob"
             copy_verified(source, digest, source.size(digest), blob)
             staging.put({digest: blob})
-        progress(count, len(needed))
+        progress("copying", count, len(needed))
 
 
 def _tables() -> list[sa.Table]:

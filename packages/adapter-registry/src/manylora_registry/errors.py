@@ -37,6 +37,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 SHOWN_PROBLEMS = 20
+SHOWN_PATHS = 3
 
 
 class RegistryError(Exception):
@@ -56,17 +57,31 @@ class Problem:
     line: int | None = None
 
     def __str__(self) -> str:
-        where = f"line {self.line}: " if self.line is not None else ""
-        # A file or a tensor may be called anything, line breaks and megabytes included.
-        path = "".join(letter if letter.isprintable() else "?" for letter in self.path[:200])
-        return f"{where}{path}: {self.message}" if path else f"{where}{self.message}"
+        return _line([self])
+
+
+def _line(alike: Sequence[Problem]) -> str:
+    """Problems that differ in their path alone."""
+    where = f"line {alike[0].line}: " if alike[0].line is not None else ""
+    paths = ", ".join(_printable(problem.path) for problem in alike[:SHOWN_PATHS])
+    if len(alike) > SHOWN_PATHS:
+        paths += f" and {len(alike) - SHOWN_PATHS} more"
+    return f"{where}{paths}: {alike[0].message}" if paths else f"{where}{alike[0].message}"
+
+
+def _printable(path: str) -> str:
+    """A file or a tensor may be called anything, line breaks and megabytes included."""
+    return "".join(letter if letter.isprintable() else "?" for letter in path[:200])
 
 
 def _told(problems: Sequence[Problem]) -> str:
     """The first problems in one line; a hostile file may have any number of them."""
-    text = "; ".join(str(problem) for problem in problems[:SHOWN_PROBLEMS])
-    more = len(problems) - SHOWN_PROBLEMS
-    return f"{text}; and {more} more" if more > 0 else text
+    alike: dict[tuple[int | None, str], list[Problem]] = {}
+    for problem in problems:
+        alike.setdefault((problem.line, problem.message), []).append(problem)
+    text = "; ".join(_line(group) for group in [*alike.values()][:SHOWN_PROBLEMS])
+    more = sum(len(group) for group in [*alike.values()][SHOWN_PROBLEMS:])
+    return f"{text}; and {more} more" if more else text
 
 
 class ConfigError(RegistryError):

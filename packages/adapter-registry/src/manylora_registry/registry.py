@@ -10,7 +10,7 @@ from typing import Any
 
 from manylora_registry.aliases import Aliases, Reason, this_user
 from manylora_registry.base import BaseModelIdentity
-from manylora_registry.blobs import BlobStore, open_blob_store
+from manylora_registry.blobs import BlobStore, Progress, open_blob_store, untold
 from manylora_registry.cache import Cache
 from manylora_registry.catalog import Catalog, Description
 from manylora_registry.database import Database
@@ -610,14 +610,15 @@ class Registry:
         """
         return collect_garbage(self.blobs, self.database, grace, dry_run=dry_run)
 
-    def verify(self, *, repair: bool = False) -> VerifyReport:
+    def verify(self, *, repair: bool = False, progress: Progress = untold) -> VerifyReport:
         """Checks every byte and every record.
 
         Args:
             repair: take damaged blobs out of the store, so that nothing reads them and publishing
                 the same files again replaces them; otherwise nothing is changed.
+            progress: told blob by blob.
         """
-        return verify(self.blobs, self.database, repair=repair)
+        return verify(self.blobs, self.database, repair=repair, progress=progress)
 
 
 def _reference(meant: Version | str | AdapterReference) -> AdapterReference:

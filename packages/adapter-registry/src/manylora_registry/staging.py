@@ -140,9 +140,9 @@ def _check_tensors(
         if module is None:
             what = f"is not named {_PREFIX}MODULE{_A} or {_B}"
         elif weight is None:
-            what = f"adapts {module}, which the base does not have"
+            what = "adapts what the base does not have, or what shares the weight of another layer"
         elif len(weight) != 2 or module.endswith("embed_tokens"):
-            what = f"adapts {module}, which is no linear layer of the base"
+            what = "adapts what is no linear layer of the base"
         else:
             what = _misfit(tensor, module, weight, by_name, config)
         if what:
@@ -176,7 +176,7 @@ def _misfit(
             return f"is {[*tensor.shape]}, which does not fit the base's {[out, into]}"
         return None
     if not config.targets(module):
-        return f"adapts {module}, which the config's target_modules do not name"
+        return "adapts what the config's target_modules do not name"
     rank = config.rank_of(module)
     expected = (rank, into) if is_a else (out, rank)
     if tensor.shape != expected:

@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from manylora_registry.base import BaseModelIdentity
-from manylora_registry.copy import Progress, copy
+from manylora_registry.blobs import Progress, untold
+from manylora_registry.copy import copy
 from manylora_registry.errors import WrongBaseError
 from manylora_registry.export import Format, export
 from manylora_registry.reference import check_adapter_name
@@ -72,9 +73,7 @@ def import_version(
         return version
 
 
-def copy_registry(
-    source: Registry, target: Registry, progress: Progress | None = None
-) -> VerifyReport:
+def copy_registry(source: Registry, target: Registry, progress: Progress = untold) -> VerifyReport:
     """Makes `target`, a new registry or a copy begun before, equal to `source`; verifies it.
 
     Numbers, digests, aliases, history and events stay what they are. Interrupted, it can be
@@ -85,11 +84,5 @@ def copy_registry(
         BlobStoreError: blobs cannot be read or written.
         DestinationError: `target` holds something else.
     """
-    copy(
-        source.blobs,
-        source.database,
-        target.blobs,
-        target.database,
-        progress or (lambda _arrived, _all: None),
-    )
-    return target.verify()
+    copy(source.blobs, source.database, target.blobs, target.database, progress)
+    return target.verify(progress=progress)

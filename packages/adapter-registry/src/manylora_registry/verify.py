@@ -2,12 +2,12 @@
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
-from manylora_registry.blobs import BlobStore
+from manylora_registry.blobs import BlobStore, Progress, untold
 from manylora_registry.database import Database
 from manylora_registry.deployments import check_deployments
 from manylora_registry.errors import CorruptBlobError, Problem
@@ -17,7 +17,9 @@ from manylora_registry.schema import adapters, lease_blobs, signatures, version_
 from manylora_registry.version import VerifyReport
 
 
-def verify(blobs: BlobStore, database: Database, *, repair: bool = False) -> VerifyReport:
+def verify(
+    blobs: BlobStore, database: Database, *, repair: bool = False, progress: Progress = untold
+) -> VerifyReport:
     """Hashes every blob, reads every manifest and follows the chain of alias moves.
 
     What is published or collected meanwhile is not looked at; nothing is locked. With `repair`,
@@ -45,7 +47,7 @@ def verify(blobs: BlobStore, database: Database, *, repair: bool = False) -> Ver
     for digest, users in needed.items():
         for user in users:
             recorded[user].add(digest)
-    size, damaged = _hash_all(blobs, needed)
+    size, damaged = _hash_all(blobs, needed, progress)
     for row in known:
         if row.collected_at is not None or row.digest in damaged:
             continue
@@ -80,15 +82,18 @@ def verify(blobs: BlobStore, database: Database, *, repair: bool = False) -> Ver
     )
 
 
-def _hash_all(blobs: BlobStore, digests: Iterable[str]) -> tuple[int, dict[str, str]]:
+def _hash_all(
+    blobs: BlobStore, digests: Collection[str], progress: Progress
+) -> tuple[int, dict[str, str]]:
     """Bytes that were hashed, and what is wrong with which blob."""
     size = 0
     damaged: dict[str, str] = {}
-    for digest in sorted(digests):
+    for done, digest in enumerate(sorted(digests), 1):
         try:
             size += _hash(blobs, digest)
         except CorruptBlobError as error:
             damaged[digest] = str(error)
+        progress("hashing", done, len(digests))
     return size, damaged
 
 

@@ -14,6 +14,7 @@ from manylora_cli.registry_output import (
     Reference,
     move_json,
     open_registry,
+    progress_of_blobs,
     size_text,
     time_text,
     version_json,
@@ -289,10 +290,8 @@ def verify(
 
     Says which versions are affected. Exit status 1 if something is wrong, repaired or not.
     """
-    from rich.console import Console
-
-    with open_registry(registry) as opened, Console(stderr=True).status("hashing every blob"):
-        report = opened.verify(repair=repair)
+    with open_registry(registry) as opened, progress_of_blobs() as progress:
+        report = opened.verify(repair=repair, progress=progress)
     if as_json:
         print_json(
             {

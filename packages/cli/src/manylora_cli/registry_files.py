@@ -13,6 +13,7 @@ from manylora_cli.registry_output import (
     Location,
     Reference,
     open_registry,
+    progress_of_blobs,
     size_text,
     version_json,
 )
@@ -216,23 +217,14 @@ def copy(
         postgresql+psycopg://manylora@db/adapters,s3://adapters/production
     manylora registry copy postgresql+psycopg://manylora@db/adapters,s3://adapters/production backup
     """
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
-
     from manylora_registry.transfer import copy_registry
 
-    columns = ("copying blobs", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with (
         _named(source, create=False) as opened,
         _named(target, create=True) as into,
-        Progress(*columns, console=Console(stderr=True), transient=True) as progress,
+        progress_of_blobs() as progress,
     ):
-        task = progress.add_task("", total=None)
-        report = copy_registry(
-            opened,
-            into,
-            lambda arrived, total: progress.update(task, completed=arrived, total=total),
-        )
+        report = copy_registry(opened, into, progress)
     if as_json:
         print_json(
             {

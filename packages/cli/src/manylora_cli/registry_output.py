@@ -1,5 +1,6 @@
 """What the verbs of `manylora registry` have in common: their options, and how they print."""
 
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -7,7 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from manylora_registry import AliasMove, Registry, Version
+    from manylora_registry.blobs import Progress
 
 Reference = Annotated[
     str,
@@ -35,6 +39,21 @@ def open_registry(location: Path | None) -> "Registry":
     from manylora_registry import Registry
 
     return Registry.open(location, create=False)
+
+
+@contextmanager
+def progress_of_blobs() -> "Iterator[Progress]":
+    """A bar on a terminal, moved by what it gives: what is done, with how many, of how many."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bars
+
+    columns = ("{task.description} blobs", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Bars(*columns, console=Console(stderr=True), transient=True) as bars:
+        bar = bars.add_task("listing", total=None)
+        yield lambda what, done, total: bars.update(
+            bar, description=what, completed=done, total=total
+        )
 
 
 def version_json(version: "Version") -> dict[str, Any]:

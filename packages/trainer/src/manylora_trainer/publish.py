@@ -151,6 +151,10 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_bytes())
     except FileNotFoundError as error:
-        raise NotPublishableError(f"{path.parent} is not a run: it has no {path.name}") from error
+        raise NotPublishableError(
+            f"{path.parent} is not a run: it has no {path.name}; an adapter that comes from "
+            f"elsewhere is published by `manylora registry import {path.parent} --name NAME "
+            "--base DIR`"
+        ) from error
     except (OSError, ValueError) as error:
         raise NotPublishableError(f"{path} cannot be read: {error}") from error
