@@ -22,6 +22,13 @@ def candidate(stage: Stage, reference: str, work: Work) -> Outcome:
         what = f"{version.name}@{version.number}"
         alias = registry.aliases(version.name).get(stage.alias)
         moved = alias is None or alias.version != version.number
+        running = Hosting(stage).find()
+        serves = running is not None and running.ready
+        if serves:
+            # Asked before anything moves: it may not know who asks.
+            assert running is not None
+            with Operator(running, stage.token) as operator:
+                operator.listings()
         if moved:
             generation = 0 if alias is None else alias.generation
             before = "nothing" if alias is None else f"version {alias.version}"
@@ -34,8 +41,6 @@ def candidate(stage: Stage, reference: str, work: Work) -> Outcome:
                     actor=work.actor,
                     why=work.why,
                 )
-        running = Hosting(stage).find()
-        serves = running is not None and running.ready
         if serves and work.step(f"wait until the gateway of {stage.name} serves {what}"):
             assert running is not None
             with Operator(running, stage.token) as operator:

@@ -117,6 +117,7 @@ class _Promoting:
             begun = None
         if present is not None and present.version == self.version.number:
             return self._done("serves")
+        self._require_operator()
         promotion = begun or self._begin()
         promotion = self._pass_gates(promotion)
         self._require_approval(promotion)
@@ -197,6 +198,12 @@ class _Promoting:
         return self.journal.update(
             promotion, gates=gates.fingerprint(self.target), passed_at=time.time()
         )
+
+    def _require_operator(self) -> None:
+        """The canary needs the target's gateway; the gates before it take minutes."""
+        if self.target.gates.canary is not None and self.alias is not None:
+            with Operator(Hosting(self.target).require(), self.target.token) as operator:
+                operator.rollout(self.name, self.target.alias)
 
     def _require_approval(self, promotion: Promotion) -> None:
         if not self.target.gates.approval.required:

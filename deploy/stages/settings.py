@@ -77,9 +77,17 @@ class Stage:
 
     @property
     def token(self) -> str | None:
-        """What the scripts show its gateway; None: what MANYLORA_TOKEN says."""
+        """What the scripts show its gateway; None: what MANYLORA_TOKEN says.
+
+        Raises:
+            SettingsError: its file cannot be read.
+        """
         file = self.config.token_file
-        return None if file is None else file.read_text(encoding="utf-8").strip()
+        try:
+            return None if file is None else file.read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            said = f"{file}: the token of {self.name} cannot be read: {error}"
+            raise SettingsError([said]) from error
 
     def open_registry(self) -> Registry:
         """The registry of its gateway."""

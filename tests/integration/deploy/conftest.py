@@ -65,6 +65,8 @@ class World:
     loop: asyncio.AbstractEventLoop
     counter: int = 0
     failures: list[str] = field(default_factory=list)
+    token: str | None = None
+    """What its client shows the gateways."""
 
     def adapter(self, versions: int = 2) -> str:
         """A new adapter with versions of which `production` is the first."""
@@ -112,7 +114,7 @@ class World:
         def ask() -> None:
             nonlocal seen
             target = self.gateways["production"].front.inference_address
-            with Client(target, timeout=20) as client:
+            with Client(target, token=self.token, timeout=20) as client:
                 while not stop.wait(PACE_S):
                     try:
                         answer = client.generate([1, 2, seen], name, max_tokens=3)
@@ -135,11 +137,15 @@ class World:
         assert seen > 0
 
 
-@pytest.fixture(scope="module")
-def world(
-    tmp_path_factory: pytest.TempPathFactory, base_directory: Path, base: BaseModelIdentity
+@contextmanager
+def two_stages(
+    directory: Path,
+    base_directory: Path,
+    base: BaseModelIdentity,
+    tenants: Path | None = None,
+    token_file: Path | None = None,
 ) -> Iterator[World]:
-    directory = tmp_path_factory.mktemp("deploy")
+    """Staging and production; whom they let in, and where their token lies."""
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever)
     thread.start()
@@ -158,6 +164,7 @@ def world(
                 directory / name,
                 engine=EngineConfig(slots=3, host_adapters=8, max_concurrent=16, turn_s=0),
                 limits=LimitsConfig(default_max_tokens=4),
+                tenants=tenants,
                 base=base,
                 aliases=(name,),
             )
@@ -170,6 +177,7 @@ def world(
                 gateway={"engine": {"max_rank": 8}},
                 connect={"inference": front.inference_address, "admin": front.admin_address},
                 start_timeout_s=20,
+                token_file=None if token_file is None else str(token_file),
             )
         (stages / "production/gates.yaml").write_text(json.dumps(GATES))
         prompts = [{"messages": [{"role": "user", "content": "!" * i}]} for i in range(1, 20)]
@@ -183,3 +191,11 @@ def world(
             loop.call_soon_threadsafe(loop.stop)
             thread.join()
             loop.close()
+
+
+@pytest.fixture(scope="module")
+def world(
+    tmp_path_factory: pytest.TempPathFactory, base_directory: Path, base: BaseModelIdentity
+) -> Iterator[World]:
+    with two_stages(tmp_path_factory.mktemp("deploy"), base_directory, base) as world:
+        yield world

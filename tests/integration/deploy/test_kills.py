@@ -182,3 +182,14 @@ def test_a_candidate(world: World) -> None:
         world, lambda: quick(world), lambda name: ("candidate", f"{name}@2"), check
     )
     assert moments == 4
+
+
+def test_an_approval(world: World) -> None:
+    def check(name: str, ended: Ended) -> None:
+        assert ended.status == 0, ended.err
+        assert world.outcomes(name, "approve") == [("", "given")]
+
+    moments = killed_everywhere(
+        world, lambda: quick(world), lambda name: ("approve", f"{name}@2"), check
+    )
+    assert moments == 2

@@ -4,10 +4,14 @@ import json
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, PrivateFormat, PublicFormat
 
-from tests.integration.deploy.conftest import World
+from tests.integration.deploy.conftest import GATES, World
 
 
 @contextmanager
@@ -99,6 +103,47 @@ def test_a_version_that_cannot_be_loaded_is_taken_back(world: World) -> None:
     assert "was taken back at canary 10 %" in line
     assert "the gateway cannot serve it" in line
     assert world.serving(name) == 1
+
+
+def test_a_stage_may_ask_for_a_signature(world: World, tmp_path: Path) -> None:
+    name = world.adapter()
+    world.scripts.good("candidate", f"{name}@2")
+    private, public = tmp_path / "key.pem", tmp_path / "key.pub"
+    key = ec.generate_private_key(ec.SECP256R1())
+    private.write_bytes(
+        key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, serialization.NoEncryption())
+    )
+    public.write_bytes(
+        key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+    )
+    world.gates(signatures=[str(public)])
+    try:
+        assert "production asks for a signature" in world.scripts.refused("promote", name)
+        assert world.serving(name) == 1
+        world.registry.signatures.sign(world.registry.resolve(f"{name}@2"), private)
+        world.scripts.good("promote", name)
+        assert world.serving(name) == 2
+    finally:
+        world.gates(signatures=[])
+
+
+@pytest.mark.parametrize(("most", "passes"), [(0.5, False), (1.0, True)])
+def test_copies_tell_a_version_that_answers_otherwise(
+    world: World, most: float, passes: bool
+) -> None:
+    name = world.adapter()
+    world.gateways["production"].engine.astray.add(f"{name}@2")
+    world.scripts.good("candidate", f"{name}@2")
+    canary = GATES["canary"]
+    world.gates(canary={**canary, "copies": 100, "bounds": {"different": most}})
+    try:
+        with world.client(name):
+            ended = world.scripts.run("promote", name)
+    finally:
+        world.gates(canary=canary)
+    assert (world.serving(name), ended.status) == ((2, 0) if passes else (1, 1)), ended.err
+    said = "copies compared" if passes else "copies were answered otherwise or not at all, 50% may"
+    assert said in ended.err
 
 
 def test_a_version_needs_the_approval_of_another(world: World) -> None:

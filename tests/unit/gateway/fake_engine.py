@@ -56,6 +56,8 @@ class FakeEngine:
         """Names that `load` refuses."""
         self.broken: set[str] = set()
         """Beginnings of names whose generations fail."""
+        self.astray: set[str] = set()
+        """Beginnings of names whose generations have other tokens than everybody's."""
         self.running: list[str] = []
         """Adapter of every generation under way, "base" for none."""
         self.prompts: list[list[int]] = []
@@ -146,6 +148,7 @@ class FakeEngine:
             raise InvalidRequestError([violation])
         if adapter is not None and adapter.startswith(tuple(self.broken)):
             raise ReplicaLostError("This adapter breaks.")
+        first = 1000 if adapter is not None and adapter.startswith(tuple(self.astray)) else 0
         async with self._run(adapter or "base"):
             for index in range(1, sampling.max_tokens + 1):
                 self.check_health()
@@ -154,7 +157,7 @@ class FakeEngine:
                 word = f"{adapter or 'base'} " * self.repeats
                 for choice in range(sampling.n):
                     logprobs = () if sampling.logprobs is None else (scores(index, word, sampling),)
-                    yield Delta(word, (index,), logprobs, finish, choice)
+                    yield Delta(word, (first + index,), logprobs, finish, choice)
                 # The trial prompt of a load is not what a test holds up.
                 if not request_id.startswith("trial"):
                     await self._speaking.wait()

@@ -42,6 +42,7 @@ def evaluate(
     limit: int | None = None,
     baseline: str | None = None,
     resume: bool = False,
+    token: str | None = None,
     console: Console | None = None,
 ) -> EvaluationResult:
     """Evaluates the suite at `suite_path` with the gateway at `server`.
@@ -59,6 +60,7 @@ def evaluate(
         resume: whether answers that an earlier evaluation left in `out` are used again, so that
             only what it did not get is asked. An adapter is known by its digest, the bare base by
             the server's address.
+        token: what the gateway is shown; None: MANYLORA_TOKEN.
         console: where progress bars go; None: nowhere.
 
     Raises:
@@ -77,7 +79,7 @@ def evaluate(
     _check_opponents(prepared, adapters, baseline)
     asked = [*([] if baseline is None else [baseline]), *adapters]
     kept = None if out is None else KeptAnswers(out, resume=resume)
-    result = asyncio.run(_evaluate(suite, prepared, server, asked, kept, console))
+    result = asyncio.run(_evaluate(suite, prepared, server, token, asked, kept, console))
     result = replace(result, gates=_gates(result, adapters, baseline))
     if out is not None:
         write_report(result, out)
@@ -145,6 +147,7 @@ async def _evaluate(
     suite: Suite,
     tasks: Sequence[PreparedTask],
     server: str | None,
+    token: str | None,
     adapters: Sequence[str],
     kept: KeptAnswers | None,
     console: Console | None,
@@ -153,9 +156,9 @@ async def _evaluate(
     results: list[TaskResult] = []
     async with AsyncExitStack() as stack:
         client = await stack.enter_async_context(
-            AsyncClient(server, timeout=suite.timeout, retries=RETRIES)
+            AsyncClient(server, token=token, timeout=suite.timeout, retries=RETRIES)
         )
-        callers = await _callers(suite, tasks, client.target, stack)
+        callers = await _callers(suite, tasks, client.target, token, stack)
         with progress_bars(console) as progress:
             for task in tasks:
                 # dict: each reference once, in this order.
@@ -204,7 +207,11 @@ def _bar(
 
 
 async def _callers(
-    suite: Suite, tasks: Sequence[PreparedTask], server: str, stack: AsyncExitStack
+    suite: Suite,
+    tasks: Sequence[PreparedTask],
+    server: str,
+    token: str | None,
+    stack: AsyncExitStack,
 ) -> dict[str, Caller]:
     """A caller for every judge that these tasks use."""
     used = {
@@ -214,7 +221,7 @@ async def _callers(
         if isinstance(scorer, JudgeSettings | PairwiseSettings)
     }
     return {
-        name: Caller(settings, await stack.enter_async_context(open_model(settings, server)))
+        name: Caller(settings, await stack.enter_async_context(open_model(settings, server, token)))
         for name, settings in suite.judges.items()
         if name in used
     }

@@ -59,8 +59,13 @@ class Model(Protocol):
 
 
 @asynccontextmanager
-async def open_model(settings: JudgeModel, server: str) -> AsyncGenerator[Model]:
-    """Connects to the model that `settings` describe; `server` is the evaluated gateway.
+async def open_model(settings: JudgeModel, server: str, token: str | None) -> AsyncGenerator[Model]:
+    """Connects to the model that `settings` describe.
+
+    Args:
+        settings: the model.
+        server: the evaluated gateway.
+        token: what that one is shown, and nobody else; None: MANYLORA_TOKEN.
 
     Raises:
         JudgeError: its key is not there.
@@ -73,8 +78,8 @@ async def open_model(settings: JudgeModel, server: str) -> AsyncGenerator[Model]
             async with httpx.AsyncClient(headers=headers, timeout=settings.timeout_s) as http:
                 yield _OpenAI(settings, http)
         case GatewayModel():
-            target = settings.server or server
-            async with AsyncClient(target, timeout=settings.timeout_s) as client:
+            target, shown = (settings.server, None) if settings.server else (server, token)
+            async with AsyncClient(target, token=shown, timeout=settings.timeout_s) as client:
                 answer = await client.generate("?", settings.adapter, max_tokens=1)
                 version = answer.adapter
                 pinned = "" if version is None else f"{version.name}@{version.digest}"
