@@ -120,6 +120,7 @@ def _suite(asked: Asked, entry: SuiteGate, suite: Suite) -> list[str]:
             tasks=tasks_of(suite, version.name),
             limit=entry.limit,
             baseline=baseline,
+            only=True,
             token=asked.source.token,
             console=Console(stderr=True, quiet=not sys.stderr.isatty()),
         )

@@ -48,6 +48,35 @@ def test_the_adapter_is_scored_beside_the_bare_base(serve: Serve, write_suite: W
     assert [column.completion_tokens for column in task.columns] == [4, 4]
 
 
+def test_only_what_a_gate_needs_is_asked(
+    serve: Serve, write_suite: WriteSuite, tmp_path: Path
+) -> None:
+    server = serve(adapter_knows_all_but_the_last)
+
+    result = evaluate(
+        write_suite(ROWS), server.target, ["spelling@3"], only=True, token="operators"
+    )
+    assert {each["authorization"] for each in server.service.metadata} == {"Bearer operators"}
+    beside = evaluate(
+        write_suite(ROWS),
+        server.target,
+        ["spelling@3"],
+        tmp_path / "out",
+        baseline="spelling@2",
+        only=True,
+    )
+
+    assert [column.adapter for column in result.tasks[0].columns] == ["", "spelling@3"]
+    assert [column.adapter for column in beside.tasks[0].columns] == ["spelling@2", "spelling@3"]
+    assert result.gates == ()
+    assert [gate.comparison is not None for gate in beside.gates] == [True]
+    shown = io.StringIO()
+    Console(file=shown, width=100).print(table(beside))
+    assert "adapters beside spelling@2 · v3" in shown.getvalue()
+    page = (tmp_path / "out/report.html").read_text()
+    assert '<th class="number">spelling@2 · v3</th>' in page
+
+
 def test_base_and_adapter_are_asked_the_very_same(serve: Serve, write_suite: WriteSuite) -> None:
     server = serve(adapter_knows_all_but_the_last)
 

@@ -137,7 +137,7 @@ def verdict(output: Output) -> str:
 
 
 def adapters_right(row: RowResult) -> bool:
-    """Whether every adapter is right on `row`; the bare base may be wrong."""
+    """Whether every adapter is right on `row`; what they are told beside may be wrong."""
     return all(verdict(output) == "right" for output in row.outputs[1:])
 
 
@@ -147,7 +147,7 @@ class Bar:
 
     label: str
     shade: int
-    """0: the bare base; adapters count from 1."""
+    """0: what adapters are told beside; they count from 1."""
     y: float
     length: float
     low: float
@@ -186,7 +186,7 @@ def chart(task: TaskResult) -> Chart:
     groups: list[Group] = []
     y = 0.0
     # Parts of a score, named SCORE.PART, are in the table alone.
-    names = [name for name in task.base.scores if "." not in name or name in task.compare]
+    names = [name for name in task.beside.scores if "." not in name or name in task.compare]
     for name in names:
         top = y + HEADING
         groups.append(Group(name, y + HEADING - 8, tuple(_bars(task.columns, name, top))))

@@ -110,7 +110,7 @@ class RowResult:
 
 @dataclass(frozen=True)
 class TaskResult:
-    """One task: its columns, the bare base first, and its rows."""
+    """One task: its columns, the one that adapters are told beside first, and its rows."""
 
     task: str
     columns: tuple[Column, ...]
@@ -122,8 +122,8 @@ class TaskResult:
     """Of its judges with labels and with scorers that need no model."""
 
     @property
-    def base(self) -> Column:
-        """The bare base."""
+    def beside(self) -> Column:
+        """The bare base, or the baseline where only what a gate needs was asked."""
         return self.columns[0]
 
     def index(self, adapter: str) -> int:

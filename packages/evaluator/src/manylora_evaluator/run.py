@@ -3,7 +3,7 @@
 import asyncio
 import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -41,6 +41,7 @@ def evaluate(
     tasks: Sequence[str] = (),
     limit: int | None = None,
     baseline: str | None = None,
+    only: bool = False,
     resume: bool = False,
     token: str | None = None,
     console: Console | None = None,
@@ -57,6 +58,8 @@ def evaluate(
         limit: most rows of a task; None: as the suite says.
         baseline: reference that is scored too and that no other adapter may be worse than; the
             result's gates tell.
+        only: whether nobody is asked but `adapters`, the baseline (the bare base where there is
+            none), and whom pairwise scorers set answers against: what a gate needs.
         resume: whether answers that an earlier evaluation left in `out` are used again, so that
             only what it did not get is asked. An adapter is known by its digest, the bare base by
             the server's address.
@@ -76,8 +79,9 @@ def evaluate(
     """
     suite = load_suite(suite_path)
     prepared = [prepare(task, limit) for task in _chosen(suite, tasks)]
-    _check_opponents(prepared, adapters, baseline)
-    asked = [*([] if baseline is None else [baseline]), *adapters]
+    if not only:
+        _check_opponents(prepared, adapters, baseline)
+    asked = {task.settings.name: _asked(task, adapters, baseline, only) for task in prepared}
     kept = None if out is None else KeptAnswers(out, resume=resume)
     result = asyncio.run(_evaluate(suite, prepared, server, token, asked, kept, console))
     result = replace(result, gates=_gates(result, adapters, baseline))
@@ -100,16 +104,36 @@ def _chosen(suite: Suite, names: Sequence[str]) -> list[Task]:
     return [task for task in suite.tasks if not names or task.name in names]
 
 
+def _asked(
+    task: PreparedTask, adapters: Sequence[str], baseline: str | None, only: bool
+) -> list[str]:
+    """The references of a task's columns, each once."""
+    named = [*([] if baseline is None else [baseline]), *adapters]
+    if not only:
+        return [*dict.fromkeys([BARE_BASE, task.settings.adapter, *named])]
+    beside = BARE_BASE if baseline is None else baseline
+    return [*dict.fromkeys([beside, *_opponents(task), *named])]
+
+
+def _opponents(task: PreparedTask) -> dict[str, str]:
+    """Whom scorers set answers against, each with the scorer's name."""
+    return {
+        scorer.against: scorer.name
+        for scorer in task.settings.scorers
+        if isinstance(scorer, PairwiseSettings) and scorer.against != EXPECTED
+    }
+
+
 def _check_opponents(
     tasks: Sequence[PreparedTask], adapters: Sequence[str], baseline: str | None
 ) -> None:
     for task in tasks:
-        answered = {BARE_BASE, EXPECTED, task.settings.adapter, *adapters, baseline}
-        for scorer in task.settings.scorers:
-            if isinstance(scorer, PairwiseSettings) and scorer.against not in answered:
+        answered = {BARE_BASE, task.settings.adapter, *adapters, baseline}
+        for opponent, scorer in _opponents(task).items():
+            if opponent not in answered:
                 raise SuiteError(
-                    f"task {task.settings.name!r}: {scorer.name} sets answers against "
-                    f"{scorer.against}, which is not evaluated; add --adapter {scorer.against}"
+                    f"task {task.settings.name!r}: {scorer} sets answers against {opponent}, which "
+                    f"is not evaluated; add --adapter {opponent}"
                 )
 
 
@@ -148,7 +172,7 @@ async def _evaluate(
     tasks: Sequence[PreparedTask],
     server: str | None,
     token: str | None,
-    adapters: Sequence[str],
+    asked: Mapping[str, Sequence[str]],
     kept: KeptAnswers | None,
     console: Console | None,
 ) -> EvaluationResult:
@@ -161,8 +185,6 @@ async def _evaluate(
         callers = await _callers(suite, tasks, client.target, token, stack)
         with progress_bars(console) as progress:
             for task in tasks:
-                # dict: each reference once, in this order.
-                references = dict.fromkeys([BARE_BASE, task.settings.adapter, *adapters])
                 # One after the other, so that each column's seconds are its own.
                 columns = [
                     await ask_rows(
@@ -174,7 +196,7 @@ async def _evaluate(
                         progress,
                         kept,
                     )
-                    for reference in references
+                    for reference in asked[task.settings.name]
                 ]
                 judges = [
                     Judge(settings, callers[settings.by], _bar(progress, task, settings, columns))

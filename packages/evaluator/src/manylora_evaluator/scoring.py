@@ -133,7 +133,7 @@ def _check_names(task: Task, rows: Sequence[Row], scores: Sequence[str]) -> None
 async def task_result(
     task: PreparedTask, columns: Sequence[Replies], judges: Sequence[Judge], seed: int
 ) -> TaskResult:
-    """Scores every column of `task`, the bare base first."""
+    """Scores every column of `task`, the one others are told beside first."""
     judged = [await _judged(task, columns, index, judges) for index in range(len(columns))]
     tallied = [
         [

@@ -44,12 +44,14 @@ def _judges(result: EvaluationResult) -> Iterator[Text]:
 
 
 def table(result: EvaluationResult) -> Table:
-    """One line for each adapter and score of each task, beside the bare base.
+    """One line for each adapter and score of each task, beside the bare base or the baseline.
 
     Scores are percentages with their 95 % confidence intervals in brackets.
     """
+    # A suite has a task, and all of them are told beside the same.
+    beside = escape(result.tasks[0].beside.label)
     shown = Table(
-        title=f"{escape(result.suite)}: base beside adapters",
+        title=f"{escape(result.suite)}: adapters beside {beside}",
         caption=_caption(result),
         title_style="bold",
         caption_justify="left",
@@ -58,7 +60,7 @@ def table(result: EvaluationResult) -> Table:
         padding=(0, 1),
     )
     shown.add_column("task and score", no_wrap=True)
-    shown.add_column("bare base", justify="right", no_wrap=True)
+    shown.add_column(beside, justify="right", no_wrap=True)
     shown.add_column("adapter", justify="right", no_wrap=True)
     shown.add_column("gain", justify="right", no_wrap=True)
     for task in result.tasks:
@@ -66,7 +68,7 @@ def table(result: EvaluationResult) -> Table:
         for column in task.columns[1:]:
             shown.add_row(f"  {escape(column.label)}")
             for name, score in column.scores.items():
-                base = task.base.scores[name]
+                base = task.beside.scores[name]
                 shown.add_row(
                     f"    {escape(name)}",
                     _interval(base),
