@@ -1,24 +1,91 @@
-"""Fusing small operations changes how they are computed, not what."""
+"""What stands in for norms, gates and rotations on a CPU computes what they do, there and back."""
 
-import numpy as np
+import copy
+from typing import Any
+
+import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from manylora_trainer.base_model import BaseModel
 from manylora_trainer.fused import fuse_small_operations
-from manylora_trainer.packing import Batch, pack_batches
-from manylora_trainer.tokenization import Example
+
+SHAPE = {
+    "vocab_size": 50,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "initializer_range": 0.2,
+    "pad_token_id": 0,
+}
+NORM, GATE, ROTATION = "_RmsNormBackward", "_SiluGateBackward", "_RotationBackward"
 
 
-def test_a_rewired_model_computes_the_same_in_the_same_modules(tiny_base):
-    base = BaseModel(tiny_base, torch.float32, torch.device("cpu"))
-    other = BaseModel(tiny_base, torch.float32, torch.device("cpu"))
-    tokens = np.random.default_rng(0).integers(3, 250, 40).astype(np.int32)
-    (pack,) = pack_batches([Batch(0, [Example(tokens, np.arange(40) >= 10)])], 64)
-    before = base.logits(pack)
-    # Without the compiler: what it makes of them is for a GPU to show.
-    with torch.compiler.set_stance("force_eager"):
-        fuse_small_operations(base.model)
-        changed = {type(m).__name__ for m in base.model.modules() if "forward" in vars(m)}
-        assert changed == {"LlamaRMSNorm", "LlamaMLP", "LlamaAttention"}
-        assert torch.equal(base.logits(pack), before)
-    assert not any("forward" in vars(m) for m in other.model.modules())
+def model_of(family: str, changes: dict[str, Any]) -> Any:
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, **SHAPE, **changes)
+    model = AutoModelForCausalLM.from_config(
+        config, dtype=torch.float32, attn_implementation="sdpa"
+    )
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            torch.nn.init.uniform_(parameter, -0.5, 1.5)
+    return model.eval().requires_grad_(False)
+
+
+def there_and_back(
+    model: Any, embedded: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, set[str]]:
+    """Logits, what comes back to the embeddings, and the names of the nodes between them."""
+    embedded = embedded.clone().requires_grad_()
+    logits = model(inputs_embeds=embedded).logits
+    seen: set[Any] = set()
+    nodes = [logits.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            nodes += [entered for entered, _ in node.next_functions]
+    logits.square().sum().backward()
+    assert embedded.grad is not None
+    return logits.detach(), embedded.grad, {type(node).__name__ for node in seen}
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "replaced"),
+    [
+        ("llama", {}, {NORM, GATE, ROTATION}),
+        ("qwen3", {"head_dim": 16}, {NORM, GATE, ROTATION}),
+        ("gemma", {"head_dim": 8}, {NORM, ROTATION}),
+        ("gemma3_text", {"head_dim": 8}, {NORM, ROTATION}),
+        ("phi3", {}, {NORM, ROTATION}),
+        ("stablelm", {}, {GATE, ROTATION}),
+        ("cohere", {}, {GATE}),
+    ],
+)
+def test_a_family_computes_the_same_in_fewer_passes(
+    family: str, changes: dict[str, Any], replaced: set[str]
+) -> None:
+    stock = model_of(family, changes)
+    model = copy.deepcopy(stock)
+    fuse_small_operations(model, torch.device("cpu"))
+    embedded = torch.randn(2, 7, SHAPE["hidden_size"])
+    logits, gradient, nodes = there_and_back(model, embedded)
+    expected, wanted, stock_nodes = there_and_back(stock, embedded)
+    assert nodes - stock_nodes == replaced
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(gradient, wanted, rtol=1e-4, atol=1e-4 * wanted.abs().max().item())
+
+
+def test_norms_that_are_trained_keep_their_gradient() -> None:
+    stock = model_of("llama", {})
+    model = copy.deepcopy(stock)
+    fuse_small_operations(model, torch.device("cpu"))
+    embedded = torch.randn(2, 7, SHAPE["hidden_size"])
+    gradients: list[torch.Tensor] = []
+    for each in (stock, model):
+        each.model.norm.weight.requires_grad_(True)
+        each(inputs_embeds=embedded).logits.square().sum().backward()
+        gradients.append(each.model.norm.weight.grad)
+    torch.testing.assert_close(*gradients)

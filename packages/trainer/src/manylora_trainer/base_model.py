@@ -73,10 +73,9 @@ class BaseModel:
         tokens = np.random.default_rng(0).integers(len(self._embedding.weight), size=(2, 24))
         tokens[1, :12] = tokens[0, :12]
         expected = self._stock_logits(tokens)
-        if device.type == "cuda":
-            fuse_small_operations(self.model)
-        elif dtype != torch.float32:
+        if device.type == "cpu" and dtype != torch.float32:
             keep_activations_in_float32(self.model)
+        fuse_small_operations(self.model, device)
         self._check_packing(tokens.astype(np.int32), expected, directory)
 
     def recompute_layers(self) -> None:
