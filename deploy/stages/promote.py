@@ -46,7 +46,7 @@ def promote(name: str, source: Stage, target: Stage, work: Work) -> Outcome:
         BusyError: the same is under way elsewhere.
         RegistryError, StatusError: the registry or a gateway is away.
     """
-    if source.gateway.registry != target.gateway.registry:
+    if source.registry != target.registry:
         raise SettingsError(
             [f"{source.name} and {target.name} have different registries in their gateway.yaml"]
         )

@@ -89,9 +89,15 @@ class Stage:
             said = f"{file}: the token of {self.name} cannot be read: {error}"
             raise SettingsError([said]) from error
 
+    @property
+    def registry(self) -> Path | None:
+        """The registry of its gateway, however that is written; None: what the environment says."""
+        named = self.gateway.registry
+        return None if named is None else named.resolve()
+
     def open_registry(self) -> Registry:
-        """The registry of its gateway."""
-        return Registry.open(self.gateway.registry, create=False)
+        """Opens it."""
+        return Registry.open(self.registry, create=False)
 
 
 def stages_directory() -> Path:

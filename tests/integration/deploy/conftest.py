@@ -173,7 +173,8 @@ def two_stages(
             write_stage(
                 stages / name,
                 base=base_directory,
-                registry=location,
+                # As stages are written that lie beside each other.
+                registry=Path("../../registry"),
                 gateway={"engine": {"max_rank": 8}},
                 connect={"inference": front.inference_address, "admin": front.admin_address},
                 start_timeout_s=20,
