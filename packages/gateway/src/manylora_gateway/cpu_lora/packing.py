@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import cast
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 OUTPUTS = 96
@@ -61,39 +63,58 @@ class PackedLayer:
 
 
 def pack(lora_a: Sequence[Tensor], lora_b: Sequence[Tensor]) -> PackedLayer:
-    """Packs the stacked weights of a layer, one tensor of each for each slice."""
+    """Packs the stacked weights of a layer, one tensor of each for each slice.
+
+    By NumPy: it is hundreds of small copies in all layers while the engine stands still, and a call
+    of PyTorch costs more than most of them.
+    """
     sources = tuple((source, source.data_ptr(), source._version) for source in (*lora_a, *lora_b))
-    ranks = [max(slot_ranks) for slot_ranks in zip(*map(_ranks, lora_a), strict=True)]
+    slices_a, slices_b = [_array(a) for a in lora_a], [_array(b) for b in lora_b]
+    ranks = [max(slot_ranks) for slot_ranks in zip(*map(_ranks, slices_a), strict=True)]
     starts = list(accumulate(ranks, initial=0))
     columns = [slice(start, stop) for start, stop in pairwise(starts)]
-    a = torch.empty(len(lora_a), starts[-1], lora_a[0].shape[3])
+    widths = [slice_b.shape[1] for slice_b in slices_b]
+    counts = [-(-width // OUTPUTS) for width in widths]
+    a = np.empty((len(slices_a), starts[-1], slices_a[0].shape[2]), np.float32)
+    b = np.empty((sum(counts), starts[-1], OUTPUTS), np.float32)
     blocks: list[tuple[int, int, int]] = []
-    b: list[Tensor] = []
-    first = 0
-    for index, (slice_a, slice_b) in enumerate(zip(lora_a, lora_b, strict=True)):
-        width = slice_b.shape[2]
-        offsets = range(0, width, OUTPUTS)
-        blocks += [(index, first + offset, min(OUTPUTS, width - offset)) for offset in offsets]
-        padded = torch.zeros(starts[-1], len(offsets) * OUTPUTS)
+    first = at = 0
+    for index, (slice_a, slice_b) in enumerate(zip(slices_a, slices_b, strict=True)):
+        whole, rest = divmod(widths[index], OUTPUTS)
+        offsets = range(0, widths[index], OUTPUTS)
+        blocks += [
+            (index, first + offset, min(OUTPUTS, widths[index] - offset)) for offset in offsets
+        ]
+        full, last = b[at : at + whole], b[at + whole : at + counts[index]]
+        last[..., rest:] = 0
         for slot, rank in enumerate(ranks):
-            a[index, columns[slot]] = slice_a[slot, 0, :rank]
-            padded[columns[slot], :width] = slice_b[slot, 0, :, :rank].t()
-        b.append(padded.view(-1, len(offsets), OUTPUTS).transpose(0, 1))
-        first += width
+            if rank:
+                a[index, columns[slot]] = slice_a[slot, :rank]
+                used = slice_b[slot, :, :rank]
+                in_blocks = used[: whole * OUTPUTS].reshape(whole, OUTPUTS, rank)
+                full[:, columns[slot]] = in_blocks.transpose(0, 2, 1)
+                last[:, columns[slot], :rest] = used[whole * OUTPUTS :].T
+        first += widths[index]
+        at += counts[index]
     return PackedLayer(
         ranks=tuple(ranks),
-        starts=torch.tensor(starts),
+        starts=torch.from_numpy(np.array(starts)),
         width=first,
-        blocks=torch.tensor(blocks),
-        a=a,
-        b=torch.cat(b).contiguous(),
+        blocks=torch.from_numpy(np.array(blocks)),
+        a=torch.from_numpy(a),
+        b=torch.from_numpy(b),
         empty=not any(ranks),
         sources=sources,
     )
 
 
-def _ranks(lora_a: Tensor) -> list[int]:
-    """The rank in use in each slot of [slots, 1, maximum rank, in]: up to its last nonzero row."""
-    used = lora_a[:, 0].ne(0).any(dim=-1)
-    positions = torch.arange(1, used.shape[1] + 1)
-    return cast("list[int]", (used * positions).amax(dim=1).tolist())
+def _array(stacked: Tensor) -> NDArray[np.float32]:
+    """[slots, 1, ...] as float32 [slots, ...], not copied where that is its type."""
+    return cast("NDArray[np.float32]", stacked[:, 0].to(torch.float32).numpy())
+
+
+def _ranks(slice_a: NDArray[np.float32]) -> list[int]:
+    """The rank in use in each slot of [slots, maximum rank, in]: up to its last nonzero row."""
+    used = (slice_a != 0).any(axis=2)
+    positions = np.arange(1, slice_a.shape[1] + 1)
+    return cast("list[int]", (used * positions).max(axis=1).tolist())
