@@ -58,6 +58,7 @@ def test_a_version_is_withdrawn_and_still_shown(run, version):
 
 def test_verify_says_what_is_damaged_and_fails(run, version, tmp_path):
     assert run("verify", "--json")["ok"]
+    assert run("verify").count("\n") == 1, "no bar is shown in a pipe"
     for blob in (tmp_path / "registry" / "blobs").rglob(version.digest[7:]):
         blob.unlink()
 

@@ -49,7 +49,10 @@ def progress_of_blobs() -> "Iterator[Progress]":
     from rich.progress import Progress as Bars
 
     columns = ("{task.description} blobs", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Bars(*columns, console=Console(stderr=True), transient=True) as bars:
+    console = Console(stderr=True)
+    # Elsewhere it would leave an empty line.
+    quiet = not console.is_terminal
+    with Bars(*columns, console=console, transient=True, disable=quiet) as bars:
         bar = bars.add_task("listing", total=None)
         yield lambda what, done, total: bars.update(
             bar, description=what, completed=done, total=total
