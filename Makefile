@@ -46,7 +46,7 @@ ALONE := tests/e2e tests/integration/gateway
 .PHONY: test
 test: setup $(BASE)/manylora-base.json ## Run every test, those of engines and Ray Serve alone
 	$(RUN)/python -m pytest $(ALONE)
-	$(RUN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile \
+	$(RUN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder \
 	    $(ALONE:%=--ignore=%) tests/unit/trainer tests/integration tests/unit
 
 SOAK_MINUTES ?= 30
