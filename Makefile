@@ -40,14 +40,14 @@ $(BASE)/manylora-base.json: | setup
 quickstart: setup ## Train three adapters, serve them, evaluate, swap one under load
 	@$(RUN)/python recipes/quickstart/quickstart.py
 
-# Each keeps all cores busy by itself; the others share them, the longest files first.
+# Each keeps all cores busy by itself; the others share them.
 ALONE := tests/e2e tests/integration/gateway
 
 .PHONY: test
 test: setup $(BASE)/manylora-base.json ## Run every test, those of engines and Ray Serve alone
 	$(RUN)/python -m pytest $(ALONE)
 	$(RUN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder \
-	    $(ALONE:%=--ignore=%) tests/unit/trainer tests/integration tests/unit
+	    $(ALONE:%=--ignore=%) tests/integration tests/unit
 
 SOAK_MINUTES ?= 30
 .PHONY: soak
