@@ -22,11 +22,10 @@ def candidate(stage: Stage, reference: str, work: Work) -> Outcome:
         what = f"{version.name}@{version.number}"
         alias = registry.aliases(version.name).get(stage.alias)
         moved = alias is None or alias.version != version.number
-        running = Hosting(stage).find()
-        serves = running is not None and running.ready
-        if serves:
+        found = Hosting(stage).find()
+        running = found if found is not None and found.ready else None
+        if running is not None:
             # Asked before anything moves: it may not know who asks.
-            assert running is not None
             with Operator(running, stage.token) as operator:
                 operator.listings()
         if moved:
@@ -41,8 +40,9 @@ def candidate(stage: Stage, reference: str, work: Work) -> Outcome:
                     actor=work.actor,
                     why=work.why,
                 )
-        if serves and work.step(f"wait until the gateway of {stage.name} serves {what}"):
-            assert running is not None
+        if running is not None and work.step(
+            f"wait until the gateway of {stage.name} serves {what}"
+        ):
             with Operator(running, stage.token) as operator:
                 try:
                     operator.await_serving(version, stage.alias, stage.config.start_timeout_s)
@@ -51,11 +51,16 @@ def candidate(stage: Stage, reference: str, work: Work) -> Outcome:
                     raise
         if not work.plan:
             _record(registry, stage, version, "done", work)
-        state = "serves" if serves else "will serve, once it is up,"
+        state = "will serve, once it is up," if running is None else "serves"
         verb = "would move to" if work.plan and moved else state
         return Outcome(
             f"{stage.name} {verb} {what}",
-            {"stage": stage.name, "version": version.number, "moved": moved, "served": serves},
+            {
+                "stage": stage.name,
+                "version": version.number,
+                "moved": moved,
+                "served": bool(running),
+            },
         )
 
 

@@ -17,6 +17,9 @@ from manylora_trainer.recipe import load_recipe
 from manylora_trainer.sampling import ExampleStream
 from manylora_trainer.tokenization import ChatTokenizer
 
+ROUNDING = 1e-7
+"""Gradients no larger are as small as AdamW's epsilon or rounding."""
+
 
 @pytest.fixture
 def recipe(make_task, write_recipe):
@@ -45,6 +48,7 @@ def test_full_fine_tuning_equals_plain_autograd(recipe, tiny_base, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
     stream = ExampleStream(task, data, seed=7)
+    least = {parameter: torch.full_like(parameter, torch.inf) for parameter in model.parameters()}
     for _ in range(3):
         total, count = torch.zeros(()), 0
         for example in stream.next_batch():
@@ -57,11 +61,15 @@ def test_full_fine_tuning_equals_plain_autograd(recipe, tiny_base, tmp_path):
             count += int(trained.sum())
         optimizer.zero_grad()
         (total / count).backward()
+        for parameter, smallest in least.items():
+            assert parameter.grad is not None
+            torch.minimum(smallest, parameter.grad.abs(), out=smallest)
         optimizer.step()
     for (name, mine), theirs in zip(ours.named_parameters(), model.parameters(), strict=True):
         # Where a gradient is rounding and nothing else, AdamW makes a whole step of it.
-        apart = ~torch.isclose(mine, theirs, rtol=1e-3, atol=2e-4)
-        assert apart.sum() <= mine.numel() / 1000, name
+        told = (least[theirs] > ROUNDING) | (least[theirs] == 0)
+        assert told.float().mean() > 0.99, name
+        torch.testing.assert_close(mine[told], theirs[told], rtol=1e-3, atol=2e-4, msg=name)
 
 
 def test_the_result_is_a_model_directory_and_not_an_adapter(recipe, tiny_base, tmp_path):

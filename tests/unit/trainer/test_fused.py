@@ -31,6 +31,15 @@ def model_of(family: str, changes: dict[str, Any]) -> Any:
     for name, parameter in model.named_parameters():
         if "norm" in name:
             torch.nn.init.uniform_(parameter, -0.5, 1.5)
+    rotary = model.model.rotary_emb
+    angles = rotary.forward
+
+    def uneven(*arguments: Any, **others: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Angles whose halves differ, as nobody promises that they are the same."""
+        cos, sin = angles(*arguments, **others)
+        return cos, sin * torch.linspace(0.5, 1.5, sin.shape[-1])
+
+    rotary.forward = uneven
     return model.eval().requires_grad_(False)
 
 

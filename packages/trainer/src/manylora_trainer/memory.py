@@ -118,9 +118,9 @@ def kept_bytes(
     """About what the backward of a pack of `tokens` keeps.
 
     Of every layer and token: what enters and leaves its two norms, queries, keys, values and what
-    attention gives, and three vectors within the MLP. Norms compute in float32, so a narrower type
-    is kept once more in that one. Recomputed, that is of one layer at a time, and of all others
-    what enters them.
+    attention gives, and three vectors within the MLP (a gate that is not SiLU's keeps a fourth,
+    which is not reckoned). Norms compute in float32, so a narrower type is kept once more in that
+    one. Recomputed, that is of one layer at a time, and of all others what enters them.
     """
     vectors = 4 * shapes.hidden + 2 * shapes.queries + 2 * shapes.keys + 3 * shapes.inner
     layer = tokens * vectors * dtype.itemsize
