@@ -3,6 +3,7 @@
 import asyncio
 import json
 import socket
+from typing import cast
 
 import grpc
 import pytest
@@ -11,6 +12,9 @@ from google.rpc import error_details_pb2
 from manylora.admin.v1 import admin_pb2
 from manylora.inference.v1 import inference_pb2 as pb
 from manylora_gateway.config import EngineConfig, LimitsConfig
+from manylora_gateway.limits import Limits
+from manylora_gateway.requests import Requests
+from manylora_gateway.servicers import InferenceServicer, StreamContext
 from manylora_gateway.worker import LONG_PROMPT
 from manylora_registry import Version
 from tests.unit.gateway.conftest import Publish, Start
@@ -105,6 +109,39 @@ async def test_a_draining_gateway_ends_what_runs_and_takes_no_more(
 
 LOUD = 10_000
 """Repeats of a word that make an answer more than any window or socket takes."""
+
+
+class Ended:
+    """What gRPC gives a handler, of a call that has ended without its having heard."""
+
+    def __init__(self) -> None:
+        self.aborted = False
+
+    def time_remaining(self) -> None:
+        return None
+
+    def invocation_metadata(self) -> None:
+        return None
+
+    def set_trailing_metadata(self, _metadata: object) -> None:
+        return
+
+    async def write(self, _message: object) -> None:
+        raise grpc.aio.InternalError("Failed to execute a batch.")
+
+    async def abort(self, *_arguments: object) -> None:
+        self.aborted = True
+
+
+async def test_a_call_that_ended_is_no_incident(
+    gateway: RunningGateway, caplog: pytest.LogCaptureFixture
+) -> None:
+    context = Ended()
+    servicer = InferenceServicer(gateway.core, Requests(Limits(LimitsConfig(), MAX_CONTEXT)))
+    await servicer.GenerateStream(SAY, cast("StreamContext", context))
+    assert not context.aborted
+    assert not caplog.records
+    assert gateway.admission.inside == 0
 
 
 async def test_a_client_that_reads_nothing_loses_its_place(

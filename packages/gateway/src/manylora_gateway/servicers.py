@@ -6,6 +6,7 @@
 # pyright: reportIncompatibleMethodOverride=false, reportMissingTypeStubs=false
 
 import asyncio
+import logging
 import time
 import uuid
 from collections.abc import AsyncGenerator
@@ -30,6 +31,8 @@ from manylora_gateway.status import CODES, DETAILS_KEY, to_status
 from manylora_gateway.tenants import caller
 
 REQUEST_ID_KEY = "x-request-id"
+
+logger = logging.getLogger(__name__)
 
 InferenceContext = grpc.aio.ServicerContext[pb.GenerateRequest, pb.GenerateResponse]
 StreamContext = grpc.aio.ServicerContext[pb.GenerateRequest, pb.GenerateStreamResponse]
@@ -71,6 +74,9 @@ async def _answering(
             request_id = _client_request_id(context) or request_id
             context.set_trailing_metadata(((REQUEST_ID_KEY, request_id),))
             yield request_id
+    except grpc.aio.InternalError:
+        # Written to a call that has ended, of which this task hears a moment later.
+        logger.debug("request %s ended while it was answered", request_id)
     except Exception as error:
         late = DeadlineError("The deadline passed before the answer was whole.")
         status = to_status(late if deadline.expired() else error)
