@@ -84,7 +84,7 @@ class EngineConfig(ConfigModel):
     """Seconds an adapter may hold its slot while another waits for one; then it takes no new
     requests until the other had its turn."""
     stream_interval_ms: float = Field(default=20.0, ge=0, le=1000)
-    """Shortest time between two deltas of one stream; tokens made meanwhile come together."""
+    """Time between two deltas of a stream that is faster; tokens made meanwhile come together."""
 
     @property
     def express_seats(self) -> int:
