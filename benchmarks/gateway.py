@@ -2,9 +2,10 @@
 
 Part one, no model: an engine that makes up tokens behind the whole gateway (gRPC, admission, Ray
 Serve, pool), as fast as asked at 64 streams, and the same deltas through a plain Ray Serve
-streaming handle. Part two, with `--real`: the base model in vLLM behind the gateway (gRPC, and HTTP
-with the `openai` client), the same requests to `AsyncLLM` called directly, and to `vllm serve` with
-the `openai` client; all are up at once and take turns, so that a machine that drifts hits all.
+streaming handle. Part two, with `--real`: the base model in vLLM behind the gateway (gRPC, and
+HTTP with the `openai` client), the same requests to the `AsyncLLM` behind it, called directly in
+its process, and to `vllm serve` with the `openai` client; all take turns, so that a machine that
+drifts hits all.
 
     PYTHONPATH=. python benchmarks/gateway.py [--real] [--no-synthetic]
 
@@ -54,6 +55,10 @@ def write_base(directory: Path) -> Path:
     save_file(weights, directory / "model.safetensors")
     return directory
 
+
+PROMPT = list(range(100, 164))
+MARK = [7, 7, 7, 7]
+"""The prompt on which `engine_alone.py` measures its engine without the gateway."""
 
 Measure = Callable[[], tuple[float, float]]
 """Takes a round: tokens/s, and median seconds to the first token."""
@@ -201,70 +206,50 @@ def vllm_serve(base: Path, streams: int) -> Generator[str, None, None]:
         process.wait(90)
 
 
-@contextmanager
-def engine_alone(config: Path, streams: int, tokens: int) -> Generator[Measure]:
-    """A round of the engine without a gateway."""
-    script = str(ROOT / "benchmarks/engine_alone.py")
-    with subprocess.Popen(
-        [sys.executable, script, str(config), str(streams), str(tokens)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        cwd=ROOT,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
-    ) as process:
-        asked, answered = process.stdin, process.stdout
-        assert asked is not None
-        assert answered is not None
+def called_directly(target: str, tokens: int) -> tuple[float, float]:
+    """A round of the engine behind the gateway, without the gateway."""
 
-        def line(start: str) -> str:
-            # vLLM logs to the same place.
-            for line in answered:
-                if line.startswith(start):
-                    return line
-            raise SystemExit("the engine ended")
+    async def ask() -> str:
+        async with AsyncClient(target, timeout=300) as client:
+            return (await client.generate(MARK, max_tokens=tokens)).text
 
-        line("up")
-
-        def measure() -> tuple[float, float]:
-            asked.write("\n")
-            asked.flush()
-            speed, first = json.loads(line("["))
-            return speed, first
-
-        yield measure
-        asked.close()
+    speed, first = json.loads(asyncio.run(ask()))
+    return speed, first
 
 
 def real(
     base: Path, streams: int, tokens: int, rounds: int, peers: Sequence[str], directory: Path
 ) -> dict[str, float]:
-    """The gateway beside the engine it holds and vLLM's own server; all are up, one is asked."""
+    """The gateway beside the engine it holds and vLLM's own server, which take turns."""
     registry = directory / "real-registry"
     Registry.open(registry).close()
     config = directory / "real.yaml"
     config.write_text(
         CONFIG.format(base=base, registry=registry, context=512, streams=streams, interval_ms=20)
     )
-    prompt = list(range(100, 164))
 
     def over_http(url: str, model: str) -> Measure:
-        return lambda: asyncio.run(openai_stream.stream_all(url, model, streams, tokens, prompt))
+        return lambda: asyncio.run(openai_stream.stream_all(url, model, streams, tokens, PROMPT))
 
     with ExitStack() as up:
-        ready = up.enter_context(Served(["manylora_cli", "serve"], config))
+        ready = up.enter_context(Served(["benchmarks.engine_alone"], config))
+        target = ready["grpc"]
         sides: dict[str, Measure] = {
-            "gateway": lambda: asyncio.run(stream_all(ready["grpc"], streams, tokens, prompt))[:2]
+            "gateway": lambda: asyncio.run(stream_all(target, streams, tokens, PROMPT))[:2]
         }
         if "engine" in peers:
-            sides["engine"] = up.enter_context(engine_alone(config, streams, tokens))
+            sides["engine"] = lambda: called_directly(target, tokens)
         if "vllm-serve" in peers:
             sides["gateway, HTTP"] = over_http(f"http://{ready['http']}", base.name)
             url = up.enter_context(vllm_serve(base, streams))
             sides["vllm serve"] = over_http(url, str(base))
         for measure in sides.values():
             measure()  # Warms up.
-        found = [{name: measure() for name, measure in sides.items()} for _ in range(rounds)]
+        found: list[dict[str, tuple[float, float]]] = []
+        for turn in range(rounds):
+            # Once forwards, once backwards: whoever comes after an idle machine has it cooler.
+            order = list(sides) if turn % 2 == 0 else list(reversed(sides))
+            found.append({name: sides[name]() for name in order})
     for name in sides:
         speed, first = (
             median(column) for column in zip(*(turn[name] for turn in found), strict=True)
