@@ -94,13 +94,25 @@ def speed(plain: Load, rounds: int, quick: bool) -> dict[str, float]:
 
 
 def together(plain: Load, rounds: int, quick: bool) -> dict[str, float]:
-    """Tokens a second of eight adapters in one run, beside eight runs of TRL."""
-    eight = replace(plain, tasks=8, batch_size=1 if quick else 4, steps=2)
-    found = in_turns({"ours_8": ("ours", eight), "trl_8": ("trl", eight)}, rounds)
+    """Tokens a second of eight adapters in one run, beside eight runs of TRL, in both types."""
+    eight = replace(plain, tasks=8, batch_size=1 if quick else 4, steps=2, pack_tokens=2048)
+    narrow = replace(eight, dtype="bfloat16")
+    found = in_turns(
+        {
+            "ours_8": ("ours", eight),
+            "trl_8": ("trl", eight),
+            "ours_8_bfloat16": ("ours", narrow),
+            "trl_8_bfloat16": ("trl", narrow),
+        },
+        rounds,
+    )
     rates = {name: measured["tokens_per_s"] for name, measured in found.items()}
+    peaks = {name: measured["peak_bytes"] for name, measured in found.items()}
     return {
         "tokens_per_s_vs_trl_8": rates["ours_8"] / rates["trl_8"],
+        "tokens_per_s_vs_trl_8_bfloat16": rates["ours_8_bfloat16"] / rates["trl_8_bfloat16"],
         **{f"tokens_per_s_{name}": rate for name, rate in rates.items()},
+        **{f"peak_gb_{name}": peak / 1e9 for name, peak in peaks.items()},
     }
 
 

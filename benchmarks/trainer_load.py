@@ -70,7 +70,8 @@ def conversations(kind: str, count: int, seed: int) -> list[dict[str, Any]]:
             for row in itertools.islice(tasks.user_agents(), 4000)
         ]
         # As many of one as of the other, alternating: batches of every size are mixed alike.
-        pairs = zip(chance.sample(agents, count), chance.sample(spelling, count), strict=True)
+        half = -(-count // 2)
+        pairs = zip(chance.sample(agents, half), chance.sample(spelling, half), strict=True)
         rows = [row for pair in pairs for row in pair][:count]
     if kind.startswith("distinct-"):
         numbers = chance.sample(range(1000, 10_000), count)
