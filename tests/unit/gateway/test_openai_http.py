@@ -277,6 +277,47 @@ async def test_a_wrong_parameter_is_named(gateway: RunningGateway) -> None:
             assert field in error["message"]
 
 
+@pytest.mark.parametrize(
+    ("endpoint", "asked", "field"),
+    [
+        (
+            "chat/completions",
+            {"messages": [{"role": "user", "content": "hi \ud83d"}]},
+            "messages[0].content",
+        ),
+        ("chat/completions", {"messages": ASK, "stop": ["END", "\ud83d"]}, "stop[1]"),
+        ("completions", {"prompt": ["hi", "\ud83d"]}, "prompt"),
+    ],
+)
+async def test_half_of_a_character_is_the_clients_mistake(
+    gateway: RunningGateway, endpoint: str, asked: dict[str, Any], field: str
+) -> None:
+    """As clients send it whose language counts UTF-16, from text that they cut."""
+    async with httpx.AsyncClient() as http:
+        body = json.dumps({"model": "red", **asked})
+        reply = await http.post(f"{gateway.http}/v1/{endpoint}", content=body)
+    assert reply.status_code == 400, reply.text
+    assert reply.json()["error"]["param"] == field
+    assert "surrogate" in reply.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("more", [{}, {"max_tokens": 3}])
+async def test_no_tokens_at_all_are_not_the_default(
+    client: AsyncOpenAI, more: dict[str, Any]
+) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        await client.chat.completions.create(
+            model="red", messages=ASK, max_completion_tokens=0, **more
+        )
+    assert caught.value.param == "max_completion_tokens"
+
+
+async def test_a_token_below_the_vocabulary_is_named(client: AsyncOpenAI) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        await client.completions.create(model="red", prompt=[3, -1])
+    assert caught.value.param == "prompt"
+
+
 async def test_parameters_that_change_nothing_are_ignored(client: AsyncOpenAI) -> None:
     answer = await client.chat.completions.create(
         model="red",
