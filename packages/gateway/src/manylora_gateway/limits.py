@@ -2,6 +2,7 @@
 
 import math
 import re
+import uuid
 from collections.abc import Callable
 
 from manylora_gateway import constraints
@@ -103,6 +104,11 @@ def _unicode(say: Say, field: str, text: str) -> None:
         text.encode()
     except UnicodeEncodeError:
         say(field, "is not Unicode text: it has a lone surrogate, half of a character that was cut")
+
+
+def request_id_to_tell(said: str) -> str:
+    """What a refused request goes by: its client's name for it if that can be told, or a new id."""
+    return said if REQUEST_ID.fullmatch(said) else uuid.uuid4().hex
 
 
 def _within(say: Say, field: str, value: float, low: float, high: float) -> None:

@@ -17,6 +17,7 @@ from manylora_gateway.errors import GatewayError, InvalidRequestError
 DOMAIN = "manylora"
 DETAILS_KEY = "grpc-status-details-bin"
 """Where gRPC carries a google.rpc.Status."""
+REQUEST_ID_KEY = "x-request-id"
 CODES: dict[int, grpc.StatusCode] = {code.value[0]: code for code in grpc.StatusCode}
 
 logger = logging.getLogger(__name__)
@@ -52,11 +53,13 @@ def to_status(error: Exception) -> status_pb2.Status:
     )
 
 
-async def abort(context: "grpc.aio.ServicerContext[Any, Any]", error: Exception) -> NoReturn:
+async def abort(
+    context: "grpc.aio.ServicerContext[Any, Any]", error: Exception, request_id: str
+) -> NoReturn:
     """Ends a call with the status of `error`."""
     status = to_status(error)
-    details = (DETAILS_KEY, status.SerializeToString())
-    await context.abort(CODES[status.code], status.message, (details,))
+    trailing = ((DETAILS_KEY, status.SerializeToString()), (REQUEST_ID_KEY, request_id))
+    await context.abort(CODES[status.code], status.message, trailing)
     raise AssertionError("abort raises")
 
 
