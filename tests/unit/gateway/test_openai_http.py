@@ -318,6 +318,18 @@ async def test_a_token_below_the_vocabulary_is_named(client: AsyncOpenAI) -> Non
     assert caught.value.param == "prompt"
 
 
+async def test_a_reply_can_be_sent_back_as_a_turn(client: AsyncOpenAI) -> None:
+    mine = (await client.chat.completions.create(model="red", messages=ASK)).choices[0].message
+    # As OpenAI's and vLLM's servers answer.
+    theirs = {"role": "assistant", "content": "x", "refusal": None, "annotations": []}
+    theirs |= {"tool_calls": [], "function_call": None, "audio": None}
+    messages: Any = [*ASK, mine, *ASK, theirs, *ASK]
+    assert (await client.chat.completions.create(model="red", messages=messages)).model == "red@1"
+    theirs["tool_calls"] = [{"id": "1"}]
+    with pytest.raises(openai.BadRequestError, match="tool_calls"):
+        await client.chat.completions.create(model="red", messages=messages)
+
+
 async def test_parameters_that_change_nothing_are_ignored(client: AsyncOpenAI) -> None:
     answer = await client.chat.completions.create(
         model="red",

@@ -40,6 +40,10 @@ NEUTRAL: Mapping[str, tuple[object, ...]] = {
 }
 """Parameters that are not supported, and the values with which they ask for nothing."""
 
+EMPTY_IN_REPLIES = ("annotations", "tool_calls")
+"""Lists in a reply's message that OpenAI's and vLLM's servers leave empty: a client that sends the
+reply back as a turn of the chat asks for nothing with them."""
+
 
 class _Body(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
@@ -66,6 +70,14 @@ class ChatMessage(_Body):
 
     role: str
     content: str | list[TextPart]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_empty(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        items = cast("dict[str, Any]", data).items()
+        return {name: value for name, value in items if name not in EMPTY_IN_REPLIES or value != []}
 
     def text(self) -> str:
         """Its pieces put together."""
