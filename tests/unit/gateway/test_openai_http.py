@@ -410,6 +410,18 @@ async def test_what_is_not_there_is_said_in_the_same_form(gateway: RunningGatewa
         assert (await http.get("/v1/completions")).status_code == 405
 
 
+async def test_an_offer_of_http_2_is_passed_over_in_silence(
+    gateway: RunningGateway, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Java's client makes it with the first request of each connection."""
+    offer = {"connection": "Upgrade, HTTP2-Settings", "upgrade": "h2c", "http2-settings": ""}
+    async with httpx.AsyncClient(base_url=gateway.http) as http:
+        body = {"model": "red", "messages": ASK}
+        reply = await http.post("/v1/chat/completions", json=body, headers=offer)
+    assert reply.json()["model"] == "red@1"
+    assert "pip install" not in caplog.text
+
+
 @pytest.mark.parametrize("stream", [False, True])
 async def test_a_client_that_leaves_frees_its_seat(gateway: RunningGateway, stream: bool) -> None:
     gateway.engine.hold_answers()
