@@ -318,6 +318,25 @@ async def test_a_token_below_the_vocabulary_is_named(client: AsyncOpenAI) -> Non
     assert caught.value.param == "prompt"
 
 
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"messages": ["hi"]}, "messages[0]: must be an object"),
+        ({"messages": ASK, "stream_options": 3}, "stream_options: must be an object"),
+        ({"messages": ASK, "response_format": {}}, "its type must be text, json_object or"),
+        ({"messages": ASK, "response_format": {"type": "xml"}}, "its type must be text, json_"),
+    ],
+)
+async def test_a_wrong_form_is_told_in_words_of_json(
+    gateway: RunningGateway, asked: dict[str, Any], message: str
+) -> None:
+    async with httpx.AsyncClient() as http:
+        body = {"model": "red", **asked}
+        reply = await http.post(f"{gateway.http}/v1/chat/completions", json=body)
+    assert reply.status_code == 400
+    assert message in reply.json()["error"]["message"]
+
+
 async def test_a_reply_can_be_sent_back_as_a_turn(client: AsyncOpenAI) -> None:
     mine = (await client.chat.completions.create(model="red", messages=ASK)).choices[0].message
     # As OpenAI's and vLLM's servers answer.
@@ -350,7 +369,15 @@ async def test_parameters_that_change_nothing_are_ignored(client: AsyncOpenAI) -
 
 @pytest.mark.parametrize(
     ("body", "message"),
-    [(b"{", "not JSON"), (b"[]", "JSON object"), (b"[" * 100_000, "not JSON"), (b"", "not JSON")],
+    [
+        (b"{", "not JSON"),
+        (b"[]", "JSON object"),
+        (b"", "not JSON"),
+        (b"[" * 100_000, "too deep"),
+        (b'{"seed": ' + b"9" * 5000 + b"}", "too many digits"),
+        (b'{"response_format": {"minimum": NaN}}', "no NaN"),
+        (b'{"prompt": "\xff"}', "byte 12 is not UTF-8"),
+    ],
 )
 async def test_a_body_that_is_no_request(
     gateway: RunningGateway, body: bytes, message: str
@@ -406,8 +433,16 @@ async def test_a_stream_that_breaks_says_so(client: AsyncOpenAI, gateway: Runnin
 
 async def test_what_is_not_there_is_said_in_the_same_form(gateway: RunningGateway) -> None:
     async with httpx.AsyncClient(base_url=gateway.http) as http:
-        assert (await http.get("/v1/nothing")).json()["error"]["message"] == "Not Found"
-        assert (await http.get("/v1/completions")).status_code == 405
+        missing = (await http.post("/chat/completions")).json()["error"]["message"]
+        assert missing.startswith("Not Found: POST /chat/completions. There are POST /v1/chat/")
+        wrong = await http.get("/v1/completions")
+        assert (wrong.status_code, wrong.headers["allow"]) == (405, "POST")
+        assert wrong.json()["error"]["message"].startswith("Method Not Allowed: GET /v1/comp")
+
+
+async def test_the_list_of_models_may_end_with_a_slash(gateway: RunningGateway) -> None:
+    async with httpx.AsyncClient(base_url=gateway.http) as http:
+        assert (await http.get("/v1/models/")).json() == (await http.get("/v1/models")).json()
 
 
 async def test_an_offer_of_http_2_is_passed_over_in_silence(

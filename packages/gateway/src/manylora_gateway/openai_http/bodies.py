@@ -214,6 +214,10 @@ def _violations(error: ValidationError) -> Iterator[Violation]:
                 text = "is not supported"
             case "missing":
                 text = "is required"
+            case "model_type" | "model_attributes_type":
+                text = "must be an object"
+            case "union_tag_invalid" | "union_tag_not_found":
+                text = "its type must be text, json_object or json_schema"
             case _:
                 text = entry["msg"]
         yield Violation(field, text)
