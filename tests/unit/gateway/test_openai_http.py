@@ -337,6 +337,35 @@ async def test_a_wrong_form_is_told_in_words_of_json(
     assert message in reply.json()["error"]["message"]
 
 
+@pytest.mark.parametrize(
+    ("endpoint", "asked", "message"),
+    [
+        ("chat/completions", {"messages": [3] * 100_000}, "messages[0]: must be an object"),
+        ("completions", {"prompt": [None] * 100_000}, "prompt[0]: "),
+        ("completions", {f"p{i}": 1 for i in range(50_000)}, "has 50000 members"),
+        (
+            "chat/completions",
+            {"messages": [{"role": "user", "content": [{"type": 3}] * 50_000}]},
+            "messages[0].content[0]",
+        ),
+        (
+            "chat/completions",
+            {"messages": [{"role": "wizard", "content": ""}] * 20_000},
+            " more",
+        ),
+    ],
+    ids=["messages", "prompts", "parameters", "parts", "roles"],
+)
+async def test_mistakes_beyond_count_hold_nobody_up(
+    gateway: RunningGateway, endpoint: str, asked: dict[str, Any], message: str
+) -> None:
+    async with httpx.AsyncClient(timeout=10) as http:
+        reply = await http.post(f"{gateway.http}/v1/{endpoint}", json=asked)
+    assert reply.status_code == 400
+    assert message in reply.json()["error"]["message"]
+    assert len(reply.content) < 4096
+
+
 async def test_a_reply_can_be_sent_back_as_a_turn(client: AsyncOpenAI) -> None:
     mine = (await client.chat.completions.create(model="red", messages=ASK)).choices[0].message
     # As OpenAI's and vLLM's servers answer.
