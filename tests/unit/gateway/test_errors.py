@@ -130,6 +130,18 @@ async def test_all_wrong_fields_come_at_once(gateway: RunningGateway) -> None:
     ]
 
 
+async def test_mistakes_beyond_count_still_fit_into_a_status(gateway: RunningGateway) -> None:
+    """More than clients take in trailers would be RESOURCE_EXHAUSTED, which they try again."""
+    wrong = pb.Message(role="wizard", content="é")
+    request = pb.GenerateRequest(chat=pb.Chat(messages=[wrong] * 2000))
+    status = await refused(gateway.inference.Generate(request))
+    assert told(status)[0] == "INVALID_ARGUMENT"
+    *first, last = detail(status, error_details_pb2.BadRequest).field_violations
+    assert first[0].field == "chat.messages[0].role"
+    assert last.description == f"and {2000 - len(first)} more"
+    assert len(status.message.encode()) + status.ByteSize() * 4 / 3 < 8192
+
+
 async def test_a_prompt_beyond_the_context_is_refused(gateway: RunningGateway) -> None:
     for request in (
         pb.GenerateRequest(text="x" * 64),

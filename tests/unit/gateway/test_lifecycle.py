@@ -182,9 +182,19 @@ async def test_an_http_client_that_reads_nothing_loses_its_place(
             await until(lambda: not gateway.admission.inside)
 
 
-async def test_a_long_prompt_is_read_beside_the_others(gateway: RunningGateway) -> None:
+@pytest.mark.parametrize(
+    "long",
+    [
+        pb.GenerateRequest(adapter="red", text="x" * LONG_PROMPT),
+        # The chat template writes something around each.
+        pb.GenerateRequest(chat=pb.Chat(messages=[pb.Message(role="user")] * 2000)),
+    ],
+    ids=["text", "turns"],
+)
+async def test_a_long_prompt_is_read_beside_the_others(
+    gateway: RunningGateway, long: pb.GenerateRequest
+) -> None:
     gateway.engine.hold_reading()
-    long = pb.GenerateRequest(adapter="red", text="x" * LONG_PROMPT)
     reading = asyncio.ensure_future(refused(gateway.inference.Generate(long)))
     for _ in range(3):
         assert (await gateway.inference.Generate(SAY)).text

@@ -277,6 +277,107 @@ async def test_a_wrong_parameter_is_named(gateway: RunningGateway) -> None:
             assert field in error["message"]
 
 
+@pytest.mark.parametrize(
+    ("endpoint", "asked", "field"),
+    [
+        (
+            "chat/completions",
+            {"messages": [{"role": "user", "content": "hi \ud83d"}]},
+            "messages[0].content",
+        ),
+        ("chat/completions", {"messages": ASK, "stop": ["END", "\ud83d"]}, "stop[1]"),
+        ("completions", {"prompt": ["hi", "\ud83d"]}, "prompt"),
+    ],
+)
+async def test_half_of_a_character_is_the_clients_mistake(
+    gateway: RunningGateway, endpoint: str, asked: dict[str, Any], field: str
+) -> None:
+    """As clients send it whose language counts UTF-16, from text that they cut."""
+    async with httpx.AsyncClient() as http:
+        body = json.dumps({"model": "red", **asked})
+        reply = await http.post(f"{gateway.http}/v1/{endpoint}", content=body)
+    assert reply.status_code == 400, reply.text
+    assert reply.json()["error"]["param"] == field
+    assert "surrogate" in reply.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("more", [{}, {"max_tokens": 3}])
+async def test_no_tokens_at_all_are_not_the_default(
+    client: AsyncOpenAI, more: dict[str, Any]
+) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        await client.chat.completions.create(
+            model="red", messages=ASK, max_completion_tokens=0, **more
+        )
+    assert caught.value.param == "max_completion_tokens"
+
+
+async def test_a_token_below_the_vocabulary_is_named(client: AsyncOpenAI) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        await client.completions.create(model="red", prompt=[3, -1])
+    assert caught.value.param == "prompt"
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"messages": ["hi"]}, "messages[0]: must be an object"),
+        ({"messages": ASK, "stream_options": 3}, "stream_options: must be an object"),
+        ({"messages": ASK, "response_format": {}}, "its type must be text, json_object or"),
+        ({"messages": ASK, "response_format": {"type": "xml"}}, "its type must be text, json_"),
+    ],
+)
+async def test_a_wrong_form_is_told_in_words_of_json(
+    gateway: RunningGateway, asked: dict[str, Any], message: str
+) -> None:
+    async with httpx.AsyncClient() as http:
+        body = {"model": "red", **asked}
+        reply = await http.post(f"{gateway.http}/v1/chat/completions", json=body)
+    assert reply.status_code == 400
+    assert message in reply.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "asked", "message"),
+    [
+        ("chat/completions", {"messages": [3] * 100_000}, "messages[0]: must be an object"),
+        ("completions", {"prompt": [None] * 100_000}, "prompt[0]: "),
+        ("completions", {f"p{i}": 1 for i in range(50_000)}, "has 50000 members"),
+        (
+            "chat/completions",
+            {"messages": [{"role": "user", "content": [{"type": 3}] * 50_000}]},
+            "messages[0].content[0]",
+        ),
+        (
+            "chat/completions",
+            {"messages": [{"role": "wizard", "content": ""}] * 20_000},
+            " more",
+        ),
+    ],
+    ids=["messages", "prompts", "parameters", "parts", "roles"],
+)
+async def test_mistakes_beyond_count_hold_nobody_up(
+    gateway: RunningGateway, endpoint: str, asked: dict[str, Any], message: str
+) -> None:
+    async with httpx.AsyncClient(timeout=10) as http:
+        reply = await http.post(f"{gateway.http}/v1/{endpoint}", json=asked)
+    assert reply.status_code == 400
+    assert message in reply.json()["error"]["message"]
+    assert len(reply.content) < 4096
+
+
+async def test_a_reply_can_be_sent_back_as_a_turn(client: AsyncOpenAI) -> None:
+    mine = (await client.chat.completions.create(model="red", messages=ASK)).choices[0].message
+    # As OpenAI's and vLLM's servers answer.
+    theirs = {"role": "assistant", "content": "x", "refusal": None, "annotations": []}
+    theirs |= {"tool_calls": [], "function_call": None, "audio": None}
+    messages: Any = [*ASK, mine, *ASK, theirs, *ASK]
+    assert (await client.chat.completions.create(model="red", messages=messages)).model == "red@1"
+    theirs["tool_calls"] = [{"id": "1"}]
+    with pytest.raises(openai.BadRequestError, match="tool_calls"):
+        await client.chat.completions.create(model="red", messages=messages)
+
+
 async def test_parameters_that_change_nothing_are_ignored(client: AsyncOpenAI) -> None:
     answer = await client.chat.completions.create(
         model="red",
@@ -297,7 +398,15 @@ async def test_parameters_that_change_nothing_are_ignored(client: AsyncOpenAI) -
 
 @pytest.mark.parametrize(
     ("body", "message"),
-    [(b"{", "not JSON"), (b"[]", "JSON object"), (b"[" * 100_000, "not JSON"), (b"", "not JSON")],
+    [
+        (b"{", "not JSON"),
+        (b"[]", "JSON object"),
+        (b"", "not JSON"),
+        (b"[" * 100_000, "too deep"),
+        (b'{"seed": ' + b"9" * 5000 + b"}", "too many digits"),
+        (b'{"response_format": {"minimum": NaN}}', "no NaN"),
+        (b'{"prompt": "\xff"}', "byte 12 is not UTF-8"),
+    ],
 )
 async def test_a_body_that_is_no_request(
     gateway: RunningGateway, body: bytes, message: str
@@ -353,8 +462,28 @@ async def test_a_stream_that_breaks_says_so(client: AsyncOpenAI, gateway: Runnin
 
 async def test_what_is_not_there_is_said_in_the_same_form(gateway: RunningGateway) -> None:
     async with httpx.AsyncClient(base_url=gateway.http) as http:
-        assert (await http.get("/v1/nothing")).json()["error"]["message"] == "Not Found"
-        assert (await http.get("/v1/completions")).status_code == 405
+        missing = (await http.post("/chat/completions")).json()["error"]["message"]
+        assert missing.startswith("Not Found: POST /chat/completions. There are POST /v1/chat/")
+        wrong = await http.get("/v1/completions")
+        assert (wrong.status_code, wrong.headers["allow"]) == (405, "POST")
+        assert wrong.json()["error"]["message"].startswith("Method Not Allowed: GET /v1/comp")
+
+
+async def test_the_list_of_models_may_end_with_a_slash(gateway: RunningGateway) -> None:
+    async with httpx.AsyncClient(base_url=gateway.http) as http:
+        assert (await http.get("/v1/models/")).json() == (await http.get("/v1/models")).json()
+
+
+async def test_an_offer_of_http_2_is_passed_over_in_silence(
+    gateway: RunningGateway, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Java's client makes it with the first request of each connection."""
+    offer = {"connection": "Upgrade, HTTP2-Settings", "upgrade": "h2c", "http2-settings": ""}
+    async with httpx.AsyncClient(base_url=gateway.http) as http:
+        body = {"model": "red", "messages": ASK}
+        reply = await http.post("/v1/chat/completions", json=body, headers=offer)
+    assert reply.json()["model"] == "red@1"
+    assert "pip install" not in caplog.text
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -11,6 +11,7 @@ import httpx
 import pytest
 from google.protobuf import descriptor_pool, message_factory
 from google.rpc import error_details_pb2, status_pb2
+from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (
     ProtoReflectionDescriptorDatabase,
 )
@@ -112,6 +113,12 @@ async def test_a_health_probe_needs_no_stubs_of_ours(gateway: RunningGateway) ->
             watch = channel.unary_stream("/grpc.health.v1.Health/Watch")(b"")
             assert await watch.read() == serving
             watch.cancel()
+            listed = await channel.unary_unary("/grpc.health.v1.Health/List")(b"")
+            untyped: Any = health_pb2
+            statuses = untyped.HealthListResponse.FromString(listed).statuses
+            assert {name: entry.SerializeToString() for name, entry in statuses.items()} == (
+                dict.fromkeys(("", SERVICE, "manylora.admin.v1.AdminService"), serving)
+            )
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 await check(b"\x0a\x07nothing")
             assert caught.value.code() is grpc.StatusCode.NOT_FOUND

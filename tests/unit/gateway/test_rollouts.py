@@ -133,6 +133,11 @@ async def test_shares_that_are_no_division_are_refused(gateway: RunningGateway) 
         assert told(await refused(gateway.admin.SetRollout(request)))[0] == "INVALID_ARGUMENT"
     request = admin_pb2.GetRolloutRequest(adapter="red@1")
     assert told(await refused(gateway.admin.GetRollout(request)))[0] == "INVALID_ARGUMENT"
+    for adapter, alias in (("../red", ""), ("red", "../production"), ("red", "1")):
+        read = admin_pb2.GetRolloutRequest(adapter=adapter, alias=alias)
+        write = admin_pb2.SetRolloutRequest(adapter=adapter, alias=alias)
+        for call in (gateway.admin.GetRollout(read), gateway.admin.SetRollout(write)):
+            assert told(await refused(call))[0] == "INVALID_ARGUMENT"
     request = admin_pb2.GetRolloutRequest(adapter="nobody")
     assert told(await refused(gateway.admin.GetRollout(request)))[0] == "NOT_FOUND"
 

@@ -90,6 +90,32 @@ async def test_every_call_must_say_who_calls(
         assert await reflected(gateway.front.inference_address, READER)
 
 
+async def test_a_refused_call_keeps_its_name(
+    served: dict[str, Version], start: Start, tenants: Path
+) -> None:
+    async with start(tenants=tenants) as gateway:
+        for said, told_back in (("mine-1", "mine-1"), ("not a name", "")):
+            named = ("x-request-id", said)
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await gateway.inference.Generate(RED, metadata=(named,))
+            ids = [dict(caught.value.trailing_metadata() or ())["x-request-id"]]
+            async with httpx.AsyncClient() as http:
+                url = f"{gateway.http}/v1/chat/completions"
+                ids.append((await http.post(url, headers=dict([named]))).headers["x-request-id"])
+            for request_id in ids:
+                assert request_id == told_back if told_back else len(request_id) == 32
+
+
+async def test_bytes_that_are_no_message_keep_their_name(gateway: RunningGateway) -> None:
+    """As of a client that sends half of a character, which protobuf does not read."""
+    async with grpc.aio.insecure_channel(gateway.front.inference_address) as channel:
+        call = channel.unary_unary("/manylora.inference.v1.InferenceService/Generate")
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await call(b"\x0a\x01\xff", metadata=(("x-request-id", "mine-1"),))
+    assert dict(caught.value.trailing_metadata() or ())["x-request-id"] == "mine-1"
+    assert "UTF-8" in str(caught.value.details())
+
+
 async def reflected(address: str, metadata: Any) -> list[str]:
     """The services that reflection tells."""
     async with grpc.aio.insecure_channel(address) as channel:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from typing import Any, cast
 
 from manylora_gateway.engine import Constraint, Grammar, JsonObject, JsonSchema, OneOf, Regex
+from manylora_gateway.schema_gaps import gaps
 
 MAX_SCHEMA_DEPTH = 64
 """Objects and arrays in one another; xgrammar's own limit in vLLM."""
@@ -51,7 +52,7 @@ def _text_problems(text: str) -> Iterator[str]:
 
 def _schema_problems(text: str) -> Iterator[str]:
     try:
-        schema: object = json.loads(text)
+        schema: object = json.loads(text, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
         yield f"is not JSON: {error}"
         return
@@ -66,8 +67,13 @@ def _schema_problems(text: str) -> Iterator[str]:
                     yield from _regex_problems(pattern)
         level = [child for node in level for child in _children(node)]
         if not level:
+            yield from gaps(cast("dict[str, Any]", schema))
             return
     yield f"is nested deeper than {MAX_SCHEMA_DEPTH} objects and arrays"
+
+
+def _no_constant(name: str) -> object:
+    raise ValueError(f"it has no {name}")
 
 
 def _patterns(node: dict[str, Any]) -> Iterator[str]:

@@ -42,11 +42,15 @@ class TokenPrompt:
 Prompt = ChatPrompt | TextPrompt | TokenPrompt
 
 
+TURN_CHARACTERS = 32
+"""About what a chat template writes around each message."""
+
+
 def characters(prompt: Prompt) -> int:
-    """How much text there is to tokenise."""
+    """How much text there is to tokenise, about."""
     match prompt:
         case ChatPrompt(messages):
-            return sum(len(message.content) for message in messages)
+            return sum(TURN_CHARACTERS + len(message.content) for message in messages)
         case TextPrompt(text):
             return len(text)
         case TokenPrompt():

@@ -53,6 +53,12 @@ class Violation:
     message: str
 
 
+MOST_TOLD = 1500
+"""Bytes of the violations that a client is told."""
+MOST_OF_ONE = 400
+"""Characters of each."""
+
+
 class InvalidRequestError(GatewayError):
     """Fields of a request are wrong; `violations` holds them all."""
 
@@ -66,8 +72,27 @@ class InvalidRequestError(GatewayError):
     def __str__(self) -> str:
         return "; ".join(
             f"{violation.field}: {violation.message}" if violation.field else violation.message
-            for violation in self.violations
+            for violation in told(self.violations)
         )
+
+
+def told(violations: Sequence[Violation]) -> tuple[Violation, ...]:
+    """As many as fit into an error, and how many more there are.
+
+    gRPC's clients take 8 KiB of trailers (Java) or 16 (the others); with more, the call fails in
+    the client with a RESOURCE_EXHAUSTED of its own. There each violation is twice, once in base64.
+    """
+    fit: list[Violation] = []
+    size = 0
+    for violation in violations:
+        message = violation.message
+        if len(message) > MOST_OF_ONE:
+            message = f"{message[:MOST_OF_ONE]}…"
+        size += len(f"{violation.field}{message}".encode(errors="replace"))
+        if fit and size > MOST_TOLD:
+            return (*fit, Violation("", f"and {len(violations) - len(fit)} more"))
+        fit.append(Violation(violation.field, message))
+    return tuple(fit)
 
 
 class UnauthenticatedError(GatewayError):

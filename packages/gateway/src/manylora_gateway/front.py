@@ -3,6 +3,8 @@
 # Generated modules of gRPC and protobuf; the health package has no types at all.
 # pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false
 # pyright: reportAttributeAccessIssue=false, reportUnknownArgumentType=false
+# pyright: reportUnknownParameterType=false, reportUnknownVariableType=false
+# pyright: reportUntypedBaseClass=false
 
 import asyncio
 
@@ -49,7 +51,7 @@ class Front:
         access: Access | None = None,
         max_message_bytes: int = DEFAULT_MESSAGE_BYTES,
     ) -> None:
-        self._health = health.aio.HealthServicer()
+        self._health = _Health()
         self._serving = False
         self._access = access
         self._inference, self.inference_address = _bound(
@@ -142,6 +144,26 @@ class Front:
     async def _set_health(self, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
         for service in ("", INFERENCE_SERVICE, ADMIN_SERVICE):
             await self._health.set(service, status)
+
+
+class _Health(health.aio.HealthServicer):
+    """With `List`, which the package leaves out: gRPC would log a trace for each call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._listed: dict[str, health_pb2.HealthCheckResponse] = {}
+
+    async def set(self, service: str, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
+        """Has `service` be of `status`."""
+        self._listed[service] = health_pb2.HealthCheckResponse(status=status)
+        await super().set(service, status)
+
+    async def List(  # noqa: N802 (as gRPC names it)
+        self, request: health_pb2.HealthListRequest, context: object
+    ) -> health_pb2.HealthListResponse:
+        """Tells the status of every service."""
+        del request, context
+        return health_pb2.HealthListResponse(statuses=self._listed)
 
 
 def _reflect(server: grpc.aio.Server, services: tuple[str, ...]) -> None:

@@ -19,10 +19,11 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from manylora_gateway.access import Access, bearer_token
 from manylora_gateway.errors import GatewayError, InvalidRequestError, Violation
 from manylora_gateway.health import HEALTH_PATH
+from manylora_gateway.limits import request_id_to_tell
 from manylora_gateway.openai_http.app import tell
 from manylora_gateway.openai_http.problems import problem_of
 from manylora_gateway.openai_http.server import PEER_CERTIFICATE
-from manylora_gateway.status import abort
+from manylora_gateway.status import REQUEST_ID_KEY, abort
 from manylora_gateway.tenants import Role, set_caller
 from manylora_gateway.tls import names_in_auth_context, names_in_peer_certificate
 
@@ -73,7 +74,7 @@ class Guard(grpc.aio.ServerInterceptor):
             if access is not None:
                 await self._admit(access, context)
             if isinstance(request, InvalidRequestError):
-                await abort(context, request)
+                await abort(context, request, _request_id(context))
 
         async def call(request: Any, context: Context) -> Any:
             await check(request, context)
@@ -97,9 +98,14 @@ class Guard(grpc.aio.ServerInterceptor):
             tenant = access.identify(bearer_token(header), names)
             tenant.require_role(self._role)
         except GatewayError as error:
-            await abort(context, error)
+            await abort(context, error, _request_id(context))
         else:
             set_caller(tenant)
+
+
+def _request_id(context: Context) -> str:
+    said = dict(context.invocation_metadata() or ()).get(REQUEST_ID_KEY, "")
+    return request_id_to_tell(said if isinstance(said, str) else said.decode("latin-1"))
 
 
 def _readable(read: Callable[[bytes], Any] | None) -> Callable[[bytes], Any] | None:
@@ -112,7 +118,11 @@ def _readable(read: Callable[[bytes], Any] | None) -> Callable[[bytes], Any] | N
             return read(serialized)
         except DecodeError:
             return InvalidRequestError(
-                [Violation("", "the bytes are not a message of this method")]
+                [
+                    Violation(
+                        "", "the bytes are not a message of this method, or a string is not UTF-8"
+                    )
+                ]
             )
 
     return readable
@@ -128,14 +138,15 @@ class HttpAuthentication:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Passes on what a tenant with the role `infer` asks."""
         if scope["path"] != HEALTH_PATH:
-            header = Request(scope).headers.get("authorization")
+            headers = Request(scope).headers
             certificate = scope.get("state", {}).get(PEER_CERTIFICATE) or {}
             try:
                 names = names_in_peer_certificate(certificate)
-                tenant = self._access.identify(bearer_token(header), names)
+                tenant = self._access.identify(bearer_token(headers.get("authorization")), names)
                 tenant.require_role("infer")
             except GatewayError as error:
-                await tell(problem_of(error), "")(scope, receive, send)
+                request_id = request_id_to_tell(headers.get(REQUEST_ID_KEY, ""))
+                await tell(problem_of(error), request_id)(scope, receive, send)
                 return
             set_caller(tenant)
         await self._app(scope, receive, send)

@@ -2,6 +2,7 @@
 
 import math
 import re
+import uuid
 from collections.abc import Callable
 
 from manylora_gateway import constraints
@@ -56,6 +57,7 @@ class Limits:
         for index, stop in enumerate(sampling.stop):
             if not 1 <= len(stop) <= limits.max_stop_characters:
                 say(f"stop[{index}]", f"must have 1 to {limits.max_stop_characters} characters")
+            _unicode(say, f"stop[{index}]", stop)
         if sampling.logprobs is not None and not 0 <= sampling.logprobs <= limits.max_logprobs:
             say("logprobs", f"must be from 0 to {limits.max_logprobs}")
         if sampling.constraint is not None:
@@ -70,11 +72,15 @@ class Limits:
             for index, turn in enumerate(prompt.messages):
                 if turn.role not in ROLES:
                     say(f"messages[{index}].role", f"must be one of {', '.join(ROLES)}")
+                _unicode(say, f"messages[{index}].content", turn.content)
         elif isinstance(prompt, TextPrompt):
             if not prompt.text:
                 say("text", "must not be empty")
+            _unicode(say, "text", prompt.text)
         elif not prompt.ids:
             say("ids", "must not be empty")
+        elif min(prompt.ids) < 0:
+            say("ids", "must not have negative tokens")
         elif len(prompt.ids) >= self._max_context:
             count = len(prompt.ids)
             say("ids", f"has {count} tokens; with the answer the most is {self._max_context}")
@@ -90,6 +96,19 @@ def check_request_id(request_id: str) -> str:
         text = "must have 1 to 128 letters, digits, or characters of . _ : / -"
         raise InvalidRequestError([Violation("x-request-id", text)])
     return request_id
+
+
+def _unicode(say: Say, field: str, text: str) -> None:
+    """JSON can carry half of a character, which no tokenizer reads."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        say(field, "is not Unicode text: it has a lone surrogate, half of a character that was cut")
+
+
+def request_id_to_tell(said: str) -> str:
+    """What a refused request goes by: its client's name for it if that can be told, or a new id."""
+    return said if REQUEST_ID.fullmatch(said) else uuid.uuid4().hex
 
 
 def _within(say: Say, field: str, value: float, low: float, high: float) -> None:

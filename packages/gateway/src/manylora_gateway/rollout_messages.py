@@ -9,6 +9,8 @@ from manylora_gateway.figures import VersionFigures
 from manylora_gateway.messages import adapter_version
 from manylora_gateway.operations import Operations, RolloutState
 from manylora_gateway.rollouts import AliasKey, Rollout
+from manylora_registry.errors import InvalidNameError
+from manylora_registry.reference import check_alias_name, is_name
 
 PRODUCTION = "production"
 
@@ -17,10 +19,14 @@ def alias_key(adapter: str, alias: str) -> AliasKey:
     """Adapter and alias as a request names them.
 
     Raises:
-        InvalidRequestError: the adapter is missing or has a selector.
+        InvalidRequestError: the adapter is missing or has a selector, or one of the two is no name.
     """
-    if not adapter or "@" in adapter:
+    if not is_name(adapter):
         raise InvalidRequestError([Violation("adapter", "must be an adapter's name alone")])
+    try:
+        check_alias_name(alias or PRODUCTION)
+    except InvalidNameError as error:
+        raise InvalidRequestError([Violation("alias", str(error))]) from error
     return adapter, alias or PRODUCTION
 
 

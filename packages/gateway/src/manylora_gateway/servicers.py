@@ -27,10 +27,8 @@ from manylora_gateway.limits import check_request_id
 from manylora_gateway.operations import Operations
 from manylora_gateway.requests import Requests
 from manylora_gateway.stalls import patience
-from manylora_gateway.status import CODES, DETAILS_KEY, to_status
+from manylora_gateway.status import REQUEST_ID_KEY, abort, to_status
 from manylora_gateway.tenants import caller
-
-REQUEST_ID_KEY = "x-request-id"
 
 logger = logging.getLogger(__name__)
 
@@ -79,10 +77,7 @@ async def _answering(
         logger.debug("request %s ended while it was answered", request_id)
     except Exception as error:
         late = DeadlineError("The deadline passed before the answer was whole.")
-        status = to_status(late if deadline.expired() else error)
-        details = (DETAILS_KEY, status.SerializeToString())
-        trailing = (details, (REQUEST_ID_KEY, request_id))
-        await context.abort(CODES[status.code], status.message, trailing)
+        await abort(context, late if deadline.expired() else error, request_id)
 
 
 def _client_request_id(context: "grpc.aio.ServicerContext[Any, Any]") -> str:

@@ -12,11 +12,14 @@ from google.protobuf import any_pb2, duration_pb2
 from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
 
-from manylora_gateway.errors import GatewayError, InvalidRequestError
+from manylora_gateway.errors import GatewayError, InvalidRequestError, told
 
 DOMAIN = "manylora"
 DETAILS_KEY = "grpc-status-details-bin"
 """Where gRPC carries a google.rpc.Status."""
+MOST_OF_A_MESSAGE = 2000
+"""Characters: clients take 8 KiB of all that ends a call."""
+REQUEST_ID_KEY = "x-request-id"
 CODES: dict[int, grpc.StatusCode] = {code.value[0]: code for code in grpc.StatusCode}
 
 logger = logging.getLogger(__name__)
@@ -38,7 +41,7 @@ def to_status(error: Exception) -> status_pb2.Status:
                     error_details_pb2.BadRequest.FieldViolation(
                         field=violation.field, description=violation.message
                     )
-                    for violation in error.violations
+                    for violation in told(error.violations)
                 ]
             )
         )
@@ -48,15 +51,19 @@ def to_status(error: Exception) -> status_pb2.Status:
         details.append(error_details_pb2.RetryInfo(retry_delay=delay))
     code: int = grpc.StatusCode[error.status].value[0]
     return status_pb2.Status(
-        code=code, message=str(error), details=[_packed(detail) for detail in details]
+        code=code,
+        message=str(error)[:MOST_OF_A_MESSAGE],
+        details=[_packed(detail) for detail in details],
     )
 
 
-async def abort(context: "grpc.aio.ServicerContext[Any, Any]", error: Exception) -> NoReturn:
+async def abort(
+    context: "grpc.aio.ServicerContext[Any, Any]", error: Exception, request_id: str
+) -> NoReturn:
     """Ends a call with the status of `error`."""
     status = to_status(error)
-    details = (DETAILS_KEY, status.SerializeToString())
-    await context.abort(CODES[status.code], status.message, (details,))
+    trailing = ((DETAILS_KEY, status.SerializeToString()), (REQUEST_ID_KEY, request_id))
+    await context.abort(CODES[status.code], status.message, trailing)
     raise AssertionError("abort raises")
 
 

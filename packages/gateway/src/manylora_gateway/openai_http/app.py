@@ -41,6 +41,15 @@ from manylora_gateway.tenants import caller
 
 BODY_TIMEOUT_S = 30.0
 """A client that sends its body slower than this keeps a connection from others."""
+ENDPOINTS = (
+    "POST /v1/chat/completions",
+    "POST /v1/completions",
+    "GET /v1/models",
+    "GET /v1/models/{reference}",
+    "GET /health",
+)
+MAX_PATH_TOLD = 100
+"""Characters of a wrong path that its error repeats."""
 REQUEST_ID_HEADER = "x-request-id"
 EVENT_STREAM = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache"}
 
@@ -64,6 +73,8 @@ def application(
         Route("/v1/chat/completions", _Completions("chat", inference, reading), methods=["POST"]),
         Route("/v1/completions", _Completions("text", inference, reading), methods=["POST"]),
         Route("/v1/models", _list_models(inference, reading), methods=["GET"]),
+        # Else it would be the model without a name.
+        Route("/v1/models/", _list_models(inference, reading), methods=["GET"]),
         Route("/v1/models/{reference:path}", _show_model(inference, reading), methods=["GET"]),
     ]
     # Starlette raises again, for the server to log, what has a handler as Exception alone.
@@ -241,10 +252,27 @@ async def _json(request: Request, limit: int) -> object:
         text = f"the body was not whole after {BODY_TIMEOUT_S:g} s"
         raise InvalidRequestError([Violation("", text)]) from error
     try:
-        return json.loads(body)
+        return json.loads(body, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
-        text = f"the body is not JSON: {error}"
+        text = f"the body is not JSON: {_why(error)}"
         raise InvalidRequestError([Violation("", text)]) from error
+
+
+def _no_constant(name: str) -> object:
+    raise InvalidRequestError([Violation("", f"the body is not JSON: it has no {name}")])
+
+
+def _why(error: ValueError | RecursionError) -> str:
+    """What is wrong with a body, without what Python says of itself."""
+    match error:
+        case json.JSONDecodeError():
+            return str(error)
+        case UnicodeDecodeError():
+            return f"byte {error.start} is not {error.encoding.upper()}"
+        case RecursionError():
+            return "objects and arrays are too deep in one another"
+        case _:
+            return "a number has too many digits"
 
 
 def _patient(send: Send, stall_s: float) -> Send:
@@ -295,10 +323,14 @@ def _first(error: Exception) -> Exception:
     return error
 
 
-async def _http_error(_request: Request, error: HTTPException) -> Response:
+async def _http_error(request: Request, error: HTTPException) -> Response:
     """A path or a method that is not there."""
     kind = "invalid_request_error"
-    return tell(Problem(error.status_code, error.detail, kind, None, kind), "")
+    asked = f"{request.method} {request.scope['path'][:MAX_PATH_TOLD]}"
+    message = f"{error.detail}: {asked}. There are {', '.join(ENDPOINTS)}."
+    response = tell(Problem(error.status_code, message, kind, None, kind), "")
+    response.headers.update(error.headers or {})
+    return response
 
 
 async def _error(_request: Request, error: Exception) -> Response:

@@ -6,10 +6,12 @@ Beside OpenAI's own there are the extensions that vLLM's server knows too: top_k
 repetition_penalty, ignore_eos and structured_outputs.
 """
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal, TypeVar, cast
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
 
 from manylora_gateway.errors import InvalidRequestError, Violation
 
@@ -40,6 +42,27 @@ NEUTRAL: Mapping[str, tuple[object, ...]] = {
 }
 """Parameters that are not supported, and the values with which they ask for nothing."""
 
+EMPTY_IN_REPLIES = ("annotations", "tool_calls")
+"""Lists in a reply's message that OpenAI's and vLLM's servers leave empty: a client that sends the
+reply back as a turn of the chat asks for nothing with them."""
+
+
+MOST_MEMBERS = 200
+"""Of one object that has parameters; pydantic takes seconds to tell of 100,000 unknown ones."""
+
+
+class _First(FailFast):
+    """Of a list the first mistake is told: there can be half a million in a body."""
+
+    def __hash__(self) -> int:
+        """As a member of a union."""
+        return id(self)
+
+
+FIRST = _First()
+Texts = Annotated[list[str], FIRST]
+TokenIds = Annotated[list[int], FIRST]
+
 
 class _Body(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
@@ -51,6 +74,9 @@ class _Body(BaseModel):
         if not isinstance(data, dict):
             return data
         items = cast("dict[str, Any]", data).items()
+        if len(items) > MOST_MEMBERS:
+            text = "has {count} members; the most is {most}"
+            raise PydanticCustomError("too_many", text, {"count": len(items), "most": MOST_MEMBERS})
         return {name: value for name, value in items if value is not None}
 
 
@@ -65,7 +91,15 @@ class ChatMessage(_Body):
     """One turn of a chat."""
 
     role: str
-    content: str | list[TextPart]
+    content: str | Annotated[list[TextPart], FIRST]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_empty(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        items = cast("dict[str, Any]", data).items()
+        return {name: value for name, value in items if name not in EMPTY_IN_REPLIES or value != []}
 
     def text(self) -> str:
         """Its pieces put together."""
@@ -122,7 +156,7 @@ class StructuredOutputs(_Body):
     json_: dict[str, Any] | str | None = Field(default=None, alias="json")
     json_object: bool = False
     regex: str | None = None
-    choice: list[str] | None = None
+    choice: Texts | None = None
     grammar: str | None = None
 
 
@@ -133,7 +167,7 @@ class _Completion(_Body):
     top_p: float = 1.0
     n: int = 1
     seed: int | None = None
-    stop: str | list[str] = Field(default_factory=list[str])
+    stop: str | Texts = Field(default_factory=list[str])
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     stream: bool = False
@@ -149,7 +183,7 @@ class _Completion(_Body):
 class ChatBody(_Completion):
     """POST /v1/chat/completions."""
 
-    messages: list[ChatMessage]
+    messages: Annotated[list[ChatMessage], FIRST]
     max_completion_tokens: int | None = None
     logprobs: bool = False
     top_logprobs: int | None = None
@@ -158,7 +192,7 @@ class ChatBody(_Completion):
 class CompletionBody(_Completion):
     """POST /v1/completions."""
 
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: str | Texts | TokenIds | Annotated[list[TokenIds], FIRST]
     logprobs: int | None = None
 
 
@@ -191,20 +225,29 @@ def _asks_nothing(name: str, value: object) -> bool:
 def _violations(error: ValidationError) -> Iterator[Violation]:
     entries = error.errors(include_url=False, include_input=False, include_context=False)
     fields = [_path(entry["loc"]) for entry in entries]
-    for index, (field, entry) in enumerate(zip(fields, entries, strict=True)):
-        # Each branch of a union tells what it would have wanted: the one that got furthest is
-        # meant, and one mistake of a field is enough.
-        deeper = any(other.startswith((f"{field}[", f"{field}.")) for other in fields)
-        if deeper or field in fields[:index]:
+    # Each branch of a union tells what it would have wanted: the one that got furthest is meant,
+    # and one mistake of a field is enough.
+    passed = {field[: at.start()] for field in fields for at in DEEPER.finditer(field)}
+    for field, entry in zip(fields, entries, strict=True):
+        if field in passed:
             continue
+        passed.add(field)
         match entry["type"]:
             case "extra_forbidden":
                 text = "is not supported"
             case "missing":
                 text = "is required"
+            case "model_type" | "model_attributes_type":
+                text = "must be an object"
+            case "union_tag_invalid" | "union_tag_not_found":
+                text = "its type must be text, json_object or json_schema"
             case _:
                 text = entry["msg"]
         yield Violation(field, text)
+
+
+DEEPER = re.compile(r"[.[]")
+"""Where the path of a field goes on from one that holds it."""
 
 
 def _path(location: tuple[int | str, ...]) -> str:

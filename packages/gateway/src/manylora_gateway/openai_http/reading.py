@@ -68,9 +68,10 @@ class Reading:
         violations: list[Violation] = []
         if wanted and not body.logprobs:
             violations.append(Violation("top_logprobs", "needs logprobs to be true"))
-        max_tokens = body.max_completion_tokens or body.max_tokens
+        max_tokens = body.max_tokens
         names = {"logprobs": "top_logprobs"}
         if body.max_completion_tokens is not None:
+            max_tokens = body.max_completion_tokens
             names["max_tokens"] = "max_completion_tokens"
         return self._asked(
             body,

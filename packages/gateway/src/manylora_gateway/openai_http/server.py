@@ -91,6 +91,9 @@ class _Connection(H11Protocol):
     uvicorn itself closes what is idle after a request, not what never sends one.
     """
 
+    def _unsupported_upgrade_warning(self) -> None:
+        """Nothing: clients that offer HTTP/2 as they begin, as Java's does, go on without."""
+
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Begins; with TLS the handshake is over."""
         super().connection_made(transport)
