@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 import sqlite3
 import subprocess
 import sys
@@ -267,9 +268,10 @@ def test_narrow_floats_in_parquet_are_read_as_they_were_written(tmp_path):
     assert [row.columns["halffloat"] for row in rows][1:] == [None, 2.5]
 
 
-def test_a_query_may_end_with_a_comment(tmp_path):
+@pytest.mark.parametrize("end", ["-- all of them", ";\n;\n"])
+def test_a_query_may_end_with_a_comment_or_semicolons(tmp_path, end):
     url = f"sqlite:///{database(tmp_path)}"
-    query = "select * from things -- all of them"
+    query = f"select * from things {end}"
     rows = opened({"kind": "sql", "url": url, "query": query, "key": "id"}).rows()
     assert [row.columns for row in rows] == ROWS
 
@@ -372,6 +374,20 @@ def test_a_key_that_would_lose_rows_is_refused(tmp_path):
     assert "id is NULL in some rows" in refused(settings)
 
 
+@pytest.mark.parametrize("page_rows", [1, 2, 3])
+def test_keys_that_are_one_for_the_database_alone_are_refused(tmp_path, page_rows):
+    """A page that ends between them would pass over the second."""
+    with sqlite3.connect(tmp_path / "rows.db") as connection:
+        connection.execute("create table things (name text collate nocase)")
+        names = ["a", "b", "B", "C", "c"][3 - page_rows :]
+        connection.executemany("insert into things values (?)", [(name,) for name in names])
+    url = f"sqlite:///{tmp_path}/rows.db"
+    said = refused(
+        {"kind": "sql", "url": url, "table": "things", "key": "name", "page_rows": page_rows}
+    )
+    assert re.search(r"takes name '(\w)' and '(?i:\1)' for equal; the key must be unique", said)
+
+
 def test_rows_that_come_and_go_shift_nothing(tmp_path):
     source = opened(sql_table(tmp_path))
     rows = source.rows()
@@ -441,7 +457,21 @@ def test_the_environment_fills_a_url_only_when_it_is_opened(tmp_path, monkeypatc
     assert "${SECRET}" in recipe.model_dump_json()
 
 
-def test_a_database_file_is_found_from_the_recipe(tmp_path):
+@pytest.mark.parametrize(
+    "url",
+    [
+        "sqlite:///rows.db",
+        "sqlite:///file:rows.db?mode=ro&uri=true",
+        "sqlite:///file:{}/rows.db?uri=true",
+    ],
+)
+def test_a_database_file_is_found_from_the_recipe(tmp_path, url):
     database(tmp_path)
-    recipe = recipe_with(tmp_path, url="sqlite:///rows.db", table="things")
+    recipe = recipe_with(tmp_path, url=url.format(tmp_path), table="things")
     assert len(list(open_source(recipe.tasks[0].source).rows())) == 23
+
+
+@pytest.mark.parametrize("source", [{"table": ""}, {"table": None, "query": ""}])
+def test_an_empty_table_or_query_is_a_mistake_of_the_recipe(tmp_path, source):
+    with pytest.raises(ConfigError, match="at least 1 character"):
+        recipe_with(tmp_path, url="sqlite:///rows.db", **source)
