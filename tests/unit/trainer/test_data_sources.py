@@ -260,6 +260,58 @@ def test_a_packed_file_is_known_by_its_end_in_capitals_too(tmp_path):
     assert [row.columns for row in rows] == ROWS[:2]
 
 
+def test_a_byte_order_mark_may_stand_alone_on_the_first_line(tmp_path):
+    (tmp_path / "rows.jsonl").write_bytes(b"\xef\xbb\xbf\r\n" + lines(ROWS[:2]))
+    rows = opened({"kind": "jsonl", "path": str(tmp_path / "rows.jsonl")}).rows()
+    assert [row.columns for row in rows] == ROWS[:2]
+
+
+def parquet_of(directory, **columns):
+    pyarrow.parquet.write_table(pyarrow.table(columns), directory / "rows.parquet")
+    return list(opened({"kind": "parquet", "path": str(directory / "rows.parquet")}).rows())
+
+
+def test_narrow_floats_deep_in_parquet_are_read_as_they_were_written(tmp_path):
+    narrow = pyarrow.float32()
+    kinds = [
+        (pyarrow.list_(narrow), [0.1, None]),
+        (pyarrow.large_list(narrow), [0.1]),
+        (pyarrow.list_(narrow, 2), [0.1, 2.5]),
+        (
+            pyarrow.struct({"x": pyarrow.list_(narrow), "y": pyarrow.string()}),
+            {"x": [0.1], "y": "z"},
+        ),
+        (pyarrow.map_(pyarrow.string(), narrow), {"x": 0.1, "y": None}),
+    ]
+    for kind, value in kinds:
+        rows = parquet_of(tmp_path, a=pyarrow.array([value], kind))
+        assert [row.columns["a"] for row in rows] == [value]
+
+
+def test_maps_in_parquet_are_objects(tmp_path):
+    kind = pyarrow.list_(pyarrow.map_(pyarrow.string(), pyarrow.string()))
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    (row,) = parquet_of(tmp_path, messages=pyarrow.array([[list(t.items()) for t in turns]], kind))
+    assert row.columns == {"messages": turns}
+    twice = pyarrow.array([[[("a", "1"), ("a", "2")]]], kind)
+    (row,) = parquet_of(tmp_path, messages=twice)
+    assert "row 1, field 'messages': cannot be read" in str(row.error)
+
+
+@pytest.mark.parametrize(
+    "far",
+    [
+        pyarrow.array([1, 2**31 - 1, 2], pyarrow.int32()).view(pyarrow.date32()),
+        pyarrow.array([1, 2**45, 2]).view(pyarrow.timestamp("s")),
+        pyarrow.array([1, 2**45, 2]).view(pyarrow.timestamp("s", "Europe/Berlin")),
+    ],
+)
+def test_a_time_in_parquet_that_python_cannot_hold_names_row_and_column(tmp_path, far):
+    rows = parquet_of(tmp_path, id=pyarrow.array([1, 2, 3]), at=far)
+    assert [row.error is None for row in rows] == [True, False, True]
+    assert "row 2, field 'at': cannot be read: " in str(rows[1].error)
+
+
 def test_narrow_floats_in_parquet_are_read_as_they_were_written(tmp_path):
     narrow = {kind: pyarrow.array([0.1, None, 2.5]).cast(kind) for kind in ("float", "halffloat")}
     pyarrow.parquet.write_table(pyarrow.table(narrow), tmp_path / "rows.parquet")
