@@ -353,6 +353,26 @@ def test_two_columns_of_one_name_are_refused(tmp_path):
     assert said == f"{tmp_path}/rows.parquet has several columns named text"
 
 
+@pytest.mark.parametrize("directory", ["plain", "old [v2]", "wh?t"])
+def test_a_glob_finds_files_wherever_its_directory_is(tmp_path, directory):
+    below = tmp_path / directory / "2026" / "rows"
+    below.mkdir(parents=True)
+    settings = jsonl_of(below, "a", ROWS)
+    for pattern in ("2026/*/*.jsonl", "**", "*/**/a*"):
+        settings["path"] = str(tmp_path / directory / pattern)
+        assert [row.columns for row in opened(settings).rows()] == ROWS
+
+
+def test_a_file_that_a_glob_finds_by_several_names_is_read_once(tmp_path):
+    settings = jsonl_of(tmp_path, "a", ROWS)
+    (tmp_path / "round").symlink_to(".")
+    (tmp_path / "latest.jsonl").symlink_to("a.jsonl")
+    settings["path"] = str(tmp_path / "**" / "*.jsonl")
+    assert [row.columns for row in opened(settings).rows()] == ROWS
+    (tmp_path / "gone.jsonl").symlink_to("nowhere")
+    assert f"{tmp_path}/gone.jsonl cannot be read: No such file" in refused(settings)
+
+
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
 def test_a_missing_file_is_told(tmp_path, kind):
     missing = str(tmp_path / "none.data")
