@@ -178,6 +178,26 @@ def test_a_signal_writes_a_checkpoint_and_says_how_to_resume(recipe, tmp_path, n
     assert adapters(tmp_path / "run") == adapters(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_signal_ends_the_reading_of_rows(make_task, write_recipe, tmp_path, resume):
+    (tmp_path / "endless.py").write_text(
+        "import os, signal\n"
+        "def rows():\n"
+        "    for i in range(10_000_000):\n"
+        "        if i == 30:\n"
+        "            os.kill(os.getpid(), signal.SIGINT)\n"
+        "        yield {'wrong': f'a{i}', 'right': f'b{i}'}\n"
+    )
+    source = {"kind": "python", "file": str(tmp_path / "endless.py"), "function": "rows"}
+    recipe = write_recipe(make_task("a", source=source, steps=None, epochs=1))
+    for again in (False, True)[: 1 + resume]:
+        with pytest.raises(
+            RunInterruptedError, match="SIGINT before training began; go on with: this"
+        ):
+            manylora_trainer.train(recipe, tmp_path / "run", resume=again, how_to_resume="this")
+    assert read_run(tmp_path / "run").state == "incomplete"
+
+
 class Listening(Progress):
     """Keeps what is said."""
 
