@@ -53,10 +53,13 @@ def postgres() -> Iterator[sa.URL]:
     with engine.connect() as connection:
         connection.exec_driver_sql(
             "CREATE TABLE rows (id integer PRIMARY KEY, text text, day date, at timestamptz,"
-            " token uuid, price numeric, code text)"
+            " token uuid, price numeric, code text, hour time, narrow real)"
         )
         connection.execute(
-            sa.text("INSERT INTO rows VALUES (:id, :text, :day, :at, :token, :price, :code)"),
+            sa.text(
+                "INSERT INTO rows VALUES (:id, :text, :day, :at, :token, :price, :code, :hour,"
+                " :narrow)"
+            ),
             [
                 {
                     **row,
@@ -64,6 +67,8 @@ def postgres() -> Iterator[sa.URL]:
                     "at": datetime.datetime(2026, 1, 1, 12, 0, 0, row["id"], datetime.UTC),
                     "token": uuid.UUID(int=row["id"] * 7919),
                     "price": f"{row['id']}.10",
+                    "hour": datetime.time(12, 0, row["id"], row["id"]),
+                    "narrow": row["id"] / 10,
                     "code": "Ää b%s :c"[row["id"] % 9 :] + str(row["id"]),
                 }
                 for row in ROWS[::-1]
@@ -76,7 +81,7 @@ def postgres() -> Iterator[sa.URL]:
     server.cleanup()
 
 
-@pytest.mark.parametrize("key", ["id", "day", "at", "token", "price", "code"])
+@pytest.mark.parametrize("key", ["id", "day", "at", "token", "price", "code", "hour"])
 def test_a_table_is_paged_by_any_kind_of_key(postgres, monkeypatch, key):
     monkeypatch.setenv("ROWS_URL", postgres.render_as_string(hide_password=False))
     source = opened(
@@ -84,6 +89,15 @@ def test_a_table_is_paged_by_any_kind_of_key(postgres, monkeypatch, key):
     )
     rows = goes_on_from(source, range(23))
     assert sorted(row["id"] for row in rows) == list(range(23))
+
+
+@pytest.mark.parametrize("page_rows", [1, 2])
+def test_a_key_greater_than_itself_is_refused(postgres, monkeypatch, page_rows):
+    """0.1 as a `real` is greater than 0.1, so that a page would begin with the row before it."""
+    monkeypatch.setenv("ROWS_URL", postgres.render_as_string(hide_password=False))
+    settings = {"kind": "sql", "url_env": "ROWS_URL", "table": "rows", "key": "narrow"}
+    with pytest.raises(SourceError, match=r"narrow 0\.\d for greater than itself"):
+        list(opened({**settings, "page_rows": page_rows}).rows())
 
 
 def test_a_query_may_hold_what_drivers_take_for_parameters(postgres, monkeypatch):

@@ -181,9 +181,10 @@ def test_a_column_that_says_nothing_is_named(
 
 def test_a_byte_order_mark_is_no_part_of_the_first_row(tmp_path: Path) -> None:
     path = tmp_path / "r.jsonl"
-    path.write_text(json.dumps(GOOD), encoding="utf-8-sig")
+    for text in (json.dumps(GOOD), "\r\n" + json.dumps(GOOD)):
+        path.write_text(text, encoding="utf-8-sig")
 
-    assert len(load_rows(JsonlRows(kind="jsonl", path=path))) == 1
+        assert len(load_rows(JsonlRows(kind="jsonl", path=path))) == 1
 
 
 def test_parquet_rows_are_read_up_to_the_limit(tmp_path: Path) -> None:
@@ -209,6 +210,12 @@ def test_parquet_values_that_json_lacks(tmp_path: Path) -> None:
     assert (row.messages[0].content, row.expected) == ("2024-02-29", "1.50")
     with pytest.raises(RowsError, match="column 'raw' holds bytes"):
         load_rows(source, Prompt(user="{raw}"))
+    pq.write_table(pa.table({"price": [Decimal("0E-8")]}), path)
+    (row,) = load_rows(source, Prompt(user="{price}", expected_json=("price",)))
+    assert (row.messages[0].content, row.expected) == ("0.00000000", '{"price": "0.00000000"}')
+    pq.write_table(pa.table({"at": pa.array([2**45]).view(pa.timestamp("s"))}), path)
+    with pytest.raises(RowsError, match="cannot be read as Parquet"):
+        load_rows(source, Prompt(user="{at}"))
 
 
 def test_a_row_is_known_by_what_it_asks_and_expects(tmp_path: Path) -> None:

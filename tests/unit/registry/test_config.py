@@ -1,6 +1,7 @@
 from pathlib import Path
 
 import pytest
+from pydantic import Field
 
 from manylora_registry.config import ConfigModel, load_config
 from manylora_registry.errors import ConfigError
@@ -66,3 +67,52 @@ def test_what_is_no_mapping_is_one_problem(write, text):
 def test_overrides_that_lead_nowhere_are_told(write, override):
     with pytest.raises(ConfigError):
         load_config(write(GOOD), Recipe, [override])
+
+
+def test_a_key_that_stands_twice_is_told_beside_every_other_mistake(write):
+    text = "base: b\ntasks:\n  - name: a\n    rank: 4\n    rank: 8\nbase: c\nbse: d\n"
+    with pytest.raises(ConfigError) as failed:
+        load_config(write(text), Recipe)
+
+    assert {(p.path, p.line) for p in failed.value.problems} == {
+        ("tasks.0.rank", 5), ("base", 6), ("bse", 7),
+    }  # fmt: skip
+
+
+def test_keys_may_replace_those_that_are_merged_in(write):
+    text = "base: b\ntasks:\n  - &a {name: a, rank: 4}\n  - {<<: *a, name: b}\n"
+
+    assert [(t.name, t.rank) for t in load_config(write(text), Recipe).tasks] == [
+        ("a", 4), ("b", 4),
+    ]  # fmt: skip
+
+
+class Several(ConfigModel):
+    tasks: tuple[Task, ...] = Field(min_length=1)
+
+
+def test_a_list_is_not_too_short_for_the_mistakes_in_it(write):
+    with pytest.raises(ConfigError) as failed:
+        load_config(write("tasks:\n  - {name: a, rnk: 3}\n"), Several)
+    assert [p.path for p in failed.value.problems] == ["tasks.0.rnk"]
+
+    with pytest.raises(ConfigError, match="at least 1"):
+        load_config(write("tasks: []\n"), Several)
+
+
+@pytest.mark.parametrize(
+    "value", ["2026-13-45", "!!int many", "9" * 5000, "[}", "[" * 3000, "'\0'"]
+)
+def test_what_yaml_cannot_read_is_one_line(value, write):
+    for text, overrides in ((f"base: {value}\n", ()), (GOOD, [f"tasks.0.rank={value}"])):
+        with pytest.raises(ConfigError, match="is not YAML: ") as failed:
+            load_config(write(text), Recipe, overrides)
+
+        (problem,) = failed.value.problems
+        assert "\n" not in str(failed.value)
+        assert overrides or value[0] in "'[" or problem.line == 1
+
+
+def test_an_override_of_no_number_is_a_problem(write):
+    with pytest.raises(ConfigError, match="nothing can be set below '²'"):
+        load_config(write(GOOD), Recipe, ["tasks.².rank=3"])

@@ -129,6 +129,8 @@ def test_a_template_that_changes_earlier_answers_cannot_learn_them(tiny_base, tm
 def test_what_databases_hold_is_written_alike_in_text_and_in_json():
     columns = {
         "price": Decimal("1.50"),
+        "none": Decimal("0E-8"),
+        "many": Decimal("1E+3"),
         "at": datetime(2026, 1, 2, 3, 4, tzinfo=UTC),
         "day": date(2026, 1, 2),
         "opens": time(8, 30),
@@ -136,6 +138,8 @@ def test_what_databases_hold_is_written_alike_in_text_and_in_json():
     }
     expected = {
         "price": "1.50",
+        "none": "0.00000000",
+        "many": "1000",
         "at": "2026-01-02 03:04:00+00:00",
         "day": "2026-01-02",
         "opens": "08:30:00",
@@ -146,6 +150,23 @@ def test_what_databases_hold_is_written_alike_in_text_and_in_json():
         rendered = render(settings, Row(1, columns))
         assert rendered.messages[-1].content == text
         assert json.loads(rendered.completion) == {column: text}
+
+
+def test_an_integer_greater_than_any_float_is_text_too():
+    assert render(template(), Row(1, {"wrong": 10**400, "right": "b"})).completion == "b"
+
+
+def test_a_system_message_is_put_before_conversations_that_have_none_anywhere():
+    settings = ChatFormat(kind="chat", system="Be brief.")
+    late = [TALK[0], {"role": "system", "content": "Be kind."}, TALK[1]]
+    nulls = [{**turn, "tool_calls": None} for turn in (TALK[0], TALK[1])]
+
+    roles = [
+        [message.role for message in render(settings, Row(1, {"messages": turns})).messages]
+        for turns in (late, nulls)
+    ]
+
+    assert roles == [["user", "system"], ["system", "user"]]
 
 
 @pytest.mark.parametrize(
@@ -175,6 +196,14 @@ def test_what_databases_hold_is_written_alike_in_text_and_in_json():
         (template(), {"wrong": ["a"], "right": "b"}, "wrong", "must be text or a number"),
         (template(), {"wrong": "a", "right": " "}, "completion", "renders to nothing"),
         (template(), {"wrong": "a", "right": float("nan")}, "right", "is nan, not a number"),
+        (template(), {"wrong": "a", "right": Decimal("NaN")}, "right", "is NaN, not a number"),
+        (template(prompt="{wrong}"), {"wrong": " ", "right": "a"}, "prompt", "renders to nothing"),
+        (
+            template(completion=None, completion_json=["x"]),
+            {"wrong": "a", "x": Decimal("Infinity")},
+            "x",
+            "is not JSON: Infinity is not a number",
+        ),
         (
             template(completion=None, completion_json=["x"]),
             {"wrong": "a", "x": [b"a"]},
@@ -198,6 +227,12 @@ def test_what_databases_hold_is_written_alike_in_text_and_in_json():
             {"prompt": 3, "completion": "a"},
             "prompt",
             "must be text, is int",
+        ),
+        (
+            ChatFormat(kind="chat"),
+            {"messages": [TALK[0], {**TALK[1], "tool_calls": [{"id": "a"}]}]},
+            "messages.1.tool_calls",
+            "would be lost: role and content alone are learned",
         ),
         (ChatFormat(kind="chat"), {"messages": "hi"}, "messages", "must be a list"),
         (

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 import sqlite3
 import subprocess
 import sys
@@ -259,6 +260,58 @@ def test_a_packed_file_is_known_by_its_end_in_capitals_too(tmp_path):
     assert [row.columns for row in rows] == ROWS[:2]
 
 
+def test_a_byte_order_mark_may_stand_alone_on_the_first_line(tmp_path):
+    (tmp_path / "rows.jsonl").write_bytes(b"\xef\xbb\xbf\r\n" + lines(ROWS[:2]))
+    rows = opened({"kind": "jsonl", "path": str(tmp_path / "rows.jsonl")}).rows()
+    assert [row.columns for row in rows] == ROWS[:2]
+
+
+def parquet_of(directory, **columns):
+    pyarrow.parquet.write_table(pyarrow.table(columns), directory / "rows.parquet")
+    return list(opened({"kind": "parquet", "path": str(directory / "rows.parquet")}).rows())
+
+
+def test_narrow_floats_deep_in_parquet_are_read_as_they_were_written(tmp_path):
+    narrow = pyarrow.float32()
+    kinds = [
+        (pyarrow.list_(narrow), [0.1, None]),
+        (pyarrow.large_list(narrow), [0.1]),
+        (pyarrow.list_(narrow, 2), [0.1, 2.5]),
+        (
+            pyarrow.struct({"x": pyarrow.list_(narrow), "y": pyarrow.string()}),
+            {"x": [0.1], "y": "z"},
+        ),
+        (pyarrow.map_(pyarrow.string(), narrow), {"x": 0.1, "y": None}),
+    ]
+    for kind, value in kinds:
+        rows = parquet_of(tmp_path, a=pyarrow.array([value], kind))
+        assert [row.columns["a"] for row in rows] == [value]
+
+
+def test_maps_in_parquet_are_objects(tmp_path):
+    kind = pyarrow.list_(pyarrow.map_(pyarrow.string(), pyarrow.string()))
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    (row,) = parquet_of(tmp_path, messages=pyarrow.array([[list(t.items()) for t in turns]], kind))
+    assert row.columns == {"messages": turns}
+    twice = pyarrow.array([[[("a", "1"), ("a", "2")]]], kind)
+    (row,) = parquet_of(tmp_path, messages=twice)
+    assert "row 1, field 'messages': cannot be read" in str(row.error)
+
+
+@pytest.mark.parametrize(
+    "far",
+    [
+        pyarrow.array([1, 2**31 - 1, 2], pyarrow.int32()).view(pyarrow.date32()),
+        pyarrow.array([1, 2**45, 2]).view(pyarrow.timestamp("s")),
+        pyarrow.array([1, 2**45, 2]).view(pyarrow.timestamp("s", "Europe/Berlin")),
+    ],
+)
+def test_a_time_in_parquet_that_python_cannot_hold_names_row_and_column(tmp_path, far):
+    rows = parquet_of(tmp_path, id=pyarrow.array([1, 2, 3]), at=far)
+    assert [row.error is None for row in rows] == [True, False, True]
+    assert "row 2, field 'at': cannot be read: " in str(rows[1].error)
+
+
 def test_narrow_floats_in_parquet_are_read_as_they_were_written(tmp_path):
     narrow = {kind: pyarrow.array([0.1, None, 2.5]).cast(kind) for kind in ("float", "halffloat")}
     pyarrow.parquet.write_table(pyarrow.table(narrow), tmp_path / "rows.parquet")
@@ -267,9 +320,10 @@ def test_narrow_floats_in_parquet_are_read_as_they_were_written(tmp_path):
     assert [row.columns["halffloat"] for row in rows][1:] == [None, 2.5]
 
 
-def test_a_query_may_end_with_a_comment(tmp_path):
+@pytest.mark.parametrize("end", ["-- all of them", ";\n;\n"])
+def test_a_query_may_end_with_a_comment_or_semicolons(tmp_path, end):
     url = f"sqlite:///{database(tmp_path)}"
-    query = "select * from things -- all of them"
+    query = f"select * from things {end}"
     rows = opened({"kind": "sql", "url": url, "query": query, "key": "id"}).rows()
     assert [row.columns for row in rows] == ROWS
 
@@ -297,6 +351,26 @@ def test_two_columns_of_one_name_are_refused(tmp_path):
     pyarrow.parquet.write_table(twins, tmp_path / "rows.parquet")
     said = refused({"kind": "parquet", "path": str(tmp_path / "rows.parquet")})
     assert said == f"{tmp_path}/rows.parquet has several columns named text"
+
+
+@pytest.mark.parametrize("directory", ["plain", "old [v2]", "wh?t"])
+def test_a_glob_finds_files_wherever_its_directory_is(tmp_path, directory):
+    below = tmp_path / directory / "2026" / "rows"
+    below.mkdir(parents=True)
+    settings = jsonl_of(below, "a", ROWS)
+    for pattern in ("2026/*/*.jsonl", "**", "*/**/a*"):
+        settings["path"] = str(tmp_path / directory / pattern)
+        assert [row.columns for row in opened(settings).rows()] == ROWS
+
+
+def test_a_file_that_a_glob_finds_by_several_names_is_read_once(tmp_path):
+    settings = jsonl_of(tmp_path, "a", ROWS)
+    (tmp_path / "round").symlink_to(".")
+    (tmp_path / "latest.jsonl").symlink_to("a.jsonl")
+    settings["path"] = str(tmp_path / "**" / "*.jsonl")
+    assert [row.columns for row in opened(settings).rows()] == ROWS
+    (tmp_path / "gone.jsonl").symlink_to("nowhere")
+    assert f"{tmp_path}/gone.jsonl cannot be read: No such file" in refused(settings)
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
@@ -372,6 +446,20 @@ def test_a_key_that_would_lose_rows_is_refused(tmp_path):
     assert "id is NULL in some rows" in refused(settings)
 
 
+@pytest.mark.parametrize("page_rows", [1, 2, 3])
+def test_keys_that_are_one_for_the_database_alone_are_refused(tmp_path, page_rows):
+    """A page that ends between them would pass over the second."""
+    with sqlite3.connect(tmp_path / "rows.db") as connection:
+        connection.execute("create table things (name text collate nocase)")
+        names = ["a", "b", "B", "C", "c"][3 - page_rows :]
+        connection.executemany("insert into things values (?)", [(name,) for name in names])
+    url = f"sqlite:///{tmp_path}/rows.db"
+    said = refused(
+        {"kind": "sql", "url": url, "table": "things", "key": "name", "page_rows": page_rows}
+    )
+    assert re.search(r"takes name '(\w)' and '(?i:\1)' for equal; the key must be unique", said)
+
+
 def test_rows_that_come_and_go_shift_nothing(tmp_path):
     source = opened(sql_table(tmp_path))
     rows = source.rows()
@@ -441,7 +529,21 @@ def test_the_environment_fills_a_url_only_when_it_is_opened(tmp_path, monkeypatc
     assert "${SECRET}" in recipe.model_dump_json()
 
 
-def test_a_database_file_is_found_from_the_recipe(tmp_path):
+@pytest.mark.parametrize(
+    "url",
+    [
+        "sqlite:///rows.db",
+        "sqlite:///file:rows.db?mode=ro&uri=true",
+        "sqlite:///file:{}/rows.db?uri=true",
+    ],
+)
+def test_a_database_file_is_found_from_the_recipe(tmp_path, url):
     database(tmp_path)
-    recipe = recipe_with(tmp_path, url="sqlite:///rows.db", table="things")
+    recipe = recipe_with(tmp_path, url=url.format(tmp_path), table="things")
     assert len(list(open_source(recipe.tasks[0].source).rows())) == 23
+
+
+@pytest.mark.parametrize("source", [{"table": ""}, {"table": None, "query": ""}])
+def test_an_empty_table_or_query_is_a_mistake_of_the_recipe(tmp_path, source):
+    with pytest.raises(ConfigError, match="at least 1 character"):
+        recipe_with(tmp_path, url="sqlite:///rows.db", **source)

@@ -22,6 +22,7 @@ from manylora_trainer.errors import (
 )
 from manylora_trainer.progress import Progress
 from manylora_trainer.recipe import load_recipe
+from manylora_trainer.saved_runs import read_run
 from tests.unit.trainer.conftest import StopAt
 
 # Kills its own process, without a chance to tidy up, just before the first file operation of the
@@ -177,6 +178,26 @@ def test_a_signal_writes_a_checkpoint_and_says_how_to_resume(recipe, tmp_path, n
     assert adapters(tmp_path / "run") == adapters(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_signal_ends_the_reading_of_rows(make_task, write_recipe, tmp_path, resume):
+    (tmp_path / "endless.py").write_text(
+        "import os, signal\n"
+        "def rows():\n"
+        "    for i in range(10_000_000):\n"
+        "        if i == 30:\n"
+        "            os.kill(os.getpid(), signal.SIGINT)\n"
+        "        yield {'wrong': f'a{i}', 'right': f'b{i}'}\n"
+    )
+    source = {"kind": "python", "file": str(tmp_path / "endless.py"), "function": "rows"}
+    recipe = write_recipe(make_task("a", source=source, steps=None, epochs=1))
+    for again in (False, True)[: 1 + resume]:
+        with pytest.raises(
+            RunInterruptedError, match="SIGINT before training began; go on with: this"
+        ):
+            manylora_trainer.train(recipe, tmp_path / "run", resume=again, how_to_resume="this")
+    assert read_run(tmp_path / "run").state == "incomplete"
+
+
 class Listening(Progress):
     """Keeps what is said."""
 
@@ -246,6 +267,31 @@ def interrupted(make_task, write_recipe, tmp_path):
 
 
 ROWS = [{"wrong": f"wrd{i}", "right": f"word{i}"} for i in range(20)]
+
+
+@pytest.mark.parametrize("file", ["run.json", "environment.json", "metrics.jsonl"])
+def test_a_damaged_file_of_a_run_is_one_clear_error_before_it_trains_on(
+    interrupted, tmp_path, file
+):
+    recipe = interrupted()
+    whole = (tmp_path / "run" / file).read_bytes()
+    for content in (whole[:20], b"\xff\x00", b"[]", b"{}", b'{"tasks": []}\n', b"\0" * len(whole)):
+        (tmp_path / "run" / file).write_bytes(content)
+        with pytest.raises(
+            RunDirectoryError, match=rf"/{file} is damaged .*: put it back from a copy"
+        ):
+            manylora_trainer.train(recipe, tmp_path / "run", resume=True)
+
+
+def test_a_run_goes_on_without_the_files_that_only_tell_of_it(interrupted, tmp_path):
+    run = tmp_path / "run"
+    for file in ("environment.json", "metrics.jsonl", "base.json"):
+        (run / file).unlink()
+    (run / "recipe.yaml").write_bytes(b"tasks:")
+    result = manylora_trainer.train(interrupted(), run, resume=True)
+    assert read_run(run).state == "finished"
+    assert set(read_run(run).tasks) == set(result.tasks)
+    assert read_run(run).recipe["tasks"][0]["name"] in result.tasks
 
 
 def test_resume_refuses_a_changed_recipe_and_names_every_change(interrupted, tmp_path):

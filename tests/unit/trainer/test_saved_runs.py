@@ -89,6 +89,32 @@ def test_a_run_is_shown_with_what_it_ran_on(runs):
     assert told["starts"][0]["environment"]["threads"] == 1
 
 
+def test_a_page_is_written_of_a_run_that_has_not_ended_and_of_one_that_never_began(runs, tmp_path):
+    shutil.copytree(runs / "cut", runs / "began")
+    for file in ("run.json", "metrics.jsonl", "environment.json"):
+        (runs / "began" / file).unlink()
+    for name, state in (("cut", "interrupted"), ("began", "incomplete")):
+        done = invoke("show", runs / name, "--out", tmp_path / "page.html")
+        assert done.exit_code == 0, done.exception
+        assert state in (tmp_path / "page.html").read_text()
+
+
+def test_damaged_records_of_a_run_are_said_in_one_line(runs, tmp_path):
+    def fails(match):
+        error = invoke("show", runs / "cut", "--out", tmp_path / "page.html").exception
+        assert isinstance(error, UnreadableRunError)
+        assert match in str(error)
+
+    held_out = runs / "cut" / "held_out" / "first.jsonl"
+    for content in ("{", "[]\n", '{"messages": []}\n'):
+        held_out.write_text(content)
+        fails(f"{held_out} cannot be read")
+    for starts in (None, "x", [1], {"a": 1}, [{"at": "now"}]):
+        (runs / "cut" / "environment.json").write_text(json.dumps({"starts": starts}))
+        fails("environment.json is not what a run writes")
+    assert listed(runs)[f"{runs}/cut"]["state"] == "broken"
+
+
 def test_what_is_no_run_is_said_in_one_line(tmp_path):
     for verb in (("show", tmp_path), ("compare", tmp_path, tmp_path), ("list", tmp_path / "no")):
         assert isinstance(invoke(*verb).exception, UnreadableRunError)

@@ -4,12 +4,13 @@ Recipes, gateway configs and evaluation suites are all read through here, so tha
 one form of error whichever file is wrong.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
+from yaml.constructor import ConstructorError
 
 from manylora_registry.errors import ConfigError, Problem
 
@@ -37,27 +38,86 @@ def load_config(path: Path, model: type[Model], overrides: Sequence[str] = ()) -
         raise ConfigError(path, [Problem("", f"cannot be read: {error}")]) from error
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
-        data: Any = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        data = _parse(text)
+    except (yaml.YAMLError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         line = None if mark is None else mark.line + 1
-        what = getattr(error, "problem", None) or str(error)
-        raise ConfigError(path, [Problem("", f"is not YAML: {what}", line)]) from error
+        raise ConfigError(path, [Problem("", f"is not YAML: {_why(error)}", line)]) from error
     if not isinstance(data, dict):
         raise ConfigError(path, [Problem("", "must be a mapping of keys to values")])
-    problems = [problem for entry in overrides if (problem := _override(data, entry)) is not None]
+    problems = list(_twins(node, (), set()))
+    overridden = [problem for entry in overrides if (problem := _override(data, entry)) is not None]
+    if overridden:
+        raise ConfigError(path, [*problems, *overridden])
+    try:
+        found = model.model_validate(data, context={"directory": path.resolve().parent})
+    except ValidationError as error:
+        problems += [
+            Problem(_dotted(e["loc"]), _say(e["type"], e["msg"]), _line(node, e["loc"]))
+            for e in _own_mistakes(error)
+        ]
+        raise ConfigError(path, problems) from error
     if problems:
         raise ConfigError(path, problems)
-    try:
-        return model.model_validate(data, context={"directory": path.resolve().parent})
-    except ValidationError as error:
-        raise ConfigError(
-            path,
-            [
-                Problem(_dotted(e["loc"]), _say(e["type"], e["msg"]), _line(node, e["loc"]))
-                for e in error.errors()
-            ],
-        ) from error
+    return found
+
+
+class _Loader(yaml.SafeLoader):
+    """Says where a scalar stands that has the form of a date or number and is none."""
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)  # pyright: ignore[reportUnknownMemberType]
+        except ValueError as error:
+            raise ConstructorError(None, None, str(error), node.start_mark) from error
+
+
+def _parse(text: str) -> Any:
+    """What a YAML text says.
+
+    Raises:
+        yaml.YAMLError, RecursionError: it says nothing.
+    """
+    return yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
+
+
+def _why(error: Exception) -> str:
+    """What YAML's parser says, on one line."""
+    return " ".join(str(getattr(error, "problem", None) or error).split())
+
+
+def _twins(
+    node: yaml.Node | None, location: tuple[int | str, ...], seen: set[int]
+) -> Iterator[Problem]:
+    """The keys that stand in a mapping twice: YAML's parser takes the last one in silence."""
+    if node is None or id(node) in seen:
+        return
+    seen.add(id(node))  # An alias is the node it names.
+    if isinstance(node, yaml.SequenceNode):
+        for index, entry in enumerate(node.value):
+            yield from _twins(entry, (*location, index), seen)
+    elif isinstance(node, yaml.MappingNode):
+        first: dict[str, int | None] = {}
+        for key, value in node.value:
+            name = str(key.value)
+            if name in first:
+                problem = f"stands here a second time, after line {first[name]}"
+                yield Problem(_dotted((*location, name)), problem, _start(key))
+            first[name] = _start(key)
+            yield from _twins(value, (*location, name), seen)
+
+
+def _own_mistakes(error: ValidationError) -> list[Any]:
+    """Without the lists that are too short only because entries of theirs have mistakes."""
+    found = error.errors()
+    return [
+        e
+        for e in found
+        if e["type"] != "too_short"
+        or not any(
+            len(o["loc"]) > (depth := len(e["loc"])) and o["loc"][:depth] == e["loc"] for o in found
+        )
+    ]
 
 
 def _override(data: Any, entry: str) -> Problem | None:
@@ -69,20 +129,20 @@ def _override(data: Any, entry: str) -> Problem | None:
     here = data
     for key in parents:
         inside = _items(here)
-        if isinstance(inside, list) and key.isdigit() and int(key) < len(inside):
+        if isinstance(inside, list) and key.isdecimal() and int(key) < len(inside):
             here = inside[int(key)]
         elif isinstance(inside, dict):
             here = inside.setdefault(key, {})
         else:
             return Problem(dotted, f"nothing can be set below {key!r}")
     try:
-        parsed = yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        return Problem(dotted, f"the value {value!r} is not YAML: {error}")
+        parsed = _parse(value)
+    except (yaml.YAMLError, RecursionError) as error:
+        return Problem(dotted, f"the value {value!r} is not YAML: {_why(error)}")
     inside = _items(here)
     if isinstance(inside, dict):
         inside[last] = parsed
-    elif isinstance(inside, list) and last.isdigit() and int(last) < len(inside):
+    elif isinstance(inside, list) and last.isdecimal() and int(last) < len(inside):
         inside[int(last)] = parsed
     else:
         return Problem(dotted, f"there is no {last!r} to set")

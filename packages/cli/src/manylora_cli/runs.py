@@ -156,9 +156,10 @@ def _print_run(run: "SavedRun") -> None:
         git = start.get("git")
         dirty = " with uncommitted changes" if git and git["dirty"] else ""
         environment = start["environment"]
-        gpus = ", ".join(gpu["name"] for gpu in environment["gpus"])
+        gpus = ", ".join(gpu["name"] for gpu in environment.get("gpus", ()))
         rows.append(("git", f"{git['commit'][:12]}{dirty}" if git else "no repository"))
-        rows.append(("machine", gpus or f"{environment['cpu']}, {environment['threads']} threads"))
+        cpu = f"{environment.get('cpu', '?')}, {environment.get('threads', '?')} threads"
+        rows.append(("machine", gpus or cpu))
     for key, value in rows:
         if value:
             print(f"{key:<9} {value}")

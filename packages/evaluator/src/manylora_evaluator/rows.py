@@ -1,5 +1,6 @@
 """Held-out rows: what is asked and what is expected."""
 
+import codecs
 import hashlib
 import importlib
 import json
@@ -88,6 +89,9 @@ def _json_lines(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
                 number += 1
                 if len(line) > LONGEST_LINE:
                     raise RowsError(path, f"is longer than {LONGEST_LINE >> 20} MiB", number)
+                if number == 1:
+                    # Editors on Windows write a byte order mark.
+                    line = line.removeprefix(codecs.BOM_UTF8)
                 if line.strip():
                     yield number, _columns(path, number, line)
     except OSError as error:
@@ -96,8 +100,7 @@ def _json_lines(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
 
 def _columns(path: Path, number: int, line: bytes) -> Mapping[str, Any]:
     try:
-        # Editors on Windows write a byte order mark.
-        value: Any = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+        value: Any = json.loads(line.decode())
     except (ValueError, RecursionError) as error:
         raise RowsError(path, f"is not JSON: {error}", number) from error
     if not isinstance(value, dict):
@@ -131,7 +134,7 @@ def _parquet(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
                 for columns in cast("list[dict[str, Any]]", batch.to_pylist()):
                     number += 1
                     yield number, columns
-    except (OSError, ValueError, NotImplementedError) as error:
+    except (OSError, ValueError, OverflowError, NotImplementedError) as error:
         raise RowsError(path, f"cannot be read as Parquet: {error}") from error
 
 
@@ -181,11 +184,16 @@ def _written(path: Path, number: int, columns: Mapping[str, Any], prompt: Prompt
 
 def text_of(value: Any) -> str:
     """A column's value as text: text, dates and decimals as they stand, all else as JSON."""
-    return str(value) if isinstance(value, str | date | Decimal | UUID) else _json(value)
+    return _as_text(value) if isinstance(value, str | date | Decimal | UUID) else _json(value)
 
 
 def _json(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, sort_keys=True, default=str)
+    return json.dumps(value, ensure_ascii=False, sort_keys=True, default=_as_text)
+
+
+def _as_text(value: Any) -> str:
+    # Digits as a database shows them: str would write 0E-8 for 0.00000000.
+    return f"{value:f}" if isinstance(value, Decimal) else str(value)
 
 
 def _digest(line: _Line) -> str:

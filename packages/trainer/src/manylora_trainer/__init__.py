@@ -54,7 +54,8 @@ def train(
         StorageError: the disk is full; the last checkpoint is whole.
         WorkersUnavailableError: several workers were asked for, and Ray is not installed.
         WorkersLostError: workers were lost more often than they may be started again.
-        RunInterruptedError: SIGINT or SIGTERM came; a checkpoint was written first.
+        RunInterruptedError: SIGINT or SIGTERM came; a checkpoint was written first, unless no
+            step was taken.
     """
     # Bases are local directories: without this the libraries look for a hub first.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -82,9 +83,10 @@ def train(
                 allow_changes=allow_changes,
                 judge=judge,
             )
-        from manylora_trainer.loop import nobody, train_run
-
         with Signals() as interruption:
+            # Within, as an import that is broken off is told of in strange ways.
+            from manylora_trainer.loop import nobody, train_run
+
             return train_run(
                 recipe,
                 path,

@@ -100,10 +100,11 @@ def load_task(
     *,
     source: Source | None = None,
     say: Callable[[str], None] | None = None,
+    ask: Callable[[], None] | None = None,
 ) -> TaskData[Rendered, Any]:
     """Looks through the rows of one task; see `survey`."""
     source = source or open_source(task.source, f"{seed}/{task.seed_name}")
-    return survey(task, source, preparation_of(task, tokenizer), say)
+    return survey(task, source, preparation_of(task, tokenizer), say, ask)
 
 
 def survey(
@@ -111,13 +112,15 @@ def survey(
     source: Source,
     preparation: Preparation[R, I],
     say: Callable[[str], None] | None = None,
+    ask: Callable[[], None] | None = None,
 ) -> TaskData[R, I]:
     """Reads a task's rows once: counts them, and keeps those it is measured on.
 
     Of each evaluation part the rows with the smallest hashes are kept, once each, so memory does
     not grow with the source. A run counted in epochs reads and tokenises all rows, because its
     learning rate depends on how many steps they are; one counted in steps reads
-    `split.scan_rows` at most. `say` is told now and then how far a long reading is.
+    `split.scan_rows` at most. `say` is told now and then how far a long reading is; `ask` is called
+    at each row, and ends the reading by what it raises.
 
     Raises:
         RowError: a row is malformed.
@@ -134,6 +137,8 @@ def survey(
         if task.epochs is None and rows_read == task.split.scan_rows:
             break
         rows_read += 1
+        if ask is not None:
+            ask()
         if say is not None and rows_read % TOLD_EVERY == 0:
             say(f"{task.name}: {rows_read:,} rows looked through")
         rendered = rendered_or_skipped(task, preparation, row, rows_skipped)

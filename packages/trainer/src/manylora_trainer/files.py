@@ -5,8 +5,10 @@
 # pyright: reportUnknownArgumentType=false, reportMissingTypeStubs=false
 
 import glob
+import os
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from manylora_trainer.errors import SourceError
@@ -77,7 +79,7 @@ def why(error: BaseException) -> str:
 
 def _matches(pattern: str) -> list[str]:
     if not is_uri(pattern):
-        return sorted(glob.glob(pattern, recursive=True))  # noqa: PTH207 (absolute patterns)
+        return _local_matches(pattern)
     from pyarrow.fs import FileSelector, FileType
 
     location, question, options = pattern.partition("?")
@@ -94,6 +96,20 @@ def _matches(pattern: str) -> list[str]:
         for info in listed
         if info.type == FileType.File and wanted.fullmatch(info.path[len(root) :])
     )
+
+
+def _local_matches(pattern: str) -> list[str]:
+    """Each file once, by its shortest name: links lead round in circles, and to other matches."""
+    directory = pattern[: pattern.index("*")].rpartition("/")[0]
+    if Path(directory).is_dir():
+        # Its name may hold brackets.
+        pattern = glob.escape(directory) + pattern[len(directory) :]
+    named: dict[str, str] = {}
+    matches = glob.glob(pattern, recursive=True)  # noqa: PTH207 (absolute patterns)
+    for match in sorted(matches, key=lambda match: (len(match), match)):
+        if not Path(match).is_dir():
+            named.setdefault(os.path.realpath(match), match)
+    return sorted(named.values())
 
 
 def _as_regex(pattern: str) -> str:

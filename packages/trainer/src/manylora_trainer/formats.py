@@ -20,7 +20,7 @@ from manylora_trainer.data_settings import (
 from manylora_trainer.errors import RowError
 from manylora_trainer.sources import Row
 
-WRITTEN = (Decimal, date, time, UUID)
+WRITTEN = (date, time, UUID)
 """Columns of databases and Parquet that stand in a text as Python writes them; a `datetime` is a
 `date`."""
 
@@ -87,6 +87,11 @@ def render(settings: FormatSettings, row: Row) -> Rendered:
 
 def _written(value: Any) -> str:
     """What JSON has no form for, as a template writes it."""
+    if isinstance(value, Decimal):
+        if not value.is_finite():
+            raise ValueError(f"{value} is not a number")
+        # Digits as a database shows them: str would write 0E-8 for 0.00000000.
+        return f"{value:f}"
     if isinstance(value, WRITTEN):
         return str(value)
     raise TypeError(f"{type(value).__name__} has no form in it")
@@ -126,11 +131,14 @@ class _RowReader:
         value = self.value(column)
         if isinstance(value, str):
             return self.checked(column, value)
-        if isinstance(value, WRITTEN):
+        if isinstance(value, int) and not isinstance(value, bool):
             return str(value)
-        if isinstance(value, int | float) and not isinstance(value, bool):
+        if isinstance(value, float | Decimal):
+            # Not of integers, which may be greater than any float.
             if not math.isfinite(value):
                 raise self.error(column, f"is {value}, not a number")
+            return str(value) if isinstance(value, float) else _written(value)
+        if isinstance(value, WRITTEN):
             return str(value)
         raise self.error(column, f"must be text or a number, is {type(value).__name__}")
 
@@ -166,6 +174,8 @@ def _render_template(settings: TemplateFormat, reader: _RowReader) -> Rendered:
         prompt = reader.canonical_json(settings.prompt_json)
     else:
         prompt = reader.fill(settings.prompt or "")
+    if not prompt.strip():
+        raise reader.error("prompt", "renders to nothing")
     return Rendered(_with_system(system, Message("user", prompt)), completion)
 
 
@@ -187,7 +197,7 @@ def _render_chat(settings: ChatFormat, reader: _RowReader) -> Rendered:
             trained = _flagged(reader, column, entries, messages)
     if trained[0] == 0:
         raise reader.error(column, "must not begin with a message to learn")
-    if settings.system is not None and messages[0].role != "system":
+    if settings.system is not None and all(message.role != "system" for message in messages):
         messages.insert(0, Message("system", settings.system))
         trained = [number + 1 for number in trained]
     *earlier, last = trained
@@ -232,6 +242,11 @@ def _message(reader: _RowReader, field: str, entry: Any) -> Message:
         raise reader.error(f"{field}.role", f"must be system, user or assistant, is {role!r}")
     if not isinstance(content, str) or not content.strip():
         raise reader.error(f"{field}.content", "must be text that is not empty")
+    for name in ("tool_calls", "function_call"):
+        if entry.get(name):
+            raise reader.error(
+                f"{field}.{name}", "would be lost: role and content alone are learned"
+            )
     return Message(role, reader.checked(f"{field}.content", content))
 
 

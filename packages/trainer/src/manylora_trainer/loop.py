@@ -103,12 +103,22 @@ def train_run(
         return run_result(directory)
 
     torch.set_num_threads(training.threads or max(1, (os.cpu_count() or 1) // workers.size))
+
+    def stop_if_asked() -> None:
+        # Of several workers none may leave alone: they agree at the end of a step.
+        if workers.size == 1 and interruption.signal:
+            raise RunInterruptedError(
+                f"stopped by {interruption.signal} before training began; go on with: "
+                f"{how_to_resume}"
+            )
+
+    stop_if_asked()
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     compute_repeatably(device)
     tokenizer = ChatTokenizer(recipe.base)
     data: dict[str, TaskData[Rendered, Any]] = {}
     for task in recipe.tasks:
-        data[task.name] = load_task(task, tokenizer, recipe.seed, say=watch.say)
+        data[task.name] = load_task(task, tokenizer, recipe.seed, say=watch.say, ask=stop_if_asked)
         watch.say(_describe(task, data[task.name]))
         if task.early_stopping and not data[task.name].validation:
             raise NoExamplesError(

@@ -19,6 +19,9 @@ from manylora_trainer.sources import Place, Row, bad_row, runs
 
 BATCH_ROWS = 1024
 """Rows decoded at once."""
+UNREADABLE = (ValueError, OverflowError, KeyError)
+"""Of values Python has no form for: text that is not UTF-8, a date after the year 9999, a time
+finer than a microsecond where pandas is not installed, a key that stands in a map twice."""
 BUFFER_BYTES = 4 * 1024 * 1024
 """Of a column read at once; without it a row group's whole column is."""
 
@@ -121,7 +124,8 @@ def _rows(groups: Groups, index: int, passed: int) -> Iterator[Row]:
                         if isinstance(columns, dict):
                             yield Row(number, columns, name, after)
                         else:
-                            yield bad_row(name, number, "not UTF-8", after, columns)
+                            column, problem = columns
+                            yield bad_row(name, number, problem, after, column)
     except (OSError, pyarrow.ArrowException) as error:
         where = "" if number == 0 else f" behind row {number}"
         raise SourceError(f"{name} cannot be read{where}: {why(error)}") from error
@@ -137,26 +141,49 @@ def _refuse_twins(name: str, columns: Sequence[str]) -> None:
 def _with_short_floats(batch: Any) -> Any:
     """Narrow floats as the numbers they were written from: 0.1 and not 0.10000000149011612."""
     for place, kind in enumerate(batch.schema.types):
-        if pyarrow.types.is_float32(kind) or pyarrow.types.is_float16(kind):
+        wide = _with_floats_as(kind, pyarrow.float64())
+        if wide != kind:
+            column = batch.column(place)
             # Text is the shortest that gives the same narrow float.
-            column = batch.column(place).cast(pyarrow.float32()).cast(pyarrow.string())
-            wide = column.cast(pyarrow.float64())
-            batch = batch.set_column(place, batch.schema.names[place], wide)
+            for leaf in (pyarrow.float32(), pyarrow.string(), pyarrow.float64()):
+                column = column.cast(_with_floats_as(kind, leaf))
+            batch = batch.set_column(place, batch.schema.names[place], column)
     return batch
 
 
-def _decode(batch: Any) -> Iterator[dict[str, Any] | str]:
-    """The rows of a batch; for one whose text is not UTF-8 the name of the column."""
+def _with_floats_as(kind: Any, leaf: Any) -> Any:
+    """A type with `leaf` in the place of its narrow floats, however deep they lie."""
+    types = pyarrow.types
+    if types.is_float32(kind) or types.is_float16(kind):
+        return leaf
+    if types.is_struct(kind):
+        return pyarrow.struct([f.with_type(_with_floats_as(f.type, leaf)) for f in kind])
+    if types.is_map(kind):
+        item = kind.item_field.with_type(_with_floats_as(kind.item_type, leaf))
+        return pyarrow.map_(kind.key_field, item, kind.keys_sorted)
+    if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
+        entry = kind.value_field.with_type(_with_floats_as(kind.value_type, leaf))
+        if types.is_fixed_size_list(kind):
+            return pyarrow.list_(entry, kind.list_size)
+        return pyarrow.large_list(entry) if types.is_large_list(kind) else pyarrow.list_(entry)
+    return kind
+
+
+def _decode(batch: Any) -> Iterator[dict[str, Any] | tuple[str, str]]:
+    """The rows of a batch, maps as objects; for one that cannot be read a column and the reason."""
     try:
-        yield from batch.to_pylist()
-    except UnicodeDecodeError:
+        yield from batch.to_pylist(maps_as_pydicts="strict")
+    except UNREADABLE:
         for row in range(len(batch)):
             columns: dict[str, Any] = {}
             for column in batch.schema.names:
                 try:
-                    columns[column] = batch.column(column)[row].as_py()
+                    columns[column] = batch.column(column)[row].as_py(maps_as_pydicts="strict")
                 except UnicodeDecodeError:
-                    yield column
+                    yield column, "not UTF-8"
+                    break
+                except UNREADABLE as error:
+                    yield column, f"cannot be read: {why(error)}"
                     break
             else:
                 yield columns

@@ -70,9 +70,25 @@ class RunDirectory:
         return self.path / "report.html"
 
     def read_run(self) -> dict[str, Any] | None:
-        """run.json, or None before it was first written."""
+        """run.json, or None before it was first written.
+
+        Raises:
+            RunDirectoryError: it is damaged.
+        """
         file = self.path / "run.json"
-        return json.loads(file.read_bytes()) if file.is_file() else None
+        if not file.is_file():
+            return None
+        try:
+            run = json.loads(file.read_bytes())
+            _ = [run[key] for key in ("status", "started_at", "recipe_digest")]
+            _ = run["base"]["fingerprint"]
+            _ = [(t["data_fingerprint"], t["rows_skipped"]) for t in run["tasks"].values()]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise RunDirectoryError(
+                f"{file} is damaged ({type(error).__name__}: {error}): put it back from a copy, or "
+                "train into another --run-dir"
+            ) from error
+        return run
 
     def write_run(self, run: Mapping[str, Any]) -> None:
         """Replaces run.json."""
@@ -115,8 +131,10 @@ def open_run(
         _change_recipe(directory, run, recipe, allow_changes)
     if run is not None and run["base"]["fingerprint"] != base.fingerprint:
         raise RecipeChangedError(f"{path} was started on another base than {recipe.base} is now")
-    if run is None:
+    if run is None or run["status"] == "running":
+        # Again on a resume, as nothing else would notice that it is damaged before the end.
         _write_recipe(path, recipe)
+    if run is None:
         write_file(path / "base.json", json.dumps(asdict(base)).encode())
     return directory
 
@@ -131,7 +149,13 @@ def _change_recipe(
 ) -> None:
     """Lets a run go on with a changed recipe, if the changes were stated."""
     path = directory.path
-    before = yaml.safe_load((path / "recipe.yaml").read_text(encoding="utf-8"))
+    try:
+        before = yaml.safe_load((path / "recipe.yaml").read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        why = " ".join(str(error).split())
+        raise RecipeChangedError(
+            f"{path} was started with another recipe, and its recipe.yaml cannot be read: {why}"
+        ) from error
     fields = accept_changes(str(path), before, recipe.model_dump(mode="json"), allowed)
     if run["status"] != "running":
         raise RecipeChangedError(
@@ -160,7 +184,7 @@ def begin_run(
         changed = [
             name
             for name, task in data.items()
-            if run["tasks"][name]["data_fingerprint"] != task.data_fingerprint
+            if run["tasks"].get(name, {}).get("data_fingerprint") != task.data_fingerprint
         ]
         if changed:
             raise RecipeChangedError(
@@ -284,13 +308,19 @@ class MetricsFile:
         """Opens the file and keeps its first `length` bytes.
 
         Raises:
-            RunDirectoryError: another process is training into the same run.
+            RunDirectoryError: another process is training into the same run, or the bytes to keep
+                are damaged.
         """
         self._file = path.open("ab")
-        if not self._lock():
+        try:
+            if not self._lock():
+                raise RunDirectoryError(f"{path.parent} is being trained by another process")
+            if self._file.tell():
+                _check_metrics(path, length)
+                self._file.truncate(length)
+        except RunDirectoryError:
             self._file.close()
-            raise RunDirectoryError(f"{path.parent} is being trained by another process")
-        self._file.truncate(length)
+            raise
 
     def write(self, entry: Mapping[str, Any]) -> None:
         """Adds one line with the time, readable at once by who follows the file."""
@@ -322,11 +352,32 @@ class MetricsFile:
 def _record_start(directory: RunDirectory, threads: int) -> None:
     """Adds what the run goes on from here with to environment.json."""
     file = directory.environment
-    starts: list[Any] = json.loads(file.read_bytes())["starts"] if file.is_file() else []
+    try:
+        starts: list[Any] = json.loads(file.read_bytes())["starts"] if file.is_file() else []
+    except (ValueError, KeyError, TypeError) as error:
+        raise RunDirectoryError(
+            f"{file} is damaged ({error}): put it back from a copy, or remove it to go on without "
+            "what the run was started on before"
+        ) from error
     starts.append(
         {"at": _now(), "git": git_state(Path.cwd()), "environment": describe_environment(threads)}
     )
     write_file(file, json.dumps({"starts": starts}, indent=1).encode() + b"\n")
+
+
+def _check_metrics(path: Path, length: int) -> None:
+    """Before a run trains on: at its end the curves would find out."""
+    kept = path.read_bytes()[:length]
+    try:
+        if len(kept) < length:
+            raise ValueError("it is shorter than when the checkpoint was written")
+        for line in kept.splitlines():
+            _ = [json.loads(line)[key] for key in ("step", "task")]
+    except (ValueError, KeyError, TypeError) as error:
+        raise RunDirectoryError(
+            f"{path} is damaged ({error}): put it back from a copy, or remove it to go on without "
+            "the losses so far"
+        ) from error
 
 
 class NoMetrics:

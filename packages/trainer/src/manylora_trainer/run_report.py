@@ -7,6 +7,7 @@ from typing import Any
 
 from manylora_trainer.charts import LineChart, Series, line_chart
 from manylora_trainer.dotted import dotted
+from manylora_trainer.errors import UnreadableRunError
 from manylora_trainer.pages import write_page
 from manylora_trainer.saved_runs import SavedRun
 
@@ -18,7 +19,7 @@ def write_run_report(run: SavedRun, page: Path) -> None:
     """Writes the page of a run, finished or not.
 
     Raises:
-        UnreadableRunError: its metrics are damaged.
+        UnreadableRunError: its metrics or held-out rows are damaged.
     """
     metric_names = dict.fromkeys(name for task in run.tasks.values() for name in task.metrics)
     write_page(
@@ -49,5 +50,10 @@ def _charts(run: SavedRun, name: str) -> list[LineChart]:
 def _samples(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
-    with path.open(encoding="utf-8") as lines:
-        return [json.loads(line) for line in islice(lines, SHOWN_ROWS)]
+    try:
+        with path.open(encoding="utf-8") as lines:
+            rows = [json.loads(line) for line in islice(lines, SHOWN_ROWS)]
+        _ = [(row["messages"][0]["role"], row["expected"]) for row in rows]
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        raise UnreadableRunError(f"{path} cannot be read: {error}") from error
+    return rows

@@ -161,8 +161,7 @@ def read_run(path: Path) -> SavedRun:
         raise UnreadableRunError(f"{path} is not a run: it has neither {' nor '.join(MARKS)}")
     recipe = _read_recipe(path / "recipe.yaml")
     record = _read_json(path / "run.json")
-    environment = _read_json(path / "environment.json")
-    run = SavedRun(path, _state(path, record), recipe, record, environment.get("starts", []))
+    run = SavedRun(path, _state(path, record), recipe, record, _read_starts(path))
     try:
         _ = run.tasks, run.tokens_per_s
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -242,6 +241,18 @@ def _read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise UnreadableRunError(f"{path.parent}: {path.name} cannot be read: {error}") from error
     return value  # pyright: ignore[reportUnknownVariableType]
+
+
+def _read_starts(path: Path) -> list[dict[str, Any]]:
+    starts = _read_json(path / "environment.json").get("starts", [])
+    try:
+        # What else stands in it differs from version to version.
+        _ = [start["environment"].items() for start in [*starts]]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UnreadableRunError(
+            f"{path}: environment.json is not what a run writes ({type(error).__name__}: {error})"
+        ) from error
+    return starts
 
 
 def _read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -7,6 +7,9 @@ from typing import Any, cast
 
 from pydantic import BaseModel
 
+from manylora_trainer.errors import SourceError
+from manylora_trainer.files import find_files
+
 MOST_FILES = 1000
 """More are counted, not listed."""
 
@@ -49,10 +52,9 @@ def _paths(value: Any) -> Iterator[Path]:
 def _existing(named: Path) -> list[Path]:
     if named.is_file():
         return [named]
-    if any(letter in str(named) for letter in "*?["):
-        return sorted(
-            path
-            for path in Path(named.anchor).glob(str(named.relative_to(named.anchor)))
-            if path.is_file()
-        )
-    return []
+    if "*" not in str(named):
+        return []
+    try:
+        return [path for name in find_files([str(named)]) if (path := Path(name)).is_file()]
+    except SourceError:
+        return []

@@ -78,9 +78,9 @@ class SqlSource(ConfigModel):
     opened, e.g. `postgresql+psycopg://reader:${PGPASSWORD}@db/shop`, and never written anywhere."""
     url_env: str | None = None
     """Instead of `url`: the environment variable that holds the whole URL."""
-    table: str | None = None
+    table: str | None = Field(default=None, min_length=1)
     """Table or view to read, `NAME` or `SCHEMA.NAME`."""
-    query: str | None = None
+    query: str | None = Field(default=None, min_length=1)
     """Instead of `table`: a SELECT, without ORDER BY. It becomes a subquery."""
     key: str = Field(min_length=1)
     """Column of the result that is unique, never NULL, and best indexed: the order of the rows."""
@@ -104,7 +104,10 @@ class SqlSource(ConfigModel):
 
     def relative_to(self, directory: Path) -> "SqlSource":
         """The same with a SQLite file found from `directory`."""
-        match = re.fullmatch(r"(sqlite(?:\+\w+)?:///)([^/:?$][^?]*)(\?.*)?", self.url or "")
+        # After `file:` as well, with which SQLite takes its own options: ?mode=ro&uri=true.
+        match = re.fullmatch(
+            r"(sqlite(?:\+\w+)?:///(?:file:)?)((?!file:)[^/:?$][^?]*)(\?.*)?", self.url or ""
+        )
         if match is None:
             return self
         start, file, end = match.groups()

@@ -5,6 +5,7 @@ right behind it. A place is a small JSON object: kept in a checkpoint, it starts
 exactly the next row. No source holds more than a page, a row group or a line in memory.
 """
 
+import codecs
 import importlib.util
 import io
 import json
@@ -235,7 +236,11 @@ def _lines(file: str, index: int, offset: int, number: int) -> Iterator[Row]:
                 after = {"file": index, "offset": offset, "row": number}
                 if too_long:
                     yield bad_row(file, number, f"longer than {MAX_LINE_BYTES >> 20} MiB", after)
-                elif line.strip():
+                    continue
+                if number == 1:
+                    # Before the first line of files from some editors.
+                    line = line.removeprefix(codecs.BOM_UTF8)
+                if line.strip():
                     yield _parse(file, number, line, after)
     except OSError as error:
         where = "" if number == 0 else f" behind row {number}"
@@ -244,14 +249,12 @@ def _lines(file: str, index: int, offset: int, number: int) -> Iterator[Row]:
 
 def _parse(file: str, number: int, line: bytes, after: Place) -> Row:
     try:
-        # A byte order mark stands before the first line of files from some editors.
-        text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-        value: Any = json.loads(text, object_pairs_hook=_object)
+        value: Any = json.loads(line.decode(), object_pairs_hook=_object)
     except UnicodeDecodeError as error:
         return bad_row(file, number, f"not UTF-8: {error.reason} at byte {error.start}", after)
     except (ValueError, RecursionError) as error:
         problem = f"not JSON: {error}"
-        if number == 1 and line.lstrip(b"\xef\xbb\xbf \t").startswith(b"["):
+        if number == 1 and line.lstrip().startswith(b"["):
             problem = "not an object: the file is a JSON array; write one object a line instead"
         return bad_row(file, number, problem, after)
     return row_of(file, number, value, after)

@@ -35,6 +35,7 @@ BIND_PARAMETER = re.compile(r"(?<![:\w\\]):(\w+)(?!:)")
 KEY_TYPES: Mapping[str, Any] = {
     "date": datetime.date,
     "datetime": datetime.datetime,
+    "time": datetime.time,
     "decimal": decimal.Decimal,
     "uuid": uuid.UUID,
 }
@@ -64,7 +65,12 @@ class SqlRows:
         try:
             if after is None:
                 self._refuse_null_keys(engine)
-            while page := self._page(engine, last):
+            while True:
+                page = self._page(engine, last)
+                if last is not None:
+                    self._refuse_another(engine, last, page)
+                if not page:
+                    return
                 for mapping, following in zip(page, [*page[1:], None], strict=True):
                     key = mapping[self.settings.key]
                     if following is not None and following[self.settings.key] == key:
@@ -101,6 +107,29 @@ class SqlRows:
             raise SourceError(f"{self.name} has no column {self.settings.key}; it has {known}")
         return page
 
+    def _refuse_another(self, engine: Engine, last: Any, page: Sequence[RowMapping]) -> None:
+        """Refuses keys that the database compares otherwise than Python does.
+
+        Of two that are equal for it alone (a collation that is blind to case) the next page passes
+        over the second in silence; one that is greater than itself (a `real`, read as a wider
+        float) begins the next page again and again.
+        """
+        name = self.settings.key
+        if page and page[0][name] == last:
+            raise SourceError(
+                f"{self.name}: the database takes {name} {last!r} for greater than itself, as it "
+                "does a narrow float; choose another key"
+            )
+        key: ColumnClause[Any] = column(name)
+        statement: Select[Any] = select(key).select_from(self._from()).where(key == last).limit(2)
+        with engine.connect() as connection:
+            equal = [row[0] for row in connection.execute(statement)]
+        if len(equal) > 1:
+            raise SourceError(
+                f"{self.name}: the database takes {name} {equal[0]!r} and {equal[1]!r} for equal; "
+                "the key must be unique"
+            )
+
     def _refuse_null_keys(self, engine: Engine) -> None:
         """Such rows are greater than none, so that pages would pass over them in silence."""
         key: ColumnClause[Any] = column(self.settings.key)
@@ -113,7 +142,7 @@ class SqlRows:
         if self.settings.table is not None:
             schema, _, name = self.settings.table.rpartition(".")
             return table(name, schema=schema or None)
-        query = (self.settings.query or "").strip().rstrip(";")
+        query = (self.settings.query or "").rstrip("; \t\r\n")
         literal = BIND_PARAMETER.sub(r"\\:\1", query)
         # On a line of its own, as the query may end with a comment.
         return text(f"({literal}\n) manylora_rows")
@@ -160,6 +189,8 @@ def _connect(settings: SqlSource) -> Engine:
         raise SourceError(f"the database URL is not one SQLAlchemy can open{hint}") from error
     file = engine.url.database
     if engine.dialect.name == "sqlite" and file and file != ":memory:" and not Path(file).exists():
+        if file.startswith("file:"):
+            return engine  # SQLite's own URI, which says by `mode` whether a file is made.
         # SQLite would make an empty one.
         raise SourceError(f"{file} does not exist")
     return engine
