@@ -103,6 +103,7 @@ def test_a_form_that_cannot_be_held_is_refused_and_harms_nobody(
         with pytest.raises(InvalidArgumentError, match="structured_output") as caught:
             client.generate(ASK, "green", max_tokens=8, timeout=60, **options)
         assert "/project/" not in str(caught.value)
+        assert "Invalid grammar specification." not in str(caught.value), "it says where"
         assert client.generate("Hello", "green", max_tokens=2).text
 
 

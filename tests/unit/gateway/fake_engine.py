@@ -40,6 +40,13 @@ def scores(token: int, text: str, sampling: Sampling) -> TokenLogprobs:
     return TokenLogprobs(candidates[0], tuple(candidates[:wanted]))
 
 
+def without_others(entry: TokenLogprobs) -> TokenLogprobs:
+    """As under a form that allows the taken token alone."""
+    chosen, *others = entry.top
+    out = [Candidate(other.token_id, -math.inf, other.text) for other in others]
+    return TokenLogprobs(entry.chosen, (chosen, *out))
+
+
 class FakeEngine:
     """Like vLLM where it matters: it dies when asked for more adapters than it has room for.
 
@@ -62,6 +69,8 @@ class FakeEngine:
         """Adapter of every generation under way, "base" for none."""
         self.prompts: list[list[int]] = []
         self.samplings: list[Sampling] = []
+        self.impossible = False
+        """Candidates that were not taken have no probability at all."""
         self.repeats = 1
         """How often a token says its word."""
         self.dead = False
@@ -157,6 +166,8 @@ class FakeEngine:
                 word = f"{adapter or 'base'} " * self.repeats
                 for choice in range(sampling.n):
                     logprobs = () if sampling.logprobs is None else (scores(index, word, sampling),)
+                    if self.impossible:
+                        logprobs = tuple(map(without_others, logprobs))
                     yield Delta(word, (first + index,), logprobs, finish, choice)
                 # The trial prompt of a load is not what a test holds up.
                 if not request_id.startswith("trial"):

@@ -219,6 +219,28 @@ async def test_log_probabilities_have_their_tokens(client: AsyncOpenAI) -> None:
     assert told.text_offset == [0, len(told.tokens[0])]
 
 
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_candidate_the_form_forbids_has_a_number(
+    client: AsyncOpenAI, gateway: RunningGateway, stream: bool
+) -> None:
+    """It has no probability at all, and JSON no infinity."""
+    gateway.engine.impossible = True
+    options: Any = {"model": "red", "max_tokens": 1, "stream": stream}
+    chat: Any = await client.chat.completions.create(
+        messages=ASK, logprobs=True, top_logprobs=2, **options
+    )
+    text: Any = await client.completions.create(prompt="hi", logprobs=2, **options)
+    choices = [
+        [choice async for chunk in answer for choice in chunk.choices if choice.logprobs]
+        if stream
+        else answer.choices
+        for answer in (chat, text)
+    ]
+    top = choices[0][0].logprobs.content[0].top_logprobs
+    assert [other.logprob for other in top][1:] == [-9999.0]
+    assert list(choices[1][0].logprobs.top_logprobs[0].values())[1:] == [-9999.0]
+
+
 async def test_models_are_the_base_and_what_is_served(
     client: AsyncOpenAI, registry: Registry, published: Publish
 ) -> None:

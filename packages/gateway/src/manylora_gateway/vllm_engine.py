@@ -256,7 +256,11 @@ def _structured(constraint: Constraint) -> StructuredOutputsParams:
 def _violation(error: VLLMValidationError, sampling: Sampling) -> Violation:
     """What vLLM refused; all that our own checks leave to it is the constraint."""
     field = "sampling" if sampling.constraint is None else "sampling.structured_output"
-    return Violation(field, CODE_PLACE.sub("", str(error)).strip())
+    text, cause = str(error), str(error.__cause__ or "")
+    # Of a grammar vLLM itself says no more than that it is invalid.
+    if cause not in text:
+        text = f"{text.rstrip('.')}: {cause}"
+    return Violation(field, CODE_PLACE.sub("", text).strip())
 
 
 def _finish(

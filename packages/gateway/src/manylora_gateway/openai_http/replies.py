@@ -15,6 +15,9 @@ Kind = Literal["chat", "text"]
 Json = dict[str, Any]
 
 OWNER = "manylora"
+IMPOSSIBLE = -9999.0
+"""OpenAI's log-probability of what is out of question. JSON has no infinity, which a candidate has
+that the form of the answer does not allow."""
 DONE = b"data: [DONE]\n\n"
 
 
@@ -226,7 +229,7 @@ def _extension(started: Started, timings: list[Timing]) -> Json:
 
 def _chat_logprobs(entries: list[TokenLogprobs]) -> Json:
     def told(text: str, logprob: float) -> Json:
-        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+        return {"token": text, "logprob": max(logprob, IMPOSSIBLE), "bytes": list(text.encode())}
 
     return {
         "content": [
@@ -245,8 +248,10 @@ def _text_logprobs(entries: list[TokenLogprobs], offset: int) -> Json:
         offset += len(entry.chosen.text)
     return {
         "tokens": [entry.chosen.text for entry in entries],
-        "token_logprobs": [entry.chosen.logprob for entry in entries],
-        "top_logprobs": [{other.text: other.logprob for other in entry.top} for entry in entries],
+        "token_logprobs": [max(entry.chosen.logprob, IMPOSSIBLE) for entry in entries],
+        "top_logprobs": [
+            {other.text: max(other.logprob, IMPOSSIBLE) for other in entry.top} for entry in entries
+        ],
         "text_offset": offsets,
     }
 
