@@ -233,15 +233,32 @@ def _backend(url: URL) -> Backend:
     if url.get_backend_name() == "sqlite":
         from manylora_registry.sqlite import Sqlite
 
-        return Sqlite(url)
+        try:
+            return Sqlite(url)
+        except (TypeError, ValueError):
+            raise _wrong_option() from None
     from manylora_registry.postgres import Postgres
 
     try:
+        from psycopg import ProgrammingError
+        from psycopg.conninfo import make_conninfo
+
+        make_conninfo(**{key: str(value) for key, value in url.query.items()})
         return Postgres(url)
     except ImportError as error:
         raise RegistryLocationError(
             "a registry in Postgres needs psycopg: pip install 'manylora-registry[postgres]'"
         ) from error
+    except ProgrammingError:
+        raise _wrong_option() from None
+
+
+def _wrong_option() -> RegistryLocationError:
+    # Neither the URL nor the cause is repeated: there may be a password in them.
+    return RegistryLocationError(
+        "the URL of the registry's database has an option the driver does not take: look at what "
+        "follows its ?"
+    )
 
 
 def _revision_of(connection: Connection) -> str | None:
