@@ -1,7 +1,10 @@
 """The verbs of `manylora registry`, as scripts use them."""
 
+import contextlib
 import json
+import os
 import re
+import sqlite3
 
 import pytest
 from typer.testing import CliRunner
@@ -194,3 +197,24 @@ def test_verify_repairs_and_says_what_is_affected(run, version, tmp_path):
 
     assert (report["affected"], report["set_aside"]) == (["spelling@1"], [version.digest])
     assert "affected: spelling@1" in run("verify", code=1)
+
+
+def test_files_of_others_among_the_blobs_are_left_alone(run, version, tmp_path):
+    directory = tmp_path / "registry" / "blobs" / "sha256" / "zz"
+    directory.mkdir()
+    foreign = directory / os.fsdecode(b"n\xffotes")
+    foreign.write_text("mine")
+
+    for _ in range(2):
+        assert run("gc", "--grace", "0", "--json")["deleted"] == []
+    assert foreign.read_text() == "mine"
+    assert run("verify", "--json")["unreferenced"] == []
+
+
+def test_verify_notices_a_version_whose_digest_was_changed(run, version, tmp_path):
+    with contextlib.closing(sqlite3.connect(tmp_path / "registry" / "registry.sqlite")) as database:
+        database.execute("UPDATE versions SET digest = ?", (f"sha256:{'0' * 64}",))
+        database.commit()
+
+    (problem,) = run("verify", "--json", code=1)["problems"]
+    assert problem["path"] == "spelling@1"
