@@ -5,6 +5,8 @@ import json
 import os
 import re
 import sqlite3
+import subprocess
+import sys
 
 import pytest
 from typer.testing import CliRunner
@@ -199,6 +201,23 @@ def test_verify_repairs_and_says_what_is_affected(run, version, tmp_path):
     assert "affected: spelling@1" in run("verify", code=1)
 
 
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"a": "\\ud800"}'])
+def test_figures_that_are_no_json_are_wrong_usage_and_not_kept(run, version, tmp_path, text):
+    (tmp_path / "figures.json").write_text(text)
+
+    said = run(
+        "gate",
+        "spelling@1",
+        "nightly",
+        "--passed",
+        "--result",
+        str(tmp_path / "figures.json"),
+        code=2,
+    )
+    assert "is no JSON" in said
+    assert run("show", "spelling@1", "--json")["evaluations"] == []
+
+
 def test_files_of_others_among_the_blobs_are_left_alone(run, version, tmp_path):
     directory = tmp_path / "registry" / "blobs" / "sha256" / "zz"
     directory.mkdir()
@@ -218,3 +237,18 @@ def test_verify_notices_a_version_whose_digest_was_changed(run, version, tmp_pat
 
     (problem,) = run("verify", "--json", code=1)["problems"]
     assert problem["path"] == "spelling@1"
+
+
+def test_a_destination_that_is_no_text_is_told_all_the_same(version, tmp_path):
+    destination = tmp_path / os.fsdecode(b"n\xff")
+
+    words = ("export", "spelling@1", str(destination), "--json")
+    done = subprocess.run(
+        [sys.executable, "-m", "manylora_cli", "registry", *words],
+        capture_output=True,
+        env={**os.environ, "PYTHONUTF8": "1", "MANYLORA_REGISTRY": str(tmp_path / "registry")},
+        check=False,
+    )
+
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["destination"] == str(destination)

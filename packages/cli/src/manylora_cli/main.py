@@ -4,6 +4,7 @@ Every verb is a module of this package that imports what it needs when it runs, 
 and a wrong word on the command line answer at once.
 """
 
+import io
 import os
 import sys
 from importlib.metadata import version as installed
@@ -71,6 +72,9 @@ app.add_typer(base.app, name="base")
 
 def main() -> None:
     """Runs the command; a stated failure is one line on stderr and exit status 1."""
+    # A path or a reason need not be text in the terminal's encoding; the verb has done its work.
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         app()
     except BrokenPipeError:
