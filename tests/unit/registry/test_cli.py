@@ -252,3 +252,14 @@ def test_a_destination_that_is_no_text_is_told_all_the_same(version, tmp_path):
 
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["destination"] == str(destination)
+
+
+def test_a_closed_stdout_is_no_failure(version, tmp_path):
+    done = subprocess.run(
+        ["sh", "-c", 'exec "$0" -m manylora_cli registry list >&-', sys.executable],
+        capture_output=True,
+        env={**os.environ, "MANYLORA_REGISTRY": str(tmp_path / "registry")},
+        check=False,
+    )
+
+    assert (done.returncode, done.stderr) == (0, b"")
