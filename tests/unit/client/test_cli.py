@@ -171,3 +171,14 @@ def test_a_token_is_made_and_its_digest_told_apart() -> None:
     assert digest.stdout == made.stderr
     assert digest.stdout.startswith("sha256:")
     assert manylora("token", "--hash", stdin="\n").returncode == 2
+
+
+@pytest.mark.parametrize("option", ["--json-schema", "--grammar"])
+def test_a_file_that_is_no_text_is_wrong_usage(option: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"\xff\xfe{")
+
+    done = manylora("generate", "hi", option, str(tmp_path / "file"))
+
+    assert done.returncode == 2
+    assert "is no UTF-8" in done.stderr
+    assert "Traceback" not in done.stderr

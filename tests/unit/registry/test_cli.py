@@ -1,7 +1,12 @@
 """The verbs of `manylora registry`, as scripts use them."""
 
+import contextlib
 import json
+import os
 import re
+import sqlite3
+import subprocess
+import sys
 
 import pytest
 from typer.testing import CliRunner
@@ -194,3 +199,67 @@ def test_verify_repairs_and_says_what_is_affected(run, version, tmp_path):
 
     assert (report["affected"], report["set_aside"]) == (["spelling@1"], [version.digest])
     assert "affected: spelling@1" in run("verify", code=1)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"a": "\\ud800"}'])
+def test_figures_that_are_no_json_are_wrong_usage_and_not_kept(run, version, tmp_path, text):
+    (tmp_path / "figures.json").write_text(text)
+
+    said = run(
+        "gate",
+        "spelling@1",
+        "nightly",
+        "--passed",
+        "--result",
+        str(tmp_path / "figures.json"),
+        code=2,
+    )
+    assert "is no JSON" in said
+    assert run("show", "spelling@1", "--json")["evaluations"] == []
+
+
+def test_files_of_others_among_the_blobs_are_left_alone(run, version, tmp_path):
+    directory = tmp_path / "registry" / "blobs" / "sha256" / "zz"
+    directory.mkdir()
+    foreign = directory / os.fsdecode(b"n\xffotes")
+    foreign.write_text("mine")
+
+    for _ in range(2):
+        assert run("gc", "--grace", "0", "--json")["deleted"] == []
+    assert foreign.read_text() == "mine"
+    assert run("verify", "--json")["unreferenced"] == []
+
+
+def test_verify_notices_a_version_whose_digest_was_changed(run, version, tmp_path):
+    with contextlib.closing(sqlite3.connect(tmp_path / "registry" / "registry.sqlite")) as database:
+        database.execute("UPDATE versions SET digest = ?", (f"sha256:{'0' * 64}",))
+        database.commit()
+
+    (problem,) = run("verify", "--json", code=1)["problems"]
+    assert problem["path"] == "spelling@1"
+
+
+def test_a_destination_that_is_no_text_is_told_all_the_same(version, tmp_path):
+    destination = tmp_path / os.fsdecode(b"n\xff")
+
+    words = ("export", "spelling@1", str(destination), "--json")
+    done = subprocess.run(
+        [sys.executable, "-m", "manylora_cli", "registry", *words],
+        capture_output=True,
+        env={**os.environ, "PYTHONUTF8": "1", "MANYLORA_REGISTRY": str(tmp_path / "registry")},
+        check=False,
+    )
+
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["destination"] == str(destination)
+
+
+def test_a_closed_stdout_is_no_failure(version, tmp_path):
+    done = subprocess.run(
+        ["sh", "-c", 'exec "$0" -m manylora_cli registry list >&-', sys.executable],
+        capture_output=True,
+        env={**os.environ, "MANYLORA_REGISTRY": str(tmp_path / "registry")},
+        check=False,
+    )
+
+    assert (done.returncode, done.stderr) == (0, b"")

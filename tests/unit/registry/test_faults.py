@@ -14,6 +14,7 @@ from manylora_registry.errors import (
     BlobStoreError,
     CorruptBlobError,
     DatabaseDamagedError,
+    DatabaseUnavailableError,
     DescriptionError,
     DestinationError,
     InvalidAdapterError,
@@ -167,3 +168,18 @@ def test_a_record_that_is_nested_without_end_is_refused(registry, version):
 
     with pytest.raises(DescriptionError, match="is not JSON"):
         registry.record_evaluation(version, "nightly", nested, True)
+
+
+def test_a_disk_too_full_for_a_new_registry_is_one_error(tmp_path):
+    with no_file_longer_than(100), pytest.raises(DatabaseUnavailableError):
+        Registry.open(tmp_path / "registry")
+
+    Registry.open(tmp_path / "registry").close()
+
+
+def test_a_database_sqlite_cannot_write_beside_says_what_it_needs(registry, tmp_path):
+    registry.close()
+    (tmp_path / "registry" / "registry.sqlite-wal").mkdir()
+
+    with pytest.raises(DatabaseUnavailableError, match="must be writable"):
+        Registry.open(tmp_path / "registry")

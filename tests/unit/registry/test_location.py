@@ -1,5 +1,7 @@
 """Which registry is meant, and that nothing secret is said about it."""
 
+from pathlib import Path
+
 import pytest
 
 from manylora_registry import Registry
@@ -87,3 +89,32 @@ def test_no_registry_is_made_where_none_should_be(tmp_path):
     assert not file.exists()
     with pytest.raises(RegistryLocationError):
         Registry.open(database=f"sqlite:///{tmp_path / 'no' / 'r'}", blobs=tmp_path.as_uri())
+
+
+@pytest.mark.parametrize("kind", [str, Path])
+def test_a_url_is_no_directory_and_is_not_repeated(kind, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    with pytest.raises(RegistryLocationError, match="MANYLORA_REGISTRY_DATABASE") as caught:
+        Registry.open(kind(URL))
+    assert SECRET not in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_credentials_in_the_url_of_a_bucket_are_refused_and_not_repeated(tmp_path):
+    with pytest.raises(RegistryLocationError, match="s3://BUCKET/PREFIX") as caught:
+        Registry.open(
+            database=f"sqlite:///{tmp_path / 'r.sqlite'}", blobs=f"s3://ann:{SECRET}@bucket/prefix"
+        )
+    assert SECRET not in str(caught.value)
+
+
+def test_an_option_of_a_database_url_that_is_wrong_is_one_error_without_its_value(tmp_path):
+    pytest.importorskip("psycopg")
+    for url in (
+        f"postgresql://ann@127.0.0.1:1/registry?nonsense={SECRET}",
+        f"sqlite:///{tmp_path / 'r.sqlite'}?timeout={SECRET}",
+    ):
+        with pytest.raises(RegistryLocationError, match="option") as caught:
+            Registry.open(database=url, blobs=tmp_path.as_uri())
+        assert SECRET not in str(caught.value)

@@ -120,7 +120,9 @@ def open_blob_store(url: str) -> BlobStore:
         from manylora_registry.local_store import LocalBlobStore
 
         return LocalBlobStore(Path(unquote(parts.path)))
-    if parts.scheme == "s3" and parts.netloc and not (parts.query or parts.fragment):
+    # Credentials do not belong in it, and errors would repeat them.
+    plain = not ("@" in parts.netloc or parts.query or parts.fragment)
+    if parts.scheme == "s3" and parts.netloc and plain:
         try:
             from manylora_registry.s3_store import S3BlobStore
         except ModuleNotFoundError as error:

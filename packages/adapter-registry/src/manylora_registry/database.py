@@ -7,6 +7,7 @@ snapshot and waits for nobody. What differs between databases is behind `Backend
 """
 
 import contextlib
+import sqlite3
 import threading
 from collections.abc import Generator
 from contextlib import AbstractContextManager
@@ -36,6 +37,17 @@ from manylora_registry.migrations import REVISIONS
 WRITES_UNTIDIED = 500
 """Writing transactions after which a process that goes on and on tidies up."""
 _LATEST = REVISIONS[-1]
+_WRITABLE = (
+    "SQLite writes beside the file even to read it: its directory and all registry.sqlite* in it "
+    "must be writable for you, so work on a copy of a registry that is not"
+)
+_ADVICE = {
+    "unable to open database file": _WRITABLE,
+    "attempt to write a readonly database": _WRITABLE,
+    "database is locked": "another program keeps its lock: end that, or repeat later",
+    "database or disk is full": "make room, then repeat",
+}
+"""What to do about what SQLite says."""
 
 
 class Changes(Protocol):
@@ -214,9 +226,17 @@ class Database:
         """Failures of the database as errors of the registry; they name no password."""
         try:
             yield
-        except (OperationalError, InterfaceError, PoolTimeoutError) as error:
-            cause = error.orig if isinstance(error, DBAPIError) else error
-            raise DatabaseUnavailableError(self._name, _first_line(cause)) from error
+        # SQLite's own comes from what may not be in a transaction, such as the journal mode.
+        except (
+            OperationalError,
+            InterfaceError,
+            PoolTimeoutError,
+            sqlite3.OperationalError,
+        ) as error:
+            cause = _first_line(error.orig if isinstance(error, DBAPIError) else error)
+            advice = _ADVICE.get(cause)
+            said = f"{cause}; {advice}" if advice else cause
+            raise DatabaseUnavailableError(self._name, said) from error
         except DatabaseError as error:
             # Of the general kind is what SQLite says of a file that is malformed, and of the
             # internal kind what Postgres says of a page; the others are mistakes of ours.
@@ -233,15 +253,32 @@ def _backend(url: URL) -> Backend:
     if url.get_backend_name() == "sqlite":
         from manylora_registry.sqlite import Sqlite
 
-        return Sqlite(url)
+        try:
+            return Sqlite(url)
+        except (TypeError, ValueError):
+            raise _wrong_option() from None
     from manylora_registry.postgres import Postgres
 
     try:
-        return Postgres(url)
+        from psycopg import ProgrammingError
+        from psycopg.conninfo import make_conninfo
     except ImportError as error:
         raise RegistryLocationError(
             "a registry in Postgres needs psycopg: pip install 'manylora-registry[postgres]'"
         ) from error
+    try:
+        make_conninfo(**{key: str(value) for key, value in url.query.items()})
+    except ProgrammingError:
+        raise _wrong_option() from None
+    return Postgres(url)
+
+
+def _wrong_option() -> RegistryLocationError:
+    # Neither the URL nor the cause is repeated: there may be a password in them.
+    return RegistryLocationError(
+        "the URL of the registry's database has an option the driver does not take: look at what "
+        "follows its ?"
+    )
 
 
 def _revision_of(connection: Connection) -> str | None:

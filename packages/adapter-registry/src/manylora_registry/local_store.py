@@ -9,6 +9,7 @@ import contextlib
 import fcntl
 import io
 import os
+import re
 import shutil
 import stat
 import time
@@ -23,6 +24,8 @@ from typing import Any
 from manylora_registry.blobs import Staging
 from manylora_registry.errors import BlobStoreError, CorruptBlobError
 from manylora_registry.syncs import Syncs, sync
+
+_DIGITS = re.compile(r"[0-9a-f]{64}")
 
 
 class LocalBlobStore:
@@ -78,7 +81,9 @@ class LocalBlobStore:
     def digests(self) -> Iterator[str]:
         """See `BlobStore`."""
         for path in self._blobs.glob("??/*"):
-            yield f"sha256:{path.name}"
+            # What others have put there is none of ours: to count, to hash or to delete.
+            if _DIGITS.fullmatch(path.name):
+                yield f"sha256:{path.name}"
 
     def size(self, digest: str) -> int:
         """See `BlobStore`."""

@@ -1,6 +1,7 @@
 """Where a registry is: one directory, or a database and a blob store that are named by URLs."""
 
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +15,8 @@ DIRECTORY_VARIABLE = "MANYLORA_REGISTRY"
 DATABASE_VARIABLE = "MANYLORA_REGISTRY_DATABASE"
 BLOBS_VARIABLE = "MANYLORA_REGISTRY_BLOBS"
 DATABASE_FILE = "registry.sqlite"
+_URL = re.compile(r"[a-z][a-z0-9+]+:/")
+"""How a URL begins; a `Path` has lost one of its slashes."""
 _DRIVERS = {
     "sqlite": "sqlite",
     "postgresql": "postgresql+psycopg",
@@ -51,6 +54,13 @@ def locate(
             f"{BLOBS_VARIABLE}"
         )
     if directory:
+        if _URL.match(str(directory)):
+            # Not repeated: there may be a password in it.
+            raise RegistryLocationError(
+                "a URL was given where the directory of a registry belongs: name a shared one by "
+                f"{DATABASE_VARIABLE} and {BLOBS_VARIABLE}, or as DATABASE,BLOBS to "
+                "`manylora registry copy`"
+            )
         root = Path(directory)
         file = URL.create("sqlite", database=str(root / DATABASE_FILE))
         return Location(file, root.absolute().as_uri(), root)

@@ -52,6 +52,9 @@ def verify(
         if row.collected_at is not None or row.digest in damaged:
             continue
         name = f"{row.name}@{row.number}"
+        if row.digest not in recorded[name]:
+            problems.append(Problem(name, "the database differs from the manifest"))
+            continue
         try:
             manifest = load_manifest(blobs, row.digest)
         except CorruptBlobError as error:

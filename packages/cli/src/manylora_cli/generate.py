@@ -150,10 +150,10 @@ def generate(
         "seed": seed,
         "stop": stop or (),
         "logprobs": logprobs,
-        "json_schema": None if json_schema is None else json_schema.read_text(),
+        "json_schema": None if json_schema is None else _text(json_schema),
         "regex": regex,
         "choice": choice or (),
-        "grammar": None if grammar is None else grammar.read_text(),
+        "grammar": None if grammar is None else _text(grammar),
     }
 
     from manylora_client import Client, tls_credentials
@@ -174,6 +174,13 @@ def generate(
         for one in answer.choices or (answer,):
             print(one.text)
         _say(answer.adapter, answer.finish_reason, answer.usage.completion_tokens)
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise typer.BadParameter(f"{file} is no UTF-8: {error}") from error
 
 
 def _chat(system: str | None, text: str) -> list[Mapping[str, str]]:

@@ -7,7 +7,8 @@ and a wrong word on the command line answer at once.
 import os
 import sys
 from importlib.metadata import version as installed
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
@@ -25,6 +26,9 @@ from manylora_cli import (
     token,
     train,
 )
+
+if TYPE_CHECKING:
+    import io
 
 
 def _say_version(asked: bool) -> None:
@@ -71,6 +75,11 @@ app.add_typer(base.app, name="base")
 
 def main() -> None:
     """Runs the command; a stated failure is one line on stderr and exit status 1."""
+    if sys.stdout is None:  # pyright: ignore[reportUnnecessaryComparison]
+        # Closed by whoever started it (`>&-`): nobody reads.
+        sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115
+    # A path or a reason need not be text in the terminal's encoding; the verb has done its work.
+    cast("io.TextIOWrapper", sys.stdout).reconfigure(errors="backslashreplace")
     try:
         app()
     except BrokenPipeError:

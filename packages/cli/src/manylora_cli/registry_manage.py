@@ -293,7 +293,9 @@ def _read_json(file: Path) -> dict[str, Any]:
 
     try:
         content: Any = json.loads(file.read_bytes())
-    except (OSError, ValueError) as error:
+        # Half a surrogate pair can be written as JSON, but is no text to print or to keep.
+        json.dumps(content, ensure_ascii=False).encode()
+    except (OSError, ValueError, RecursionError) as error:
         raise typer.BadParameter(f"{file} is no JSON: {error}") from error
     if not isinstance(content, dict):
         raise typer.BadParameter(f"{file} is no JSON object")
