@@ -137,6 +137,23 @@ def test_what_a_terminal_has_no_letters_for_ends_no_verb(tmp_path):
         assert json.loads(listed_as(encoding, "--json"))[0]["run"] == str(run)
 
 
+@pytest.mark.parametrize("options", ["", "--json"])
+def test_a_closed_standard_output_ends_no_verb(tmp_path, options):
+    def closed(what, directory):
+        command = f"'{sys.executable}' -m manylora_cli runs list '{directory}' {options} {what}>&-"
+        return subprocess.run(command, shell=True, check=False, capture_output=True, text=True)
+
+    done = closed(1, tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    done = closed(2, tmp_path / "none")
+    assert (done.returncode, done.stdout) == (1, "")
+
+
+def test_a_page_is_not_written_in_the_place_of_a_directory(runs, tmp_path):
+    assert invoke("show", runs / "whole", "--out", tmp_path).exit_code == 2
+    assert [entry.name for entry in tmp_path.parent.glob(".*.tmp")] == []
+
+
 def test_what_is_no_run_is_said_in_one_line(tmp_path):
     for verb in (("show", tmp_path), ("compare", tmp_path, tmp_path), ("list", tmp_path / "no")):
         assert isinstance(invoke(*verb).exception, UnreadableRunError)

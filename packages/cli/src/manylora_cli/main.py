@@ -71,6 +71,9 @@ app.add_typer(base.app, name="base")
 
 def main() -> None:
     """Runs the command; a stated failure is one line on stderr and exit status 1."""
+    # None where the caller has closed it, as `>&-` does.
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115, PTH123
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115, PTH123
     if (reconfigure := getattr(sys.stdout, "reconfigure", None)) is not None:
         # What data holds and the encoding of a terminal lacks is shown as a question mark.
         reconfigure(errors="replace")
