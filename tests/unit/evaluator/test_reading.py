@@ -218,6 +218,34 @@ def test_parquet_values_that_json_lacks(tmp_path: Path) -> None:
         load_rows(source, Prompt(user="{at}"))
 
 
+def test_parquet_values_are_asked_as_training_reads_them(tmp_path: Path) -> None:
+    path = tmp_path / "rows.parquet"
+    narrow, text = pa.float32(), pa.string()
+    columns = {
+        "a": pa.array([0.1], narrow),
+        "b": pa.array([[0.1]], pa.list_(narrow)),
+        "c": pa.array([{"x": 0.1}], pa.struct({"x": narrow})),
+        "d": pa.array([[("x", 0.1)]], pa.map_(text, narrow)),
+        "e": pa.array([[0.1, 2.5]], pa.list_(narrow, 2)),
+    }
+    pq.write_table(pa.table(columns), path)
+
+    (row,) = load_rows(
+        ParquetRows(kind="parquet", path=path), Prompt(user="{a} {b} {c} {d} {e}", expected="{a}")
+    )
+
+    assert row.messages[0].content == '0.1 [0.1] {"x": 0.1} {"x": 0.1} [0.1, 2.5]'
+
+
+def test_a_mistake_in_a_message_is_no_lack_of_messages(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "r.jsonl", {"messages": [{"role": "tool", "content": "a"}]})
+
+    with pytest.raises(RowsError, match=r"messages\.0\.role: ") as raised:
+        load_rows(JsonlRows(kind="jsonl", path=path))
+
+    assert "at least 1 item" not in str(raised.value)
+
+
 def test_a_row_is_known_by_what_it_asks_and_expects(tmp_path: Path) -> None:
     other = GOOD | {"expected": "relieve"}
     first = load_rows(

@@ -1,8 +1,11 @@
 """Runs on disk: listed, shown and compared, whatever state they are in."""
 
 import json
+import os
 import shutil
 import signal
+import subprocess
+import sys
 from html.parser import HTMLParser
 
 import pytest
@@ -113,6 +116,42 @@ def test_damaged_records_of_a_run_are_said_in_one_line(runs, tmp_path):
         (runs / "cut" / "environment.json").write_text(json.dumps({"starts": starts}))
         fails("environment.json is not what a run writes")
     assert listed(runs)[f"{runs}/cut"]["state"] == "broken"
+
+
+def test_what_a_terminal_has_no_letters_for_ends_no_verb(tmp_path):
+    run = tmp_path / "röws-日本"
+    run.mkdir()
+    (run / "recipe.yaml").write_text("{")
+
+    def listed_as(encoding, *options):
+        return subprocess.run(
+            [sys.executable, "-m", "manylora_cli", "runs", "list", tmp_path, *options],
+            env={**os.environ, "PYTHONIOENCODING": encoding},
+            check=True,
+            capture_output=True,
+        ).stdout.decode(encoding)
+
+    assert f"{tmp_path}/röws-??\tbroken" in listed_as("latin-1")
+    assert f"{run}\tbroken" in listed_as("utf-8")
+    for encoding in ("ascii", "utf-8"):
+        assert json.loads(listed_as(encoding, "--json"))[0]["run"] == str(run)
+
+
+@pytest.mark.parametrize("options", ["", "--json"])
+def test_a_closed_standard_output_ends_no_verb(tmp_path, options):
+    def closed(what, directory):
+        command = f"'{sys.executable}' -m manylora_cli runs list '{directory}' {options} {what}>&-"
+        return subprocess.run(command, shell=True, check=False, capture_output=True, text=True)
+
+    done = closed(1, tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    done = closed(2, tmp_path / "none")
+    assert (done.returncode, done.stdout) == (1, "")
+
+
+def test_a_page_is_not_written_in_the_place_of_a_directory(runs, tmp_path):
+    assert invoke("show", runs / "whole", "--out", tmp_path).exit_code == 2
+    assert [entry.name for entry in tmp_path.parent.glob(".*.tmp")] == []
 
 
 def test_what_is_no_run_is_said_in_one_line(tmp_path):

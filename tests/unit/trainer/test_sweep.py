@@ -184,6 +184,13 @@ def test_an_invalid_combination_and_a_diverging_trial_do_not_stop_the_others(wri
     assert any("loss" in (t.why or "") for t in result.trials if t.state == "stopped")
 
 
+def test_a_wrong_range_is_one_mistake(write_sweep):
+    with pytest.raises(ConfigError) as caught:
+        load_sweep(write_sweep(space={RATE: {"low": 0.2, "high": 0.1}}))
+    (problem,) = caught.value.problems
+    assert problem.message == "low (0.2) must be below high (0.1)"
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

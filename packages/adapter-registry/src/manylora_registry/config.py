@@ -54,7 +54,7 @@ def load_config(path: Path, model: type[Model], overrides: Sequence[str] = ()) -
     except ValidationError as error:
         problems += [
             Problem(_dotted(e["loc"]), _say(e["type"], e["msg"]), _line(node, e["loc"]))
-            for e in _own_mistakes(error)
+            for e in own_mistakes(error)
         ]
         raise ConfigError(path, problems) from error
     if problems:
@@ -107,8 +107,8 @@ def _twins(
             yield from _twins(value, (*location, name), seen)
 
 
-def _own_mistakes(error: ValidationError) -> list[Any]:
-    """Without the lists that are too short only because entries of theirs have mistakes."""
+def own_mistakes(error: ValidationError) -> list[Any]:
+    """Those in an error, without lists that are too short for the mistakes in their entries."""
     found = error.errors()
     return [
         e

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from manylora_cli.output import lacks_letters
+
 if TYPE_CHECKING:
     from manylora_client import AdapterVersion, GenerationStream, Input, SamplingOptions
 
@@ -210,7 +212,7 @@ def _print_json(value: Any, **more: str) -> None:
     import json
     from dataclasses import asdict
 
-    print(json.dumps({**more, **asdict(value)}, ensure_ascii=False), flush=True)
+    print(json.dumps({**more, **asdict(value)}, ensure_ascii=lacks_letters()), flush=True)
 
 
 def _say(version: "AdapterVersion | None", finish_reason: str, tokens: int) -> None:

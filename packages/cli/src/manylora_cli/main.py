@@ -7,8 +7,7 @@ and a wrong word on the command line answer at once.
 import os
 import sys
 from importlib.metadata import version as installed
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import Annotated
 
 import typer
 
@@ -26,9 +25,6 @@ from manylora_cli import (
     token,
     train,
 )
-
-if TYPE_CHECKING:
-    import io
 
 
 def _say_version(asked: bool) -> None:
@@ -75,11 +71,12 @@ app.add_typer(base.app, name="base")
 
 def main() -> None:
     """Runs the command; a stated failure is one line on stderr and exit status 1."""
-    if sys.stdout is None:  # pyright: ignore[reportUnnecessaryComparison]
-        # Closed by whoever started it (`>&-`): nobody reads.
-        sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115
-    # A path or a reason need not be text in the terminal's encoding; the verb has done its work.
-    cast("io.TextIOWrapper", sys.stdout).reconfigure(errors="backslashreplace")
+    # None where the caller has closed it, as `>&-` does: nobody reads.
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115, PTH123
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115, PTH123
+    if (reconfigure := getattr(sys.stdout, "reconfigure", None)) is not None:
+        # What data or a path holds and the encoding of a terminal lacks is a question mark.
+        reconfigure(errors="replace")
     try:
         app()
     except BrokenPipeError:

@@ -45,4 +45,11 @@ def print_json(value: Any) -> None:
     """One indented JSON document."""
     import json
 
-    print(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
+    print(json.dumps(value, indent=2, ensure_ascii=lacks_letters(), allow_nan=False))
+
+
+def lacks_letters() -> bool:
+    """Whether standard output cannot show every letter, so that JSON escapes all but ASCII."""
+    import sys
+
+    return (sys.stdout.encoding or "utf-8").lower() != "utf-8"

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from manylora_cli.output import lacks_letters
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -117,7 +119,7 @@ def _show(rollout: "Rollout", as_json: bool) -> None:
     if as_json:
         import json
 
-        print(json.dumps(_plain(rollout), ensure_ascii=False))
+        print(json.dumps(_plain(rollout), ensure_ascii=lacks_letters()))
         return
     rows: list[Sequence[object]] = [("version", "share", "requests", "errors", "p95 to first")]
     for share in rollout.shares:

@@ -44,7 +44,8 @@ def list_runs(
 def show(
     run: Run,
     out: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write the run's HTML page here too.")
+        Path | None,
+        typer.Option(metavar="FILE", dir_okay=False, help="Write the run's HTML page here too."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:

@@ -18,6 +18,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from manylora_evaluator.errors import RowsError
 from manylora_evaluator.row_settings import ParquetRows, Prompt, RowSource, placeholders
+from manylora_registry.config import own_mistakes
 
 LONGEST_LINE = 16 * 1024 * 1024
 """Bytes; a longer line is a file without line ends, not a row."""
@@ -122,6 +123,7 @@ def _is_text(text: str) -> bool:
 def _parquet(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
     try:
         # Without stubs; an extra, so that the evaluator itself stays small.
+        arrow: Any = importlib.import_module("pyarrow")
         parquet: Any = importlib.import_module("pyarrow.parquet")
     except ImportError as error:
         raise RowsError(
@@ -131,11 +133,45 @@ def _parquet(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
     try:
         with parquet.ParquetFile(path) as file:
             for batch in cast("Iterator[Any]", file.iter_batches(batch_size=256)):
-                for columns in cast("list[dict[str, Any]]", batch.to_pylist()):
+                for columns in _decoded(arrow, batch):
                     number += 1
                     yield number, columns
-    except (OSError, ValueError, OverflowError, NotImplementedError) as error:
+    except (OSError, ValueError, OverflowError, KeyError, NotImplementedError) as error:
         raise RowsError(path, f"cannot be read as Parquet: {error}") from error
+
+
+def _decoded(arrow: Any, batch: Any) -> list[dict[str, Any]]:
+    """The rows of a batch as training reads them.
+
+    Maps are objects, and narrow floats the numbers they were written from: 0.1 and not
+    0.10000000149011612.
+    """
+    for place, kind in enumerate(batch.schema.types):
+        column = batch.column(place)
+        # Text is the shortest that gives the same narrow float.
+        for leaf in (arrow.float32(), arrow.string(), arrow.float64()):
+            if (wanted := _with_floats_as(arrow, kind, leaf)) != kind:
+                column = column.cast(wanted)
+        batch = batch.set_column(place, batch.schema.names[place], column)
+    return cast("list[dict[str, Any]]", batch.to_pylist(maps_as_pydicts="strict"))
+
+
+def _with_floats_as(arrow: Any, kind: Any, leaf: Any) -> Any:
+    """A type with `leaf` in the place of its narrow floats, however deep they lie."""
+    types = arrow.types
+    if types.is_float32(kind) or types.is_float16(kind):
+        return leaf
+    if types.is_struct(kind):
+        return arrow.struct([f.with_type(_with_floats_as(arrow, f.type, leaf)) for f in kind])
+    if types.is_map(kind):
+        item = kind.item_field.with_type(_with_floats_as(arrow, kind.item_type, leaf))
+        return arrow.map_(kind.key_field, item, kind.keys_sorted)
+    if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
+        entry = kind.value_field.with_type(_with_floats_as(arrow, kind.value_type, leaf))
+        if types.is_fixed_size_list(kind):
+            return arrow.list_(entry, kind.list_size)
+        return arrow.large_list(entry) if types.is_large_list(kind) else arrow.list_(entry)
+    return kind
 
 
 def _carried(path: Path, number: int, columns: Mapping[str, Any]) -> _Line:
@@ -145,7 +181,7 @@ def _carried(path: Path, number: int, columns: Mapping[str, Any]) -> _Line:
     except ValidationError as error:
         problems = (
             f"{'.'.join(str(part) for part in problem['loc'])}: {problem['msg']}"
-            for problem in error.errors(include_url=False)
+            for problem in own_mistakes(error)
         )
         raise RowsError(path, "; ".join(problems), number) from error
 

@@ -10,9 +10,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
 from math import prod
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Annotated, Any, Literal, cast
 
-from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from manylora_registry.config import ConfigModel, load_config
 from manylora_registry.errors import ConfigError, Problem
@@ -88,7 +96,14 @@ class Sweep(ConfigModel):
     """How many train together over one copy of the base. `tpe` learns between runs."""
     seed: int = Field(default=0, ge=0, lt=2**32)
     """Of the search; the trials are trained with the recipe's seed."""
-    space: Mapping[str, Range | tuple[Any, ...]] = Field(min_length=1)
+    space: Mapping[
+        str,
+        Annotated[
+            Annotated[Range, Tag("range")] | Annotated[tuple[Any, ...], Tag("values")],
+            # So that a range that is wrong is not told that it is no list as well.
+            Discriminator(lambda given: "values" if isinstance(given, list | tuple) else "range"),
+        ],
+    ] = Field(min_length=1)
     """By dotted path of the recipe, such as `tasks.0.lora.rank`: a list of values, or a range
     `{low, high, log}`."""
     halving: Halving | None = None
