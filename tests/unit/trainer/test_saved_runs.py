@@ -131,7 +131,7 @@ def test_what_a_terminal_has_no_letters_for_ends_no_verb(tmp_path):
             capture_output=True,
         ).stdout.decode(encoding)
 
-    assert f"{tmp_path}/röws-??\tbroken" in listed_as("latin-1")
+    assert f"{tmp_path}/röws-\\u65e5\\u672c\tbroken" in listed_as("latin-1")
     assert f"{run}\tbroken" in listed_as("utf-8")
     for encoding in ("ascii", "utf-8"):
         assert json.loads(listed_as(encoding, "--json"))[0]["run"] == str(run)

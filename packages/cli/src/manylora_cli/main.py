@@ -75,8 +75,8 @@ def main() -> None:
     sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115, PTH123
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115, PTH123
     if (reconfigure := getattr(sys.stdout, "reconfigure", None)) is not None:
-        # What data or a path holds and the encoding of a terminal lacks is a question mark.
-        reconfigure(errors="replace")
+        # What data or a path holds and the encoding of a terminal lacks; in JSON an escape too.
+        reconfigure(errors="backslashreplace")
     try:
         app()
     except BrokenPipeError:
