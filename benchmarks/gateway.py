@@ -247,7 +247,7 @@ def real(
             measure()  # Warms up.
         found: list[dict[str, tuple[float, float]]] = []
         for turn in range(rounds):
-            # Once forwards, once backwards: whoever comes after an idle machine has it cooler.
+            # Once forwards, once backwards, so that none always comes after the same other.
             order = list(sides) if turn % 2 == 0 else list(reversed(sides))
             found.append({name: sides[name]() for name in order})
     for name in sides:

@@ -388,6 +388,25 @@ async def test_mistakes_beyond_count_hold_nobody_up(
     assert len(reply.content) < 4096
 
 
+@pytest.mark.parametrize(
+    ("endpoint", "asked"),
+    [
+        ("chat/completions", {"messages": [3, 3]}),
+        ("chat/completions", {"messages": [{"role": "user", "content": [{"type": 3}] * 2}]}),
+        ("completions", {"prompt": [None, None]}),
+        ("completions", {"prompt": "a", "stop": [1, 2]}),
+    ],
+)
+async def test_of_a_list_the_first_mistake_is_told(
+    gateway: RunningGateway, endpoint: str, asked: dict[str, Any]
+) -> None:
+    async with httpx.AsyncClient() as http:
+        reply = await http.post(f"{gateway.http}/v1/{endpoint}", json=asked)
+    assert reply.status_code == 400
+    assert "[0]" in reply.text
+    assert "[1]" not in reply.text
+
+
 async def test_a_reply_can_be_sent_back_as_a_turn(client: AsyncOpenAI) -> None:
     mine = (await client.chat.completions.create(model="red", messages=ASK)).choices[0].message
     # As OpenAI's and vLLM's servers answer.
