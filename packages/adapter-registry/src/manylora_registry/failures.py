@@ -16,8 +16,8 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from manylora_registry.errors import DatabaseDamagedError, DatabaseUnavailableError
 
 _WRITABLE = (
-    "SQLite writes beside the file even to read it: its directory and all registry.sqlite* in it "
-    "must be writable for you, so work on a copy of a registry that is not"
+    "to change it, or to read it where a writer died, its directory and all registry.sqlite* in "
+    "it must be writable for you; else work on a copy of the directory"
 )
 _LOCKED = "another program keeps its lock: end that, or repeat later"
 _READ_ONLY = "this server only reads: name the primary one"
