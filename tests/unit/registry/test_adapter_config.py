@@ -68,6 +68,8 @@ def test_plain_lora_is_accepted(changes):
         ("lora_alpha", None),
         ("target_modules", []),
         ("target_modules", None),
+        ("target_modules", ""),
+        ("target_modules", "("),
         ("bias", "all"),
         ("use_dora", True),
         ("lora_bias", True),

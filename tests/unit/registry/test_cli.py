@@ -230,13 +230,27 @@ def test_files_of_others_among_the_blobs_are_left_alone(run, version, tmp_path):
     assert run("verify", "--json")["unreferenced"] == []
 
 
-def test_verify_notices_a_version_whose_digest_was_changed(run, version, tmp_path):
+@pytest.mark.parametrize(
+    "change", [f"digest = 'sha256:{'0' * 64}'", "rank = 4", "size = 1", "base_fingerprint = 'x'"]
+)
+def test_verify_notices_a_version_that_was_changed_in_the_database(run, version, tmp_path, change):
     with contextlib.closing(sqlite3.connect(tmp_path / "registry" / "registry.sqlite")) as database:
-        database.execute("UPDATE versions SET digest = ?", (f"sha256:{'0' * 64}",))
+        database.execute(f"UPDATE versions SET {change}")
         database.commit()
 
     (problem,) = run("verify", "--json", code=1)["problems"]
     assert problem["path"] == "spelling@1"
+
+
+def test_a_registry_is_not_copied_to_itself(version, tmp_path):
+    registry = tmp_path / "registry"
+    (tmp_path / "link").symlink_to(registry)
+    urls = f"sqlite:///{registry}/registry.sqlite,{registry.as_uri()}"
+
+    for target in (registry, tmp_path / "link", urls):
+        copied = CliRunner().invoke(app, ["copy", str(registry), str(target)])
+        assert copied.exit_code == 2
+        assert "the same registry" in copied.output
 
 
 def test_a_destination_that_is_no_text_is_told_all_the_same(version, tmp_path):

@@ -4,6 +4,8 @@ import hashlib
 import io
 import json
 import os
+import subprocess
+import sys
 import tarfile
 
 import pytest
@@ -20,6 +22,7 @@ from manylora_registry.errors import (
     SourceError,
     WrongBaseError,
 )
+from manylora_registry.manifest import load_manifest
 from manylora_registry.transfer import export_version, import_version
 
 FORMATS = ["peft", "hf", "oci", "tar"]
@@ -83,6 +86,54 @@ def test_the_same_version_is_the_same_bytes(registry, version, tmp_path, format_
     one, two = ((out.read_bytes() if out.is_file() else tree(out)) for out in outs)
     assert one == two
     assert not [path for path in tmp_path.iterdir() if path.suffix == ".partial"]
+
+
+@pytest.fixture
+def waiting_export(registry, version, tmp_path):
+    """An export to `out` in another process, and a pipe that it reads its first blob from.
+
+    The blob itself is back in its place: other exports do not wait.
+    """
+    digest = load_manifest(registry.blobs, version.digest).config.digest
+    (blob,) = (tmp_path / "registry" / "blobs").rglob(digest[7:])
+    blob.rename(tmp_path / "kept")
+    os.mkfifo(blob)
+    words = ("registry", "export", "spelling@1", "out", "--registry", "registry")
+    with subprocess.Popen(
+        [sys.executable, "-m", "manylora_cli", *words], cwd=tmp_path, stderr=subprocess.PIPE
+    ) as process:
+        # Returns once the other end is open.
+        with blob.open("wb") as pipe:
+            (tmp_path / "kept").rename(blob)
+            yield process, pipe, blob.read_bytes()
+        process.kill()
+
+
+def test_what_a_killed_export_left_goes_with_the_next_one(
+    registry, version, tmp_path, waiting_export
+):
+    process, *_ = waiting_export
+    process.kill()
+    process.wait()
+    assert [*tmp_path.glob(".*.partial")]
+
+    export_version(registry, version, tmp_path / "out")
+
+    assert not [*tmp_path.glob(".*.partial")]
+
+
+def test_an_export_leaves_alone_what_another_is_writing(
+    registry, version, tmp_path, waiting_export
+):
+    process, pipe, content = waiting_export
+
+    export_version(registry, version, tmp_path / "out")
+    pipe.write(content)
+    pipe.close()
+    _, said = process.communicate()
+
+    assert b"Directory not empty" in said
+    assert not [*tmp_path.glob(".*.partial")]
 
 
 def test_the_hub_understands_the_card(registry, version, tmp_path):

@@ -91,6 +91,20 @@ def test_a_blob_the_disk_cannot_read_is_damaged_and_the_check_goes_on(registry, 
     assert report.blobs == 3
 
 
+def test_a_directory_in_the_place_of_a_blob_is_damage_and_can_be_repaired(
+    registry, version, base, make_adapter, tmp_path
+):
+    path = blob_of(tmp_path, version.digest)
+    path.unlink()
+    path.mkdir()
+
+    report = registry.verify(repair=True)
+
+    assert (report.affected, report.blobs) == (("spelling@1",), 3)
+    registry.publish("spelling", make_adapter(), base=base)
+    assert registry.verify().ok
+
+
 def test_blobs_that_cannot_be_opened_or_written_are_told(
     registry, version, base, make_adapter, tmp_path
 ):

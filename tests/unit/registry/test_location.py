@@ -1,6 +1,7 @@
 """Which registry is meant, and that nothing secret is said about it."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -72,6 +73,17 @@ def test_wrong_blobs_are_refused(tmp_path, blobs):
     with pytest.raises(RegistryLocationError) as refused:
         Registry.open(database=f"sqlite:///{tmp_path / 'r.sqlite'}", blobs=blobs)
     assert SECRET not in str(refused.value)
+
+
+@pytest.mark.parametrize("part", ["location", "database", "blobs"])
+def test_a_nul_is_refused(tmp_path, part):
+    shared = {"database": f"sqlite:///{tmp_path}/a", "blobs": tmp_path.as_uri()}
+    named: dict[str, Any] = (
+        {part: "a\0b"} if part == "location" else {**shared, part: f"{shared[part]}\0"}
+    )
+
+    with pytest.raises(RegistryLocationError, match="NUL"):
+        Registry.open(**named)
 
 
 def test_an_unreachable_database_is_one_line_without_its_password():

@@ -58,6 +58,17 @@ def _plain_pattern(value: str) -> str:
     return value
 
 
+def _targets(value: list[str] | str) -> list[str] | str:
+    if not value:
+        raise ValueError("names no module")
+    if isinstance(value, str):
+        try:
+            re.compile(value)
+        except re.error as error:
+            raise ValueError(f"{value[:80]!r} is no regular expression: {error}") from error
+    return value
+
+
 Rank = Annotated[int, Field(ge=1, le=MAX_RANK)]
 Alpha = Annotated[FiniteFloat, Field(gt=0, le=MAX_ALPHA)]
 Pattern = Annotated[str, AfterValidator(_plain_pattern)]
@@ -75,7 +86,7 @@ class AdapterConfig(BaseModel):
     """The fingerprint of the base where our trainer wrote it; a name or path elsewhere."""
     r: Rank
     lora_alpha: Alpha
-    target_modules: Annotated[list[str], Field(min_length=1)] | Annotated[str, Field(min_length=1)]
+    target_modules: Annotated[list[str] | str, AfterValidator(_targets)]
     rank_pattern: Annotated[dict[Pattern, Rank], Field(max_length=1024), NullIsEmpty] = {}
     alpha_pattern: Annotated[dict[Pattern, Alpha], Field(max_length=1024), NullIsEmpty] = {}
     bias: Literal["none"] = "none"

@@ -45,10 +45,12 @@ def copy(
         _copy_blobs(blobs, to_blobs, needed, progress)
     with database.read() as old, to_database.write() as new:
         if not _is_empty(new):
-            _require_same(old, new)
-        _copy_blobs(blobs, to_blobs, _needed(old), progress)
+            _require_same(database, old, new)
+        with database.stated():
+            needed = _needed(old)
+        _copy_blobs(blobs, to_blobs, needed, progress)
         if _is_empty(new):
-            _copy_rows(old, new)
+            _copy_rows(database, old, new)
 
 
 def _needed(connection: Connection) -> list[str]:
@@ -83,17 +85,21 @@ def _rows(connection: Connection, table: sa.Table) -> sa.CursorResult[tuple[obje
     return connection.execute(sa.select(table).order_by(*table.primary_key))
 
 
-def _require_same(old: Connection, new: Connection) -> None:
+def _require_same(database: Database, old: Connection, new: Connection) -> None:
     for table in _tables():
-        if any(one != two for one, two in zip_longest(_rows(old, table), _rows(new, table))):
+        with database.stated():
+            rows = _rows(old, table)
+        if any(one != two for one, two in zip_longest(rows, _rows(new, table))):
             raise DestinationError(
                 "the registry to copy to holds something else already; give a new one"
             )
 
 
-def _copy_rows(old: Connection, new: Connection) -> None:
+def _copy_rows(database: Database, old: Connection, new: Connection) -> None:
     for table in _tables():
-        for rows in _rows(old, table).mappings().partitions(ROWS_AT_ONCE):
+        with database.stated():
+            found = _rows(old, table)
+        for rows in found.mappings().partitions(ROWS_AT_ONCE):
             new.execute(sa.insert(table), [dict(row) for row in rows])
         counter = table.autoincrement_column
         if new.dialect.name == "postgresql" and counter is not None:

@@ -7,7 +7,6 @@ snapshot and waits for nobody. What differs between databases is behind `Backend
 """
 
 import contextlib
-import sqlite3
 import threading
 from collections.abc import Generator
 from contextlib import AbstractContextManager
@@ -16,38 +15,15 @@ from typing import Protocol
 
 import sqlalchemy as sa
 from sqlalchemy.engine import URL, Connection, Engine
-from sqlalchemy.exc import (
-    DatabaseError,
-    DBAPIError,
-    InterfaceError,
-    InternalError,
-    OperationalError,
-)
-from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
-from manylora_registry.errors import (
-    DatabaseDamagedError,
-    DatabaseUnavailableError,
-    RegistryLocationError,
-    SchemaTooNewError,
-)
+from manylora_registry.errors import RegistryLocationError, SchemaTooNewError
+from manylora_registry.failures import stated
 from manylora_registry.location import shown
 from manylora_registry.migrations import REVISIONS
 
 WRITES_UNTIDIED = 500
 """Writing transactions after which a process that goes on and on tidies up."""
 _LATEST = REVISIONS[-1]
-_WRITABLE = (
-    "SQLite writes beside the file even to read it: its directory and all registry.sqlite* in it "
-    "must be writable for you, so work on a copy of a registry that is not"
-)
-_ADVICE = {
-    "unable to open database file": _WRITABLE,
-    "attempt to write a readonly database": _WRITABLE,
-    "database is locked": "another program keeps its lock: end that, or repeat later",
-    "database or disk is full": "make room, then repeat",
-}
-"""What to do about what SQLite says."""
 
 
 class Changes(Protocol):
@@ -142,7 +118,7 @@ class Database:
         Raises:
             DatabaseUnavailableError: the database cannot be reached.
         """
-        with self._stated(), self._backend.engine.connect() as connection:
+        with self.stated(), self._backend.engine.connect() as connection:
             yield self._backend.read(connection)
 
     @contextlib.contextmanager
@@ -157,7 +133,7 @@ class Database:
             DatabaseUnavailableError: the database cannot be reached, or another writer kept the
                 lock too long. If that happens at the commit itself, it may have been done.
         """
-        with self._stated(), self._backend.engine.connect() as connection:
+        with self.stated(), self._backend.engine.connect() as connection:
             connection = self._backend.write(connection, lasting=lasting)
             with connection.begin() as transaction:
                 self._backend.lock(connection)
@@ -166,9 +142,18 @@ class Database:
                     transaction.rollback()
                 else:
                     self._backend.announce(connection)
+                    with self.stated(last=True):
+                        transaction.commit()
         self._writes += 1
         if self._writes % WRITES_UNTIDIED == 0:
             self._backend.tidy()
+
+    def stated(self, *, last: bool = False) -> AbstractContextManager[None]:
+        """Failures of this database as errors of the registry; what uses two needs to tell them.
+
+        Raises: as `manylora_registry.failures.stated` does.
+        """
+        return stated(self._name, last=last)
 
     def clock(self, connection: Connection) -> int:
         """Microseconds since 1970 UTC, by one clock for all processes that share the registry."""
@@ -181,7 +166,7 @@ class Database:
         Raises:
             DatabaseUnavailableError: the database cannot be reached.
         """
-        with self._stated(), contextlib.closing(self._backend.changes()) as changes:
+        with self.stated(), contextlib.closing(self._backend.changes()) as changes:
             yield changes
 
     def check(self, connection: Connection) -> list[str]:
@@ -203,7 +188,7 @@ class Database:
                 f"there is no registry in {self._name}; publishing to it makes one "
                 "(`manylora publish`)"
             )
-        with self._stated(), self._backend.preparing():
+        with self.stated(), self._backend.preparing():
             if self._revision() == _LATEST:
                 return
             with self.write() as connection:
@@ -220,33 +205,6 @@ class Database:
                 f"knows schemas up to {_LATEST}. Use the newer manylora that wrote it."
             )
         return revision
-
-    @contextlib.contextmanager
-    def _stated(self) -> Generator[None]:
-        """Failures of the database as errors of the registry; they name no password."""
-        try:
-            yield
-        # SQLite's own comes from what may not be in a transaction, such as the journal mode.
-        except (
-            OperationalError,
-            InterfaceError,
-            PoolTimeoutError,
-            sqlite3.OperationalError,
-        ) as error:
-            cause = _first_line(error.orig if isinstance(error, DBAPIError) else error)
-            advice = _ADVICE.get(cause)
-            said = f"{cause}; {advice}" if advice else cause
-            raise DatabaseUnavailableError(self._name, said) from error
-        except DatabaseError as error:
-            # Of the general kind is what SQLite says of a file that is malformed, and of the
-            # internal kind what Postgres says of a page; the others are mistakes of ours.
-            if type(error) not in (DatabaseError, InternalError):
-                raise
-            raise DatabaseDamagedError(self._name, _first_line(error.orig)) from error
-
-
-def _first_line(cause: BaseException | None) -> str:
-    return (str(cause).strip().splitlines() or [type(cause).__name__])[0]
 
 
 def _backend(url: URL) -> Backend:

@@ -10,6 +10,9 @@ tar    that layout as one file; the same version with the same signatures is the
 """
 
 import contextlib
+import fcntl
+import hashlib
+import os
 import shutil
 import tarfile
 import uuid
@@ -89,18 +92,42 @@ def export(
 
 @contextlib.contextmanager
 def _destination(destination: Path) -> Generator[Path]:
-    """A hidden directory beside `destination`, removed at the end."""
-    partial = destination.parent / f".{uuid.uuid4().hex}.partial"
+    """A hidden directory beside `destination`, removed at the end.
+
+    One that was killed leaves it to the next export to the same place, which knows by its lock
+    that nobody works in it any more.
+    """
+    ours = f".{hashlib.sha256(os.fsencode(destination.name)).hexdigest()[:16]}"
+    partial = destination.parent / f"{ours}-{uuid.uuid4().hex}.partial"
     try:
         destination.parent.mkdir(parents=True, exist_ok=True)
+        for left in destination.parent.glob(f"{ours}-*.partial"):
+            with contextlib.suppress(OSError), _locked(left):
+                shutil.rmtree(left, ignore_errors=True)
         partial.mkdir()
-        yield partial
+        with _locked(partial):
+            yield partial
     except OSError as error:
         raise DestinationError(
             f"{destination} cannot be written ({error.strerror}); give a new path"
         ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _locked(directory: Path) -> Generator[None]:
+    """Holds the lock of a directory; the kernel drops it when the process dies.
+
+    Raises:
+        OSError: somebody else has it, or the file system knows no locks.
+    """
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(handle)
 
 
 def _write_files(blobs: BlobStore, manifest: Manifest, directory: Path) -> None:

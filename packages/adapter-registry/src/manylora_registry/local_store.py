@@ -75,6 +75,8 @@ class LocalBlobStore:
             return io.BufferedReader(_BlobFile(self.path(digest), digest))
         except FileNotFoundError as error:
             raise CorruptBlobError(digest, "is missing") from error
+        except IsADirectoryError as error:
+            raise CorruptBlobError(digest, "is a directory") from error
         except OSError as error:
             raise _unreadable(error) from error
 

@@ -41,12 +41,14 @@ def locate(
     """The registry that was named, else the one in the environment.
 
     Raises:
-        RegistryLocationError: none was named, or two, or half of one.
+        RegistryLocationError: none was named, or two, or half of one, or what names nothing.
     """
     if not (directory or database or blobs):
         directory = os.environ.get(DIRECTORY_VARIABLE)
         database = os.environ.get(DATABASE_VARIABLE)
         blobs = os.environ.get(BLOBS_VARIABLE)
+    if any("\0" in str(part) for part in (directory, database, blobs)):
+        raise RegistryLocationError("a registry was named with a NUL in it, which no path has")
     if directory and (database or blobs):
         raise RegistryLocationError(
             "two registries were named, one by its directory and one by the URLs of its database "

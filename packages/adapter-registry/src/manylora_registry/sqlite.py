@@ -1,10 +1,12 @@
 """The embedded database: one SQLite file in WAL mode, for the processes of one machine.
 
-The write lock is SQLite's own, taken by `BEGIN IMMEDIATE`; readers have a snapshot each.
+The write lock is SQLite's own, taken by `BEGIN IMMEDIATE`; readers have a snapshot each. Where
+nothing can be written beside the file, as on a read-only file system, it can be read all the same.
 """
 
 import contextlib
 import fcntl
+import os
 import sqlite3
 import threading
 import time
@@ -16,6 +18,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy import event
 from sqlalchemy.engine import URL, Connection, Engine
+from sqlalchemy.pool import NullPool
 
 from manylora_registry.errors import RegistryLocationError
 
@@ -31,14 +34,38 @@ class Sqlite:
 
     def __init__(self, url: URL) -> None:
         self._file = Path(url.database or "")
-        self.engine = sa.create_engine(
-            url,
-            connect_args={"timeout": BUSY_SECONDS},
-            # Threads of a server read at the same time; none should wait for a connection.
-            max_overflow=-1,
-        )
+        if self._only_readable():
+            # Each transaction looks anew at which of the two ways of reading is right.
+            self.engine = sa.create_engine(
+                "sqlite://", creator=self._connect_reading, poolclass=NullPool
+            )
+        else:
+            self.engine = sa.create_engine(
+                url,
+                connect_args={"timeout": BUSY_SECONDS},
+                # Threads of a server read at the same time; none should wait for a connection.
+                max_overflow=-1,
+            )
         event.listen(self.engine, "connect", _on_connect)
         event.listen(self.engine, "begin", _on_begin)
+
+    def _only_readable(self) -> bool:
+        """Whether SQLite cannot write beside the file, which it does even to read in WAL mode."""
+        paths = [self._file, self._beside("-wal"), self._beside("-shm")]
+        return self._file.exists() and not (
+            os.access(self._file.absolute().parent, os.W_OK, effective_ids=True)
+            or all(os.access(path, os.W_OK, effective_ids=True) for path in paths)
+        )
+
+    def _beside(self, suffix: str) -> Path:
+        return self._file.with_name(self._file.name + suffix)
+
+    def _connect_reading(self) -> sqlite3.Connection:
+        # While somebody writes, the log is there and so is what readers need to share it. Without
+        # a log all is in the file, and SQLite reads that alone if told that nothing changes it.
+        immutable = "" if self._beside("-wal").exists() else "&immutable=1"
+        uri = f"{self._file.absolute().as_uri()}?mode=ro{immutable}"
+        return sqlite3.connect(uri, uri=True, timeout=BUSY_SECONDS, check_same_thread=False)
 
     def exists(self) -> bool:
         """See `Backend`."""

@@ -35,6 +35,8 @@ def verify(
                 versions.c.number,
                 versions.c.digest,
                 versions.c.base_fingerprint,
+                versions.c.rank,
+                versions.c.size,
                 versions.c.collected_at,
             ).join_from(versions, adapters)
         ).all()
@@ -61,7 +63,8 @@ def verify(
             damaged[row.digest] = str(error)
             continue
         listed = {row.digest, *(file.digest for file in manifest.files)}
-        if listed != recorded[name] - signed or manifest.base_fingerprint != row.base_fingerprint:
+        kept = (recorded[name] - signed, row.base_fingerprint, row.rank, row.size)
+        if kept != (listed, manifest.base_fingerprint, manifest.rank, manifest.size):
             problems.append(Problem(name, "the database differs from the manifest"))
     if damaged:
         # A version that was collected meanwhile has taken its blobs with it.

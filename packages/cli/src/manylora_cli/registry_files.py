@@ -1,6 +1,7 @@
 """The verbs of `manylora registry` that compare versions and carry them elsewhere."""
 
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -219,6 +220,8 @@ def copy(
     """
     from manylora_registry.transfer import copy_registry
 
+    if _place(source) == _place(target):
+        raise typer.BadParameter("FROM and TO are the same registry", param_hint="'TO'")
     with (
         _named(source, create=False) as opened,
         _named(target, create=True) as into,
@@ -250,11 +253,25 @@ def copy(
 def _named(text: str, *, create: bool) -> "Registry":
     from manylora_registry import Registry
 
+    directory, database, blobs = _parts(text)
+    return Registry.open(directory, database=database, blobs=blobs, create=create)
+
+
+def _place(text: str) -> tuple[Any, str]:
+    """Where database and blobs are, of a directory by whatever name."""
+    from manylora_registry.location import locate
+
+    directory, database, blobs = _parts(text)
+    found = locate(directory and os.path.realpath(directory), database, blobs)
+    return found.database, found.blobs
+
+
+def _parts(text: str) -> tuple[str | None, str | None, str | None]:
+    """Directory, database and blobs, of DIRECTORY or DATABASE,BLOBS."""
     database, comma, blobs = text.partition(",")
-    where: dict[str, Any] = {"location": text}
     if comma and "://" in database and "://" in blobs:
-        where = {"database": database, "blobs": blobs}
-    return Registry.open(**where, create=create)
+        return None, database, blobs
+    return text, None, None
 
 
 def _format(text: str) -> "Format":

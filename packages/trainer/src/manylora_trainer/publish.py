@@ -3,9 +3,10 @@
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from manylora_registry import BaseModelIdentity, Registry, Version
+from manylora_registry.reference import check_alias_name
 from manylora_trainer.errors import NotPublishableError
 from manylora_trainer.sweep import STATE_FILE, read_sweep
 
@@ -29,9 +30,12 @@ def publish_run(
 
     Raises:
         NotPublishableError: no run is there, or a task did not finish.
+        InvalidNameError: nothing can be called `alias`; nothing was published.
         RegistryError: the registry refuses an adapter.
     """
-    run = _read_json(run_dir / "run.json")
+    if alias is not None:
+        check_alias_name(alias)
+    run = _read_json(run_dir / "run.json", "tasks")
     base = _base(run_dir)
     if run.get("kind") == "full":
         raise NotPublishableError(
@@ -39,7 +43,8 @@ def publish_run(
             f"directory in {run_dir / 'adapters'} to a gateway as its base"
         )
     trained: dict[str, Any] = run["tasks"]
-    chosen = list(tasks or [name for name, task in trained.items() if not task.get("stopped")])
+    finished = [name for name, task in trained.items() if not task.get("stopped")]
+    chosen = list(dict.fromkeys(tasks or finished))
     problems = [problem for name in chosen if (problem := _problem(run_dir, trained, name))]
     if not chosen:
         problems.append("every adapter stopped early")
@@ -76,14 +81,17 @@ def publish_best_trial(directory: Path, registry: Registry, alias: str | None = 
     Raises:
         SweepError: no sweep is there.
         NotPublishableError: no trial of it came to its end.
+        InvalidNameError: nothing can be called `alias`; nothing was published.
         RegistryError: the registry refuses the adapter.
     """
+    if alias is not None:
+        check_alias_name(alias)
     sweep = read_sweep(directory)
     best = sweep.best
     if best is None:
         raise NotPublishableError(f"{directory}: no trial has come to its end")
     run_dir = sweep.run_directory(best)
-    run = _read_json(run_dir / "run.json")
+    run = _read_json(run_dir / "run.json", "tasks")
     if problem := _problem(run_dir, run["tasks"], best.name):
         raise NotPublishableError(f"{run_dir}: {problem}")
     version = registry.publish(
@@ -108,7 +116,7 @@ def _lineage(run_dir: Path, run: Mapping[str, Any], task: str) -> dict[str, str]
         "seed": str(run["seed"]),
         "trainer": run["versions"]["manylora-trainer"],
     }
-    starts = _read_json(run_dir / "environment.json")["starts"]
+    starts = _read_json(run_dir / "environment.json", "starts")["starts"]
     if git := starts[-1]["git"]:
         lineage["git"] = git["commit"] + (" with uncommitted changes" if git["dirty"] else "")
     return lineage
@@ -142,19 +150,26 @@ def _problem(run_dir: Path, trained: dict[str, Any], name: str) -> str | None:
 
 
 def _base(run_dir: Path) -> BaseModelIdentity:
-    base = _read_json(run_dir / "base.json")
+    base = _read_json(run_dir / "base.json", "fingerprint", "tensors")
     tensors = {name: tuple(shape) for name, shape in base["tensors"].items()}
     return BaseModelIdentity(base["fingerprint"], tensors)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(path: Path, *keys: str) -> dict[str, Any]:
+    """What a run has written to a file, which holds `keys`."""
     try:
-        return json.loads(path.read_bytes())
+        content: Any = json.loads(path.read_bytes())
     except FileNotFoundError as error:
-        raise NotPublishableError(
-            f"{path.parent} is not a run: it has no {path.name}; an adapter that comes from "
-            f"elsewhere is published by `manylora registry import {path.parent} --name NAME "
-            "--base DIR`"
-        ) from error
+        raise NotPublishableError(_no_run(path.parent, f"it has no {path.name}")) from error
     except (OSError, ValueError) as error:
         raise NotPublishableError(f"{path} cannot be read: {error}") from error
+    if not isinstance(content, dict) or not content.keys() >= {*keys}:
+        raise NotPublishableError(_no_run(path.parent, f"its {path.name} is none of a run"))
+    return cast("dict[str, Any]", content)
+
+
+def _no_run(directory: Path, why: str) -> str:
+    return (
+        f"{directory} is not a run: {why}; an adapter that comes from elsewhere is published by "
+        f"`manylora registry import {directory} --name NAME --base DIR`"
+    )

@@ -1,0 +1,49 @@
+"""What a run directory has to hold to be published, and that nothing is published by half."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+import manylora_trainer
+from manylora_registry import Registry
+from manylora_registry.errors import InvalidNameError
+from manylora_trainer.errors import NotPublishableError
+from manylora_trainer.publish import publish_run
+
+
+@pytest.fixture
+def run(make_task, write_recipe, tmp_path) -> Path:
+    manylora_trainer.train(write_recipe(make_task("first", steps=1)), tmp_path / "run")
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def registry(tmp_path):
+    with Registry.open(tmp_path / "registry") as opened:
+        yield opened
+
+
+def test_an_alias_that_cannot_be_is_refused_before_anything_is_published(run, registry):
+    with pytest.raises(InvalidNameError, match="'pro duction'"):
+        publish_run(run, registry, alias="pro duction")
+
+    assert registry.adapters() == []
+
+
+def test_a_task_that_is_named_twice_is_published_once(run, registry):
+    versions = publish_run(run, registry, tasks=["first", "first"], alias="production")
+
+    assert [version.number for version in versions] == [1]
+    assert registry.aliases("first")["production"].generation == 1
+
+
+@pytest.mark.parametrize("file", ["run.json", "base.json", "environment.json"])
+def test_files_of_other_tools_make_no_run(run, registry, file):
+    for content in ([], {"of": "another tool"}):
+        (run / file).write_text(json.dumps(content))
+
+        with pytest.raises(NotPublishableError, match=f"is not a run: its {file} is none"):
+            publish_run(run, registry)
+
+    assert registry.adapters() == []
