@@ -105,6 +105,24 @@ def test_a_version_that_cannot_be_loaded_is_taken_back(world: World) -> None:
     assert world.serving(name) == 1
 
 
+def test_whatever_ends_a_canary_sends_everybody_back(world: World) -> None:
+    name = world.adapter()
+    world.scripts.good("candidate", f"{name}@2")
+    world.gates(suites=[], prompts=None, smoke=None)
+    try:
+        ended = world.scripts.run("promote", name)
+    finally:
+        world.gates(prompts=GATES["prompts"], smoke=GATES["smoke"])
+    assert ended.status == 1
+    said = ended.err.strip().splitlines()
+    assert "takes 10 %" in said[-3]
+    assert said[-2] == "· everybody is back on version 1"
+    assert f"has no prompts for {name}" in said[-1]
+    assert (world.serving(name), world.division(name)) == (1, {})
+    with world.client(name):
+        assert world.scripts.good("promote", name) == f"production serves {name}@2\n"
+
+
 def test_mistakes_in_what_gates_name_are_told_before_anything_is_asked(world: World) -> None:
     name = world.adapter()
     world.scripts.good("candidate", f"{name}@2")
