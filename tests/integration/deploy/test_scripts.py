@@ -138,7 +138,12 @@ def test_mistakes_in_what_gates_name_are_told_before_anything_is_asked(world: Wo
         )
         for arguments in (("promote", name), ("promote", name, "--plan")):
             line = world.scripts.refused(*arguments)
-            for said in ("key.pem", "gone.jsonl", "gone.yaml", f"has no task 'nmae'; it has {name}"):
+            for said in (
+                "key.pem",
+                "gone.jsonl",
+                "gone.yaml",
+                f"has no task 'nmae'; it has {name}",
+            ):
                 assert said in line
         world.gates(signatures=[], prompts="prompts.jsonl", suites=[])
         assert "prompts.jsonl line 1: messages: " in world.scripts.refused("promote", name)
