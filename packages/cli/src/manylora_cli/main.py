@@ -6,7 +6,7 @@ and a wrong word on the command line answer at once.
 
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from importlib.metadata import version as installed
 from typing import Annotated
@@ -84,7 +84,7 @@ def main() -> None:
 
 
 @contextmanager
-def one_line(program: str, stated: Callable[[Exception], bool]) -> Iterator[None]:
+def one_line(program: str, stated: Callable[[Exception], bool]) -> Generator[None]:
     """Ends `program` with one line on stderr and exit status 1 for an error that is `stated`."""
     try:
         yield
