@@ -194,15 +194,13 @@ def main() -> None:
     app.command()(_interruptible(SCRIPTS[script]))
     # As Ctrl-C, so that both are cleaned up after in one way.
     signal.signal(signal.SIGTERM, _as_interrupt)
-    try:
-        app(arguments, prog_name=f"deploy/{script}", standalone_mode=True)
-    except Exception as error:
-        from manylora_cli.main import is_stated
+    from manylora_cli.main import is_stated, one_line
 
-        if not (is_stated(error) or type(error).__module__ == "deploy.stages.errors"):
-            raise
-        print(f"{script}: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(1)
+    def stated(error: Exception) -> bool:
+        return is_stated(error) or type(error).__module__ == "deploy.stages.errors"
+
+    with one_line(script, stated):
+        app(arguments, prog_name=f"deploy/{script}", standalone_mode=True)
 
 
 def _interruptible(script: Callable[..., None]) -> Callable[..., None]:
@@ -244,7 +242,8 @@ def _print_status(found: list[dict[str, Any]]) -> None:
     for stage in found:
         well = "healthy" if stage["healthy"] else "not healthy"
         at = f" at {stage['inference']}, {well}" if stage["inference"] else ""
-        print(f"{stage['stage']}: {stage['state']}{at} {stage['error']}".rstrip())
+        error = f": {stage['error']}" if stage["error"] else ""
+        print(f"{stage['stage']}: {stage['state']}{at}{error}")
     rows = [
         (
             stage["stage"],

@@ -3,6 +3,7 @@
 StageError
 ├── NoStageError          there is no stage of that name
 ├── SettingsError         files of a stage have mistakes; says them all
+├── DamagedError          a file the scripts keep is not as they wrote it
 ├── StartError            a stage's gateway did not start
 ├── StopError             it does not end
 ├── NotRunningError       it does not run, and must
@@ -19,6 +20,7 @@ StageError
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 
 
 class StageError(Exception):
@@ -35,6 +37,15 @@ class SettingsError(StageError):
     def __init__(self, problems: Sequence[str]) -> None:
         self.problems = tuple(problems)
         super().__init__("; ".join(problems))
+
+
+class DamagedError(StageError):
+    """A file the scripts keep is not as they wrote it."""
+
+    def __init__(self, file: Path) -> None:
+        super().__init__(
+            f"{file} is damaged: remove it, and see with deploy/status what the gateway serves"
+        )
 
 
 class StartError(StageError):

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from deploy.stages.errors import DamagedError
+
 
 def write_json(file: Path, content: dict[str, Any]) -> None:
     """Replaces `file`, so that a crash leaves the old or the new one."""
@@ -22,11 +24,17 @@ def write_json(file: Path, content: dict[str, Any]) -> None:
 
 
 def read_json(file: Path) -> dict[str, Any] | None:
-    """What `file` holds; None where there is none."""
+    """What `file` holds; None where there is none.
+
+    Raises:
+        DamagedError: something else than these scripts wrote it.
+    """
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
+    except ValueError as error:
+        raise DamagedError(file) from error
 
 
 def remove(file: Path) -> None:

@@ -10,17 +10,20 @@ from pathlib import Path
 from rich.console import Console
 
 from deploy.stages.checks import servable
+from deploy.stages.errors import SettingsError
 from deploy.stages.gate_settings import SuiteGate
 from deploy.stages.hosting import Running
 from deploy.stages.journal import Promotion
 from deploy.stages.load import Prompts, send
-from deploy.stages.settings import Stage
+from deploy.stages.settings import GATES_FILE, Stage
 from deploy.stages.work import Work
 from manylora_evaluator import EvaluationFailedError, EvaluationResult, Gate, evaluate, gate
-from manylora_evaluator.records import record
-from manylora_evaluator.scoring import check
+from manylora_evaluator.errors import ResultsError
+from manylora_evaluator.records import record, record_name
+from manylora_evaluator.scoring import check, prepare
 from manylora_evaluator.suite import Suite, load_suite
 from manylora_registry import Registry, Version
+from manylora_registry.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -46,11 +49,14 @@ def closed(asked: Asked, work: Work) -> list[str]:
     is kept on the version.
 
     Raises:
+        SettingsError, EvaluatorError: so do files that gates.yaml names, or rows cannot be read;
+            nothing is asked.
         CheckError: it does not fit the target, or is not signed; nothing is asked.
         StatusError: the gateway it comes from is away.
     """
     version, gates = asked.version, asked.target.gates
     what = f"{version.name}@{version.number}"
+    check_files(asked.target)
     servable(asked.registry, asked.target, what)
     reasons: list[str] = []
     tasks = [
@@ -58,6 +64,10 @@ def closed(asked: Asked, work: Work) -> list[str]:
         for entry in gates.suites
         if tasks_of(suite := load_suite(entry.path), version.name)
     ]
+    for entry, suite in tasks:
+        _prepare(entry, suite, version.name)
+    if gates.smoke is not None or gates.prompts is not None:
+        Prompts(asked.target, version.name)
     if gates.suites and not tasks:
         reasons.append(f"no suite of {asked.target.name} has a task for {version.name}")
     for entry, suite in tasks:
@@ -69,9 +79,54 @@ def closed(asked: Asked, work: Work) -> list[str]:
     return reasons
 
 
+def check_files(target: Stage) -> None:
+    """Looks at what gates.yaml names, as far as can be told without reading rows.
+
+    Only when a version is to enter: a rollback needs none of it.
+
+    Raises:
+        SettingsError: with every mistake.
+    """
+    gates, file = target.gates, target.directory / GATES_FILE
+    problems = [
+        f"{file}: {field}: {path} is no file"
+        for field, path in (
+            *((f"signatures.{place}", key) for place, key in enumerate(gates.signatures)),
+            *(() if gates.prompts is None else (("prompts", gates.prompts),)),
+        )
+        if not path.is_file()
+    ]
+    for place, entry in enumerate(gates.suites):
+        try:
+            suite = load_suite(entry.path)
+            record_name(suite.name)
+        except (ConfigError, ResultsError) as error:
+            problems.append(str(error))
+            continue
+        known = [task.name for task in suite.tasks]
+        problems += [
+            f"{file}: suites.{place}.thresholds: {entry.path} has no task {name!r}; it has "
+            + ", ".join(known)
+            for name in entry.thresholds
+            if name not in known
+        ]
+    if problems:
+        raise SettingsError(problems)
+
+
+def _prepare(entry: SuiteGate, suite: Suite, name: str) -> None:
+    """Reads the rows, and sees that every threshold names a score."""
+    names = tasks_of(suite, name)
+    for task in suite.tasks:
+        if task.name in names:
+            more = (*task.thresholds, *entry.thresholds.get(task.name, ()))
+            prepare(task.model_copy(update={"thresholds": more}), entry.limit)
+
+
 def planned(asked: Asked) -> Iterator[str]:
     """What `closed` would ask."""
     gates, name = asked.target.gates, asked.version.name
+    check_files(asked.target)
     for entry in gates.suites:
         suite = load_suite(entry.path)
         for task in tasks_of(suite, name):
@@ -83,7 +138,9 @@ def planned(asked: Asked) -> Iterator[str]:
 def still_open(promotion: Promotion, target: Stage) -> bool:
     """Whether gates that were passed count on: the same ones, and not too long ago."""
     age_h = (time.time() - promotion.passed_at) / 3600
-    return promotion.gates == fingerprint(target) and age_h <= target.gates.evidence_hours
+    if not promotion.gates or age_h > target.gates.evidence_hours:
+        return False
+    return promotion.gates == fingerprint(target)
 
 
 def fingerprint(target: Stage) -> str:
@@ -110,7 +167,7 @@ def _suite(asked: Asked, entry: SuiteGate, suite: Suite) -> list[str]:
     baseline = None
     if asked.present is not None and gates.not_worse:
         baseline = f"{version.name}@{asked.present.number}"
-    out = asked.reports / suite.name
+    out = asked.reports / record_name(suite.name)
     try:
         result = evaluate(
             entry.path,

@@ -12,10 +12,10 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, TypeAdapter
+from pydantic import Field, TypeAdapter, ValidationError
 
 from deploy.stages import files
-from deploy.stages.errors import BusyError
+from deploy.stages.errors import BusyError, DamagedError
 from deploy.stages.operator import Figures
 from deploy.stages.settings import Stage
 
@@ -80,7 +80,10 @@ class Journal:
     def read(self) -> Entry | None:
         """What was begun and is not over."""
         kept = files.read_json(self._file)
-        return None if kept is None else _ENTRY.validate_python(kept)
+        try:
+            return None if kept is None else _ENTRY.validate_python(kept)
+        except ValidationError as error:
+            raise DamagedError(self._file) from error
 
     def write(self, entry: Entry) -> None:
         """Keeps where it stands."""

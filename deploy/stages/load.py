@@ -2,11 +2,9 @@
 
 import asyncio
 import itertools
-import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from deploy.stages.errors import GateError
 from deploy.stages.gate_settings import Smoke
@@ -14,6 +12,8 @@ from deploy.stages.hosting import Running
 from deploy.stages.settings import Stage
 from manylora_client import AsyncClient
 from manylora_client.errors import ClientError, PermissionDeniedError, UnauthenticatedError
+from manylora_evaluator.row_settings import JsonlRows, RowSource
+from manylora_evaluator.row_settings import Prompt as PromptSettings
 from manylora_evaluator.rows import load_rows
 from manylora_evaluator.suite import load_suite
 
@@ -138,23 +138,18 @@ async def _send(
 def _prompts(stage: Stage, name: str) -> Iterator[Prompt]:
     gates = stage.gates
     if gates.prompts is not None:
-        yield from _lines(gates.prompts)
+        yield from _read(JsonlRows(kind="jsonl", path=gates.prompts))
         return
     for entry in gates.suites:
         for task in load_suite(entry.path).tasks:
             if task.adapter.partition("@")[0] == name:
-                # The suite's own reading of rows, so that probes ask what evaluations ask.
-                for row in load_rows(task.rows, task.prompt, MOST_PROMPTS):
-                    yield [message.model_dump() for message in row.messages]
+                yield from _read(task.rows, task.prompt)
 
 
-def _lines(file: Path) -> Iterator[Prompt]:
-    try:
-        with file.open(encoding="utf-8") as lines:
-            for line in lines:
-                yield json.loads(line)["messages"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise GateError(f"{file} is not JSON lines with `messages`: {error}") from error
+def _read(rows: RowSource, prompt: PromptSettings | None = None) -> Iterator[Prompt]:
+    # As evaluations read them, so that probes ask what those ask.
+    for row in load_rows(rows, prompt, MOST_PROMPTS):
+        yield [message.model_dump() for message in row.messages]
 
 
 def _p95(values: Sequence[float]) -> float:

@@ -23,6 +23,7 @@ from deploy.stages.errors import (
     MovedError,
     SettingsError,
     SignalledError,
+    StageError,
 )
 from deploy.stages.hosting import Hosting
 from deploy.stages.journal import Journal, Promotion
@@ -30,6 +31,7 @@ from deploy.stages.operator import Operator
 from deploy.stages.settings import Stage
 from deploy.stages.taking_over import BoundBrokenError, Place, take_over
 from deploy.stages.work import Outcome, Work, audit
+from manylora_client.errors import ClientError
 from manylora_registry import Registry
 from manylora_registry.errors import AliasConflictError
 
@@ -139,11 +141,18 @@ class _Promoting:
         if alias is not None and alias.version == begun.version:
             stands = f"{self.what} serves already"
         elif begun.gates and begun.present is not None:
-            self._end_rollout()
-            self.journal.update(begun, began_at=None)
-            stands = f"everybody is back on version {begun.present}"
+            stands = self._send_back(begun)
         self._audit(begun, "interrupted", step=self._where(begun), once=False)
         raise SignalledError(f"interrupted; {stands}. Run it again to go on")
+
+    def _send_back(self, begun: Promotion) -> str:
+        """Sends everybody back as nobody watches the version any more; says what stands."""
+        try:
+            self._end_rollout()
+        except (ClientError, StageError) as error:
+            return f"version {begun.version} may keep its share of {self.name}: {error}"
+        self.journal.update(begun, began_at=None)
+        return f"everybody is back on version {begun.present}"
 
     def _begun(self) -> Promotion | None:
         begun = self.journal.read()
@@ -240,6 +249,9 @@ class _Promoting:
                 self._take_back(promotion, error.reasons)
             except MovedError as error:
                 self._abandon(promotion, str(error))
+                raise
+            except Exception:
+                self.work.say(self._send_back(self._begun() or promotion))
                 raise
         raise AssertionError("one of them always raises")
 

@@ -26,14 +26,22 @@ def status(stage: Stage) -> dict[str, Any]:
         "error": "",
         "adapters": [],
     }
+    errors: list[str] = []
     try:
         told["adapters"] = _aliases(stage)
-        if running is not None and running.ready:
-            with Operator(running, stage.token) as operator:
-                told["healthy"] = operator.healthy()
+    except RegistryError as error:
+        errors.append(str(error))
+    if running is not None and running.ready:
+        with Operator(running, stage.token) as operator:
+            told["healthy"] = operator.healthy()
+            try:
                 _add_served(told["adapters"], stage, operator)
-    except (ClientError, RegistryError) as error:
-        told["error"] = str(error)
+            except ClientError as error:
+                errors.append(str(error))
+                if running.pid is None:
+                    # Something else runs it; a lock tells of those that run here.
+                    told["state"] = "not reached"
+    told["error"] = "; ".join(errors)
     return told
 
 

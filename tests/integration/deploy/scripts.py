@@ -45,13 +45,14 @@ class Scripts:
 
     def __init__(self, stages: Path) -> None:
         self._stages = stages
+        path = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
         self._runner = subprocess.Popen(
             [sys.executable, "-m", "tests.integration.deploy.scripts"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
             cwd=ROOT,
-            env=dict(os.environ, MANYLORA_STAGES=str(stages), PYTHONPATH=str(ROOT)),
+            env=dict(os.environ, MANYLORA_STAGES=str(stages), PYTHONPATH=os.pathsep.join(path)),
         )
 
     def run(

@@ -105,6 +105,59 @@ def test_a_version_that_cannot_be_loaded_is_taken_back(world: World) -> None:
     assert world.serving(name) == 1
 
 
+def test_whatever_ends_a_canary_sends_everybody_back(world: World) -> None:
+    name = world.adapter()
+    world.scripts.good("candidate", f"{name}@2")
+    world.gates(suites=[], prompts=None, smoke=None)
+    try:
+        ended = world.scripts.run("promote", name)
+    finally:
+        world.gates(prompts=GATES["prompts"], smoke=GATES["smoke"])
+    assert ended.status == 1
+    said = ended.err.strip().splitlines()
+    assert "takes 10 %" in said[-3]
+    assert said[-2] == "· everybody is back on version 1"
+    assert f"has no prompts for {name}" in said[-1]
+    assert (world.serving(name), world.division(name)) == (1, {})
+    with world.client(name):
+        assert world.scripts.good("promote", name) == f"production serves {name}@2\n"
+
+
+def test_mistakes_in_what_gates_name_are_told_before_anything_is_asked(world: World) -> None:
+    name = world.adapter()
+    world.scripts.good("candidate", f"{name}@2")
+    suite = {"path": f"suites/{name}.yaml"}
+    bound = [{"score": "regex", "at_least": 0.5}]
+    prompts = world.stages / "production/prompts.jsonl"
+    prompts.write_text('{"messages": 5}\n')
+    try:
+        world.gates(
+            signatures=["key.pem"],
+            prompts="gone.jsonl",
+            suites=[{"path": "suites/gone.yaml"}, {**suite, "thresholds": {"nmae": bound}}],
+        )
+        for arguments in (("promote", name), ("promote", name, "--plan")):
+            line = world.scripts.refused(*arguments)
+            for said in (
+                "key.pem",
+                "gone.jsonl",
+                "gone.yaml",
+                f"has no task 'nmae'; it has {name}",
+            ):
+                assert said in line
+        world.gates(signatures=[], prompts="prompts.jsonl", suites=[])
+        assert "prompts.jsonl line 1: messages: " in world.scripts.refused("promote", name)
+        world.gates(
+            prompts=GATES["prompts"],
+            suites=[{**suite, "thresholds": {name: [{"score": "regx", "at_least": 0.5}]}}],
+        )
+        assert "has no score regx; it has regex" in world.scripts.refused("promote", name)
+    finally:
+        world.gates(signatures=[], prompts=GATES["prompts"])
+    assert world.registry.evaluations(f"{name}@2") == []
+    assert world.outcomes(name, "promote") == []
+
+
 def test_a_stage_may_ask_for_a_signature(world: World, tmp_path: Path) -> None:
     name = world.adapter()
     world.scripts.good("candidate", f"{name}@2")
@@ -213,6 +266,18 @@ def test_status_and_history_tell_machines_too(world: World) -> None:
     (record,) = json.loads(world.scripts.good("history", name, "--json"))
     assert (record["action"], record["why"]) == ("candidate", "for history")
     assert "for history" in world.scripts.good("history", name)
+
+
+def test_a_damaged_file_of_a_promotion_is_named(world: World) -> None:
+    name = world.adapter()
+    world.scripts.good("candidate", f"{name}@2")
+    for content in ("{", "{}"):
+        file = world.stages / f"production/state/promotions/{name}.json"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(content)
+        for arguments in (("promote", name), ("rollback", name, "--stage", "production")):
+            assert f"{file} is damaged: remove it" in world.scripts.refused(*arguments)
+    file.unlink()
 
 
 def test_wrong_usage_and_bad_references_are_told_apart(world: World) -> None:

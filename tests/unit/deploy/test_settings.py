@@ -94,3 +94,26 @@ def test_each_script_answers_help_without_a_python_of_its_own(script: str) -> No
     )
     assert (lost.returncode, lost.stdout) == (1, "")
     assert lost.stderr.startswith(f"{script}: there is no /nowhere/python")
+
+
+def test_a_gateway_elsewhere_that_is_not_reached_is_not_said_to_serve(stages: Path) -> None:
+    (stages / "stage.yaml").write_text(
+        "alias: blue\nstate: kept\nconnect: {inference: 'localhost:1', admin: 'localhost:1'}\n"
+    )
+    done = subprocess.run(
+        [SHIPPED / "status", "blue"], capture_output=True, text=True, check=False, env=os.environ
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("blue: not reached at localhost:1, not healthy: ")
+    assert "/r is not a registry" in done.stdout
+    assert "no manylora server answers at localhost:1" in done.stdout
+
+
+def test_a_state_that_cannot_be_a_directory_is_one_line(stages: Path) -> None:
+    (stages / "stage.yaml").write_text("alias: blue\nstate: gates.yaml\n")
+    done = subprocess.run(
+        [SHIPPED / "up", "blue"], capture_output=True, text=True, check=False, env=os.environ
+    )
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.splitlines()[-1] == f"up: {stages}/gates.yaml: File exists"
+    assert "Traceback" not in done.stderr

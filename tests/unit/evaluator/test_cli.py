@@ -109,6 +109,23 @@ def test_a_closed_gate_exits_1_with_its_reasons(serve: Serve, write_suite: Write
     assert gate["comparison"]["verdict"] == "worse"
 
 
+def test_what_cannot_be_recorded_is_told_before_anything_is_asked(
+    serve: Serve, write_suite: WriteSuite, tmp_path: Path
+) -> None:
+    server = serve(lambda _: Answer())
+
+    def refused(name: str) -> str:
+        suite = write_suite([("a", "b")], name=name)
+        more = ("--server", server.target, "--record", "--registry", tmp_path / "nowhere")
+        done = manylora("evaluate", suite, *more)
+        assert (done.returncode, done.stdout) == (1, "")
+        return done.stderr
+
+    assert "nowhere is not a registry" in refused("small")
+    assert "'小さい' cannot name a record" in refused("小さい")
+    assert server.service.received == []
+
+
 def test_a_registry_without_record_is_wrong_usage(write_suite: WriteSuite, tmp_path: Path) -> None:
     done = manylora("evaluate", write_suite([("a", "b")]), "--registry", tmp_path)
 

@@ -407,14 +407,29 @@ def test_labels_and_scorers_measure_the_judge(
     assert (match.criterion, match.beside, match.kappa) == ("judge", "exact_match", 1)
 
 
-def test_labels_of_no_criterion_are_refused_before_anything_is_asked(
-    judge: Callable[..., ScriptedJudge], judged: Callable[..., EvaluationResult], tmp_path: Path
+@pytest.mark.parametrize(
+    ("line", "complaint"),
+    [
+        ('"answer": "4", "labels": {"kind": true}', "labels: kind is no criterion"),
+        (
+            '"answer": "4", "labels": {"correct": true, "correct": false}',
+            "the key 'correct' stands",
+        ),
+        ('"labels": {"correct": true}', "is no labelled answer: answer: Field required"),
+    ],
+)
+def test_labels_that_say_nothing_are_refused_before_anything_is_asked(
+    line: str,
+    complaint: str,
+    judge: Callable[..., ScriptedJudge],
+    judged: Callable[..., EvaluationResult],
+    tmp_path: Path,
 ) -> None:
     server = judge(by_reference)
-    row = {"messages": [{"role": "user", "content": "?"}], "answer": "4", "labels": {"kind": True}}
-    (tmp_path / "labels.jsonl").write_text(json.dumps(row))
+    messages = '"messages": [{"role": "user", "content": "?"}]'
+    (tmp_path / "labels.jsonl").write_text(f"{{{messages}, {line}}}")
 
-    with pytest.raises(RowsError, match="line 1: labels: kind is no criterion"):
+    with pytest.raises(RowsError, match=f"line 1: .*{complaint}"):
         judged(server.url, f"criteria: {CORRECT}, labels: labels.jsonl")
     assert server.asked == []
 

@@ -1,6 +1,7 @@
 """Suites and rows: every mistake is named with its place."""
 
 import json
+import math
 from datetime import date
 from decimal import Decimal
 from pathlib import Path
@@ -66,6 +67,27 @@ def test_every_mistake_of_a_suite_is_told_at_once(tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.parametrize(
+    ("bounds", "complaint"),
+    [
+        ("at_least: 80", "less than or equal to 1"),
+        ("at_least: .nan", "finite number"),
+        ("at_least: 0.5, at_most: 0.2", "no score is"),
+    ],
+)
+def test_a_threshold_that_no_score_or_every_score_keeps_is_refused(
+    bounds: str, complaint: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "suite.yaml"
+    path.write_text(
+        "name: s\ntasks:\n  - {name: a, adapter: a, rows: a.jsonl, scorers: [exact_match],\n"
+        f"     thresholds: [{{score: exact_match, {bounds}}}]}}\n"
+    )
+
+    with pytest.raises(ConfigError, match=f"line 4: .*thresholds.0.*{complaint}"):
+        load_suite(path)
+
+
 def test_two_tasks_of_one_name_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "suite.yaml"
     task = "{name: a, adapter: a, rows: a.jsonl, scorers: [exact_match]}"
@@ -91,6 +113,10 @@ def test_rows_are_read_in_order_up_to_the_limit(tmp_path: Path) -> None:
     ("line", "complaint"),
     [
         ("{", "is not JSON"),
+        (
+            json.dumps(GOOD)[:-1] + ', "expected": "{}"}',
+            "the key 'expected' stands in an object tw",
+        ),
         ("[]", "must be a JSON object"),
         (json.dumps({"expected": "x"}), "messages: Field required"),
         (json.dumps(GOOD | {"messages": []}), "messages: "),
@@ -168,6 +194,7 @@ def test_columns_make_one_json_object(tmp_path: Path) -> None:
     [
         ({"q": "x"}, "has no column 'answer'"),
         ({"q": "x", "answer": None}, "column 'answer' is nul"),
+        ({"q": "x", "answer": [math.nan]}, "column 'answer' holds NaN or infinity"),
     ],
 )
 def test_a_column_that_says_nothing_is_named(

@@ -140,15 +140,16 @@ def test_failed_requests_are_counted_scored_as_wrong_and_fail_the_run(
     assert EvaluationResult.from_json((out / "results.json").read_text()) == result
 
 
-def test_an_unknown_adapter_ends_the_run_before_its_rows(
+def test_an_unknown_adapter_ends_the_run_before_any_row(
     serve: Serve, write_suite: WriteSuite
 ) -> None:
-    server = serve({"": Answer()})
+    server = serve({"": Answer(), "spelling": Answer()})
 
-    with pytest.raises(NotFoundError, match="no adapter 'spelling'"):
-        evaluate(write_suite(ROWS), server.target)
+    with pytest.raises(NotFoundError, match="no adapter 'speling'"):
+        evaluate(write_suite(ROWS), server.target, ["speling"])
 
-    assert [request.adapter for request in server.service.received].count("spelling") == 1
+    asked = [(request.adapter, request.sampling.max_tokens) for request in server.service.received]
+    assert asked == [("", 1), ("spelling", 1), ("speling", 1)]
 
 
 def test_a_server_that_is_away_is_named(serve: Serve, write_suite: WriteSuite) -> None:

@@ -40,6 +40,23 @@ async def test_each_request_is_answered_by_the_adapter_it_names(
         assert reply.usage == pb.Usage(prompt_tokens=2, completion_tokens=4)
 
 
+async def test_equal_files_under_two_names_are_served_as_both(
+    served: dict[str, Version], published: Publish, registry: Registry, start: Start
+) -> None:
+    copied = published("scarlet", seed=0)
+    registry.set_alias("scarlet", "production", 1)
+    assert copied.digest == served["red"].digest
+    async with start() as gateway:
+        for name in ("red", "scarlet"):
+            reply = await gateway.inference.Generate(pb.GenerateRequest(adapter=name, text="hi"))
+            assert len(said(reply.text) & {copied.engine_name, served["red"].engine_name}) == 1
+            assert reply.adapter.name == name
+        assert len(gateway.engine.loads) == 2, "green, and one for both"
+        await gateway.admin.Unload(admin_pb2.UnloadRequest(adapter="scarlet"))
+        reply = await gateway.inference.Generate(pb.GenerateRequest(adapter="red", text="hi"))
+        assert reply.adapter.name == "red"
+
+
 async def test_no_adapter_means_the_bare_base(gateway: RunningGateway) -> None:
     reply = await gateway.inference.Generate(pb.GenerateRequest(text="hi"))
     assert said(reply.text) == {"base"}

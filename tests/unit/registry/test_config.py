@@ -116,3 +116,12 @@ def test_what_yaml_cannot_read_is_one_line(value, write):
 def test_an_override_of_no_number_is_a_problem(write):
     with pytest.raises(ConfigError, match="nothing can be set below '²'"):
         load_config(write(GOOD), Recipe, ["tasks.².rank=3"])
+
+
+@pytest.mark.parametrize("value", [".nan", ".inf"])
+def test_a_number_that_is_none_is_refused(write, value):
+    class Bounds(ConfigModel):
+        errors: float
+
+    with pytest.raises(ConfigError, match="line 1: errors: "):
+        load_config(write(f"errors: {value}\n"), Bounds)

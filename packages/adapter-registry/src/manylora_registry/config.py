@@ -16,9 +16,14 @@ from manylora_registry.errors import ConfigError, Problem
 
 
 class ConfigModel(BaseModel):
-    """A section of a config file: frozen, unknown keys refused, docstrings under the fields."""
+    """A section of a config file: frozen, unknown keys refused, docstrings under the fields.
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    NaN, which keeps every bound, and infinity are refused too.
+    """
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
+    )
 
 
 Model = TypeVar("Model", bound=ConfigModel)

@@ -88,6 +88,8 @@ def evaluate(
             if out is not None and written:
                 print(f"report: {out / 'report.html'}")
 
+    if record:
+        _check_record(suite, registry)
     try:
         result = run(
             suite,
@@ -115,6 +117,16 @@ def evaluate(
     if closed:
         reasons = "; ".join(f"{gate.candidate}: {', '.join(gate.reasons)}" for gate in closed)
         raise GateError(f"the gate is closed to {reasons}", result)
+
+
+def _check_record(suite: Path, registry: str | None) -> None:
+    """Sees that the results can be kept, before they are paid for."""
+    from manylora_evaluator.records import record_name
+    from manylora_evaluator.suite import load_suite
+    from manylora_registry import Registry
+
+    record_name(load_suite(suite).name)
+    Registry.open(registry, create=False).close()
 
 
 def _record(result: "EvaluationResult", registry: str | None) -> None:

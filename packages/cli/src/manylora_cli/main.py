@@ -6,6 +6,8 @@ and a wrong word on the command line answer at once.
 
 import os
 import sys
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from importlib.metadata import version as installed
 from typing import Annotated
 
@@ -77,8 +79,15 @@ def main() -> None:
     if (reconfigure := getattr(sys.stdout, "reconfigure", None)) is not None:
         # What data or a path holds and the encoding of a terminal lacks; in JSON an escape too.
         reconfigure(errors="backslashreplace")
-    try:
+    with one_line("manylora", is_stated):
         app()
+
+
+@contextmanager
+def one_line(program: str, stated: Callable[[Exception], bool]) -> Generator[None]:
+    """Ends `program` with one line on stderr and exit status 1 for an error that is `stated`."""
+    try:
+        yield
     except BrokenPipeError:
         # The reader of a pipe left; the interpreter must not flush into it again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -86,12 +95,12 @@ def main() -> None:
     except OSError as error:
         # Of the machine and not of the program: a full disk, a file nobody may read.
         place = "" if error.filename is None else f"{error.filename}: "
-        print(f"manylora: {place}{error.strerror or error}", file=sys.stderr)
+        print(f"{program}: {place}{error.strerror or error}", file=sys.stderr)
         sys.exit(1)
     except Exception as error:
-        if not is_stated(error):
+        if not stated(error):
             raise
-        print(f"manylora: {error}", file=sys.stderr)
+        print(f"{program}: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(1)
 
 

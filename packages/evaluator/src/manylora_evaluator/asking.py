@@ -40,31 +40,35 @@ class Replies:
     reference: str
     """As asked for; empty: the bare base."""
     version: AdapterVersion | None
-    """What it was resolved to, once, before the first row."""
+    """What it was resolved to, once, before anything was asked."""
     replies: Sequence[Reply]
     seconds: float
     """From the first request's start to the last answer's end; for answers kept from an earlier
     evaluation their share of that one's time."""
 
 
+async def resolve(client: AsyncClient, reference: str, row: Row) -> AdapterVersion | None:
+    """What `reference` means now; None: the bare base.
+
+    The request that tells it also loads the adapter, which so is no part of the latencies.
+
+    Raises:
+        StatusError: the server is away or cannot serve the reference.
+    """
+    return (await client.generate(_prompt(row), reference, max_tokens=1)).adapter
+
+
 async def ask_rows(
     client: AsyncClient,
     task: Task,
     reference: str,
+    version: AdapterVersion | None,
     rows: Sequence[Row],
     concurrency: int,
     progress: Progress,
     kept: KeptAnswers | None = None,
 ) -> Replies:
-    """Asks every row of `reference`, but for those whose answers are `kept`.
-
-    Raises:
-        StatusError: the server is away or cannot serve the reference; seen before the first row.
-    """
-    # A first request before the clock starts: it fails at once where the server is away or the
-    # reference unknown, keeps loading the adapter out of the latencies, and resolves an alias,
-    # which may be moved while the rows are asked.
-    version = (await client.generate(_prompt(rows[0]), reference, max_tokens=1)).adapter
+    """Asks every row of the `version` that `reference` means, but for those that are `kept`."""
     pinned = "" if version is None else f"{version.name}@{version.digest}"
     bar = progress.add_task(f"{task.name} · {reference or 'bare base'}", total=len(rows))
 

@@ -23,6 +23,11 @@ SHOWN_ROWS = 200
 """Rows of a task shown side by side; results.json has them all."""
 SHOWN_CHARACTERS = 6_000
 """Of one text."""
+CONTROLS = {
+    **{code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n\r"},
+    0x7F: 0x2421,
+}
+"""Unicode's pictures of them."""
 
 
 def write_report(result: EvaluationResult, directory: Path) -> None:
@@ -119,7 +124,8 @@ def slice_names(row: RowResult) -> list[str]:
 
 
 def cut(text: str) -> str:
-    """As much of `text` as the page shows."""
+    """As much of `text` as the page shows, with signs for the controls that no page may hold."""
+    text = text.translate(CONTROLS)
     return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]} [cut]"
 
 

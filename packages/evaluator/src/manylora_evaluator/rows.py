@@ -66,7 +66,7 @@ def load_rows(
         RowsError: for the first row that is malformed.
     """
     path = source.file
-    table = _parquet(path) if isinstance(source, ParquetRows) else _json_lines(path)
+    table = _parquet(path) if isinstance(source, ParquetRows) else json_lines(path)
     seen: Counter[str] = Counter()
     rows: list[Row] = []
     for number, columns in islice(table, limit):
@@ -82,7 +82,12 @@ def load_rows(
     return rows
 
 
-def _json_lines(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
+def json_lines(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    """The JSON objects in the lines of a file, each with its line's number; 1 is the first.
+
+    Raises:
+        RowsError: the file cannot be read, or a line is no JSON object.
+    """
     try:
         with path.open("rb") as file:
             number = 0
@@ -101,7 +106,7 @@ def _json_lines(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
 
 def _columns(path: Path, number: int, line: bytes) -> Mapping[str, Any]:
     try:
-        value: Any = json.loads(line.decode())
+        value: Any = json.loads(line.decode(), object_pairs_hook=distinct)
     except (ValueError, RecursionError) as error:
         raise RowsError(path, f"is not JSON: {error}", number) from error
     if not isinstance(value, dict):
@@ -110,6 +115,21 @@ def _columns(path: Path, number: int, line: bytes) -> Mapping[str, Any]:
     if b"\\u" in line and not _is_text(json.dumps(value, ensure_ascii=False)):
         raise RowsError(path, "holds half a surrogate pair, which is not text", number)
     return cast("Mapping[str, Any]", value)
+
+
+def distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object of its `pairs`.
+
+    Raises:
+        ValueError: a key stands there twice; which of the two values counts is anybody's guess
+            (RFC 8259, section 4).
+    """
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {twice!r} stands in an object twice")
+    return fields
 
 
 def _is_text(text: str) -> bool:
@@ -179,11 +199,15 @@ def _carried(path: Path, number: int, columns: Mapping[str, Any]) -> _Line:
     try:
         return _Line.model_validate(columns)
     except ValidationError as error:
-        problems = (
-            f"{'.'.join(str(part) for part in problem['loc'])}: {problem['msg']}"
-            for problem in own_mistakes(error)
-        )
-        raise RowsError(path, "; ".join(problems), number) from error
+        raise RowsError(path, mistakes(error), number) from error
+
+
+def mistakes(error: ValidationError) -> str:
+    """What is wrong with a row, on one line, each with its field."""
+    return "; ".join(
+        f"{'.'.join(str(part) for part in problem['loc'])}: {problem['msg']}"
+        for problem in own_mistakes(error)
+    )
 
 
 def _written(path: Path, number: int, columns: Mapping[str, Any], prompt: Prompt) -> _Line:
@@ -205,6 +229,10 @@ def _written(path: Path, number: int, columns: Mapping[str, Any], prompt: Prompt
             raise RowsError(path, f"has no column {name!r}", number)
         if isinstance(columns[name], bytes):
             raise RowsError(path, f"column {name!r} holds bytes, not text", number)
+        try:
+            json.dumps(columns[name], allow_nan=False, default=_as_text)
+        except ValueError as error:
+            raise RowsError(path, f"column {name!r} holds NaN or infinity", number) from error
         return columns[name]
 
     messages = (

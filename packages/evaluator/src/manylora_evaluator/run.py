@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from manylora_client import AsyncClient
-from manylora_evaluator.asking import Replies, ask_rows, progress_bars
+from manylora_evaluator.asking import Replies, ask_rows, progress_bars, resolve
 from manylora_evaluator.errors import EvaluationFailedError, SuiteError, UnknownTaskError
 from manylora_evaluator.gates import gate
 from manylora_evaluator.judge.caller import Caller
@@ -73,7 +73,7 @@ def evaluate(
         UnknownTaskError: the suite has no task of a name in `tasks`.
         ResultsError: `out` cannot be written; seen before anything is asked.
         JudgeError: a judge lacks its key, or cannot write its cache.
-        StatusError: the server is away or cannot serve an adapter; seen before its first row.
+        StatusError: the server is away or cannot serve an adapter; seen before any row is asked.
         EvaluationFailedError: requests failed. The result, which it carries, is written.
         ReportError: the result, which it carries, could not be written.
     """
@@ -183,6 +183,10 @@ async def _evaluate(
             AsyncClient(server, token=token, timeout=suite.timeout, retries=RETRIES)
         )
         callers = await _callers(suite, tasks, client.target, token, stack)
+        # All of them first: an alias may be moved while the rows are asked, and a reference that
+        # cannot be served costs nobody's answers.
+        rows = {name: task.rows[0] for task in tasks for name in asked[task.settings.name]}
+        versions = {name: await resolve(client, name, row) for name, row in rows.items()}
         with progress_bars(console) as progress:
             for task in tasks:
                 # One after the other, so that each column's seconds are its own.
@@ -191,6 +195,7 @@ async def _evaluate(
                         client,
                         task.settings,
                         reference,
+                        versions[reference],
                         task.rows,
                         suite.concurrency,
                         progress,

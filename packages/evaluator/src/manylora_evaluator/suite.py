@@ -18,8 +18,8 @@ class Threshold(ConfigModel):
 
     score: str = Field(min_length=1)
     """Name of the score, e.g. exact_match."""
-    at_least: float | None = None
-    at_most: float | None = None
+    at_least: float | None = Field(default=None, ge=0, le=1)
+    at_most: float | None = Field(default=None, ge=0, le=1)
     bound: Literal["mean", "low", "high"] = "mean"
     """What is compared: the score, or an end of its 95 % confidence interval."""
 
@@ -27,6 +27,8 @@ class Threshold(ConfigModel):
     def _bounds_something(self) -> Self:
         if self.at_least is None and self.at_most is None:
             raise ValueError("give at_least, at_most or both")
+        if self.at_least is not None and self.at_most is not None and self.at_least > self.at_most:
+            raise ValueError("no score is at least at_least and at most at_most")
         return self
 
 

@@ -94,8 +94,10 @@ class Worker:
         self._slots = config.slots
         # One thread: many long prompts queue for it and take no more than a core.
         self._tokenizing = ThreadPoolExecutor(1, "tokenize")
-        # When the load of each adapter that is in the engine began and ended.
+        # When the load of each adapter that is in the engine began and ended, by digest.
         self._loads: dict[str, tuple[float, float]] = {}
+        # What the engine calls each: equal files published under two names are one adapter.
+        self._names: dict[str, str] = {}
         # Copies on disk of the adapters that are in the engine, which may read them again.
         self._held: dict[str, ExitStack] = {}
         self._pool = AdapterPool(
@@ -122,18 +124,17 @@ class Worker:
             GatewayError: the prompt is refused, or the adapter cannot be loaded.
         """
         token_ids = await self._tokenize(prompt)
-        name = None if version is None else version.engine_name
         stopwatch = Stopwatch(sampling.n)
         most = len(token_ids) + sampling.max_tokens * sampling.n
-        async with (
-            self._pool.hold(version, share, most) as seat,
-            aclosing(self._engine.generate(request_id, token_ids, sampling, name)) as deltas,
-        ):
+        async with self._pool.hold(version, share, most) as seat:
             stopwatch.seated(None if version is None else self._loads.get(version.digest))
             seat.used = len(token_ids)
-            async for delta in deltas:
-                seat.used += len(delta.token_ids)
-                yield stopwatch.timed(delta)
+            name = None if version is None else self._names[version.digest]
+            generation = self._engine.generate(request_id, token_ids, sampling, name)
+            async with aclosing(generation) as deltas:
+                async for delta in deltas:
+                    seat.used += len(delta.token_ids)
+                    yield stopwatch.timed(delta)
 
     async def count_tokens(self, prompt: Prompt) -> int:
         """Tokens of `prompt` as the engine reads it."""
@@ -213,6 +214,7 @@ class Worker:
             raise
         self._held[version.digest] = held
         self._loads[version.digest] = (began, time.monotonic())
+        self._names[version.digest] = version.engine_name
         logger.info("loaded %s in %.2f s", version.engine_name, time.monotonic() - began)
 
     def _hold(self, held: ExitStack, version: Version) -> Path:
@@ -236,6 +238,7 @@ class Worker:
 
     async def _unload(self, version: Version) -> None:
         self._loads.pop(version.digest, None)
+        self._names.pop(version.digest, None)
         await self._engine.unload(version.engine_name)
         if (held := self._held.pop(version.digest, None)) is not None:
             await asyncio.to_thread(held.close)

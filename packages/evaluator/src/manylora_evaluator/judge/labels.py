@@ -1,13 +1,14 @@
 """Answers that people passed or failed, to measure a judge by."""
 
-import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel, Field, ValidationError
 
 from manylora_evaluator.errors import RowsError
-from manylora_evaluator.rows import Message, Row
+from manylora_evaluator.rows import Message, Row, json_lines, mistakes
 from manylora_evaluator.scorer_settings import JudgeSettings
 
 
@@ -39,26 +40,19 @@ def load_labels(settings: JudgeSettings) -> list[LabelledAnswer]:
     path = settings.labels
     if path is None:
         return []
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RowsError(path, f"cannot be read: {error}") from error
-    found = [
-        _parse(path, number, line, settings)
-        for number, line in enumerate(lines, start=1)
-        if line.strip()
-    ]
+    found = [_parse(path, number, line, settings) for number, line in json_lines(path)]
     if not found:
         raise RowsError(path, "holds no labelled answers")
     return found
 
 
-def _parse(path: Path, number: int, line: str, settings: JudgeSettings) -> LabelledAnswer:
+def _parse(
+    path: Path, number: int, line: Mapping[str, Any], settings: JudgeSettings
+) -> LabelledAnswer:
     try:
-        parsed = _Line.model_validate(json.loads(line))
-    except (ValueError, ValidationError, RecursionError) as error:
-        said = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
-        raise RowsError(path, f"is no labelled answer: {said}", number) from error
+        parsed = _Line.model_validate(line)
+    except ValidationError as error:
+        raise RowsError(path, f"is no labelled answer: {mistakes(error)}", number) from error
     strange = [name for name in parsed.labels if name not in settings.criteria]
     if strange:
         raise RowsError(path, f"labels: {', '.join(strange)} is no criterion", number)

@@ -1,10 +1,10 @@
 """Settings of the models that judge."""
 
 import os
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Literal, TypeAlias
 
 import httpx
-from pydantic import Field, field_validator
+from pydantic import Field, JsonValue, field_validator
 
 from manylora_evaluator.errors import JudgeError
 from manylora_evaluator.suite_path import SuitePath
@@ -57,7 +57,7 @@ class OpenAIModel(_Model):
     api_key_env: str | None = None
     """Environment variable that holds the key; unset: none is sent."""
 
-    body: dict[str, Any] = Field(default_factory=dict[str, Any])
+    body: dict[str, JsonValue] = Field(default_factory=dict[str, JsonValue])
     """Fields that are added to each request, or replace one of ours; null leaves one out, e.g.
     `{max_tokens: null, max_completion_tokens: 512}` where an endpoint wants the other name."""
 

@@ -10,7 +10,7 @@ from jsonschema.exceptions import ValidationError as SchemaFailure
 from referencing import Registry
 from referencing.exceptions import Unresolvable
 
-from manylora_evaluator.rows import Row
+from manylora_evaluator.rows import Row, distinct
 from manylora_evaluator.scorer_settings import JsonFieldF1Settings, JsonSchemaSettings
 from manylora_evaluator.scorers.tally import Tallies, Tally, one
 from manylora_evaluator.scorers.text import normalised
@@ -181,11 +181,10 @@ INVALID = _Invalid()
 def parse(text: str) -> object:
     """The JSON value that is all of `text`, else INVALID.
 
-    An object with the same key twice is invalid: which of the two values counts is anybody's
-    guess (RFC 8259, section 4).
+    An object with the same key twice is invalid.
     """
     try:
-        return json.loads(text, parse_constant=_refuse, object_pairs_hook=_distinct)
+        return json.loads(text, parse_constant=_refuse, object_pairs_hook=distinct)
     except (ValueError, RecursionError):
         # A model may well nest brackets until Python gives up.
         return INVALID
@@ -193,13 +192,6 @@ def parse(text: str) -> object:
 
 def _refuse(constant: str) -> None:
     raise ValueError(f"{constant} is not JSON")
-
-
-def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    fields = dict(pairs)
-    if len(fields) < len(pairs):
-        raise ValueError("the same key twice")
-    return fields
 
 
 def _f1(wanted: set[Field], given: set[Field]) -> Tallies:
