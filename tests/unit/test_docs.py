@@ -1,4 +1,4 @@
-"""Every `manylora` command in the documentation is one that there is, with the options it names."""
+"""Commands, settings and links in the documentation are ones that there are."""
 
 import re
 import shlex
@@ -6,15 +6,23 @@ from collections.abc import Iterator
 from functools import cache
 from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, cast
 
 import pytest
 import typer
+import yaml
+from pydantic import TypeAdapter, ValidationError
 
+from docs import settings
 from manylora_cli.main import app
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [
+    *sorted(ROOT.glob("*.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
+    ROOT / "benchmarks" / "README.md",
+]
+MODELS = [model for file, _ in settings.FILES.values() for _, model in settings.sections(file)]
 COMMAND = re.compile(r"(?:^|[ /])(manylora [a-z].*)$")
 
 
@@ -64,7 +72,68 @@ def test_a_wrong_command_is_noticed() -> None:
     assert wrong("manylora registry alias spelling production 2 --expect 3") is None
 
 
+def examples(page: Path) -> Iterator[tuple[str, Any]]:
+    """Each key at the top of a YAML block, with its value; a key may stand there several times."""
+    for block in re.findall(
+        r"^ *```yaml\n(.*?)^ *```$", page.read_text(), re.MULTILINE | re.DOTALL
+    ):
+        block = block.replace("sha256:…", f"sha256:{0:064}")
+        for entry in re.split(r"^(?=\w)", block, flags=re.MULTILINE):
+            yield from cast("dict[str, Any]", yaml.safe_load(entry) or {}).items()
+
+
+def is_setting(key: str, value: Any) -> bool:
+    """Whether some section of some file has this key and takes this value."""
+    for model in MODELS:
+        for name, field in model.model_fields.items():
+            if key == (field.alias or name):
+                try:
+                    taken = TypeAdapter[Any](Annotated[field.annotation, field])
+                    taken.validate_python(value, context={"directory": ROOT})
+                except ValidationError:
+                    continue
+                return True
+    return False
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
-def test_every_link_has_its_file(page: Path) -> None:
-    links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text())
-    assert [link for link in links if not (page.parent / link).exists()] == []
+def test_every_yaml_example_is_made_of_settings_that_there_are(page: Path) -> None:
+    assert [key for key, value in examples(page) if not is_setting(key, value)] == []
+
+
+def test_a_wrong_setting_is_noticed() -> None:
+    assert is_setting("split", {"held_out": 0.2})
+    assert not is_setting("split", {"heldout": 0.2})
+    assert not is_setting("splits", {"held_out": 0.2})
+
+
+def test_the_page_of_settings_is_what_the_code_says() -> None:
+    assert settings.PAGE.read_text() == settings.page(), "run `make settings`"
+
+
+def test_every_setting_says_what_it_is() -> None:
+    unexplained = [
+        f"{model.__name__}.{name}"
+        for model in MODELS
+        for name, field in model.model_fields.items()
+        if not field.description and not (name == "kind" and field.is_required())
+    ]
+    assert unexplained == []
+
+
+def anchors(page: Path) -> set[str]:
+    """What a link may name behind a page, as GitHub makes it of the headings."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_every_link_leads_somewhere(page: Path) -> None:
+    links = re.findall(r"\]\(([^)#:]*)(?:#([^)]*))?\)", page.read_text())
+    dead = [
+        f"{file}#{anchor}"
+        for file, anchor in links
+        if not (target := page.parent / file if file else page).exists()
+        or (anchor and anchor not in anchors(target))
+    ]
+    assert dead == []

@@ -19,7 +19,9 @@ class Threshold(ConfigModel):
     score: str = Field(min_length=1)
     """Name of the score, e.g. exact_match."""
     at_least: float | None = None
+    """Lowest value that is good enough."""
     at_most: float | None = None
+    """Highest value that is good enough."""
     bound: Literal["mean", "low", "high"] = "mean"
     """What is compared: the score, or an end of its 95 % confidence interval."""
 
@@ -31,7 +33,7 @@ class Threshold(ConfigModel):
 
 
 class Decision(ConfigModel):
-    """When two versions differ; see gates.py."""
+    """When two versions differ."""
 
     alpha: float = Field(default=0.05, gt=0, lt=0.5)
     """Chance of calling equal versions different, over all scores compared."""
@@ -82,6 +84,7 @@ class Suite(ConfigModel):
     name: str = Field(min_length=1)
     """Title of the report."""
     tasks: list[Task] = Field(min_length=1)
+    """What is asked."""
     concurrency: int = Field(default=16, ge=1)
     """Most requests under way at once."""
     timeout: float = Field(default=300, gt=0)
