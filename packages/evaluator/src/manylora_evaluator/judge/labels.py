@@ -41,8 +41,10 @@ def load_labels(settings: JudgeSettings) -> list[LabelledAnswer]:
         return []
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RowsError(path, f"cannot be read: {error}") from error
+    except OSError as error:
+        raise RowsError(path, f"cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise RowsError(path, f"is no UTF-8: {error}") from error
     found = [
         _parse(path, number, line, settings)
         for number, line in enumerate(lines, start=1)
