@@ -66,6 +66,40 @@ def test_every_command_is_one_that_there_is(page: Path) -> None:
     assert mistakes == {}
 
 
+def every_verb(command: Any, path: str = "manylora") -> Iterator[tuple[str, Any]]:
+    """Each verb by its whole name, groups left out."""
+    inner = getattr(command, "commands", None)
+    if inner is None:
+        yield path, command
+    for name, entry in (inner or {}).items():
+        yield from every_verb(entry, f"{path} {name}")
+
+
+VERBS = dict(every_verb(program()))
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_and_option_is_told_of(verb: str) -> None:
+    told = "\n".join(page.read_text() for page in PAGES if page.name != "CHANGELOG.md")
+    group, _, name = verb.rpartition(" ")
+    rows = re.findall(r"^\| (`.*?`) \|", told, re.MULTILINE) if "registry" in group else []
+
+    assert re.search(rf"{verb}\b", told) or any(f"`{name}" in row for row in rows)
+    options = {o for p in VERBS[verb].params for o in p.opts if o.startswith("--")} - {"--help"}
+    assert {option for option in options if not re.search(rf"{option}\b", told)} == set()
+
+
+def test_every_variable_is_told_of() -> None:
+    told = "\n".join(page.read_text() for page in PAGES if page.name != "CHANGELOG.md")
+    sources = [*ROOT.glob("packages/*/src/**/*.py"), *ROOT.glob("deploy/**/*.py")]
+    known = {v for file in sources for v in re.findall(r"\"(MANYLORA_[A-Z_]+)\"", file.read_text())}
+    # What a gateway marks the processes it started with is its own affair.
+    known -= {"MANYLORA_GATEWAY_RUN"}
+
+    assert "MANYLORA_REGISTRY" in known
+    assert {variable for variable in known if not re.search(rf"\b{variable}\b", told)} == set()
+
+
 def test_a_wrong_command_is_noticed() -> None:
     assert wrong("manylora regstry list") == "there is no 'regstry'"
     assert wrong("manylora registry list --al") == "it has no --al"
