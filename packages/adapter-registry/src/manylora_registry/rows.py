@@ -206,9 +206,9 @@ def _missing(
 ) -> AliasNotFoundError | VersionNotFoundError:
     if reference.alias:
         return AliasNotFoundError(
-            f"{reference.name} has no alias {reference.alias!r}: name a version, {reference.name}@1 "
-            f"say, or point the alias at one by `manylora registry alias {reference.name} "
-            f"{reference.alias} 1`"
+            f"{reference.name} has no alias {reference.alias!r}: name a version, say "
+            f"{reference.name}@1, or point the alias at one by `manylora registry alias "
+            f"{reference.name} {reference.alias} 1`"
         )
     if ambiguous:
         return VersionNotFoundError(f"{reference} begins more than one digest: give more digits")
