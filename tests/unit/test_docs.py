@@ -155,6 +155,13 @@ def test_every_setting_says_what_it_is() -> None:
     assert unexplained == []
 
 
+def test_every_benchmark_says_what_its_figures_mean() -> None:
+    told = (ROOT / "benchmarks" / "README.md").read_text()
+    named = {name for page in PAGES for name in re.findall(r"NAME=(\w+)", page.read_text())}
+
+    assert {name for name in named if f"## `{name}.py`: " not in told} == set()
+
+
 def anchors(page: Path) -> set[str]:
     """What a link may name behind a page, as GitHub makes it of the headings."""
     headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
