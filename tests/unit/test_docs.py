@@ -122,7 +122,7 @@ def is_setting(key: str, value: Any) -> bool:
         for name, field in model.model_fields.items():
             if key == (field.alias or name):
                 try:
-                    taken = TypeAdapter[Any](Annotated[field.annotation, field])
+                    taken = TypeAdapter[Any](cast("Any", Annotated)[field.annotation, field])
                     taken.validate_python(value, context={"directory": ROOT})
                 except ValidationError:
                     continue
