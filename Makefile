@@ -80,6 +80,10 @@ format: setup ## Format the code and mend what the linter can
 protos: setup ## Generate the stubs from the protos
 	PATH=$$PWD/.venv/bin:$$PATH .venv/bin/python protos/generate.py
 
+.PHONY: settings
+settings: setup ## Write docs/settings.md from the code
+	.venv/bin/python -m docs.settings
+
 .PHONY: bench
 bench: setup $(BASE)/manylora-base.json ## Run one benchmark, e.g. make bench NAME=lora_cpu
 	PYTHONPATH=. $(RUN)/python benchmarks/$(NAME).py

@@ -40,6 +40,7 @@ class Approval(ConfigModel):
     """A person says yes, with `deploy/approve`."""
 
     required: bool = False
+    """Whether a version waits for it."""
     by: tuple[str, ...] = ()
     """Who may, as USER@HOST or the name given with --actor. Empty: anybody."""
     of_another: bool = True
@@ -103,11 +104,11 @@ class Gates(ConfigModel):
     max_tokens: int = Field(default=64, ge=1)
     """Most tokens of an answer to one of them."""
     smoke: Smoke | None = None
-    """Unset: none."""
+    """A short load the version must stand. Unset: none."""
     approval: Approval = Approval()
     """Whether somebody must say yes."""
     canary: Canary | None = None
-    """Unset: the alias moves at once."""
+    """How the version takes over. Unset: the alias moves at once."""
     evidence_hours: float = Field(default=24.0, gt=0)
     """How long gates that were passed count, should a promotion be interrupted."""
 

@@ -317,6 +317,23 @@ def test_an_error_tells_every_refused_field_and_when_to_come_back_in_one_line(
     )
 
 
+def test_a_field_that_the_message_names_already_is_told_once(
+    serve: Serve, connect: Connect
+) -> None:
+    failure = Failure(
+        grpc.StatusCode.INVALID_ARGUMENT,
+        "sampling.temperature: must be from 0 to 2",
+        violations={"sampling.temperature": "must be from 0 to 2"},
+    )
+    client = connect(serve({"": failure}).target)
+
+    with pytest.raises(InvalidArgumentError) as raised:
+        client.generate("x")
+
+    assert len(raised.value.violations) == 1
+    assert str(raised.value) == "sampling.temperature: must be from 0 to 2"
+
+
 def test_no_server_says_where_and_how_to_start_one(serve: Serve, connect: Connect) -> None:
     server = serve({})
     server.close()

@@ -5,11 +5,18 @@ import subprocess
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import grpc
 import pytest
 
-from manylora_client import AsyncClient, Client, UnreachableError
+from manylora_client import (
+    AsyncClient,
+    Client,
+    InvalidInputError,
+    UnreachableError,
+    tls_credentials,
+)
 from tests.unit.client.conftest import AnyClient
 from tests.unit.client.scripted import Answer, ScriptedServer, run
 
@@ -51,6 +58,13 @@ def test_a_certificate_is_asked_for_over_tls(serve: Serve, connect: Connect) -> 
 
     with pytest.raises(UnreachableError):
         connect(plain.target, credentials=grpc.ssl_channel_credentials(), timeout=10).generate("x")
+
+
+def test_a_tls_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+    gone = tmp_path / "ca.pem"
+
+    with pytest.raises(InvalidInputError, match=f"^{gone} cannot be read: No such file"):
+        tls_credentials(gone)
 
 
 def test_threads_share_one_client(serve: Serve) -> None:

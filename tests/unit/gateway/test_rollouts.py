@@ -204,17 +204,25 @@ async def test_the_command_line_sets_shows_and_clears(
     gateway: RunningGateway, published: Publish
 ) -> None:
     published("red", 5)
-    admin = ("--admin", gateway.front.admin_address, "--json")
+    admin = ("--admin", gateway.front.admin_address)
 
-    async def rollout(*arguments: str) -> list[tuple[int, int]]:
+    async def said(*arguments: str) -> bytes:
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "manylora_cli", "rollout", *arguments, *admin),
             stdout=asyncio.subprocess.PIPE,
         )
         out, _ = await process.communicate()
         assert process.returncode == 0
+        return out
+
+    async def rollout(*arguments: str) -> list[tuple[int, int]]:
+        out = await said(*arguments, "--json")
         return [(share["version"], share["percent"]) for share in json.loads(out)["shares"]]
 
     assert await rollout("set", "red", "2=10", "1=90") == [(2, 10), (1, 90)]
     assert await rollout("show", "red") == [(2, 10), (1, 90)]
+    # In a pipe, cells stand between tabs as in every other table.
+    header, *rows = (await said("show", "red")).decode().splitlines()
+    assert header.split("\t")[:3] == ["version", "share", "requests"]
+    assert [row.split("\t")[:2] for row in rows] == [["2", "10 %"], ["1", "90 %"]]
     assert await rollout("clear", "red") == [(1, 100)]

@@ -353,12 +353,14 @@ async def test_replaced_certificates_count_from_the_next_connection_on(
 def test_tls_files_that_do_not_fit_are_told_at_the_start(tmp_path: Path) -> None:
     authority = Authority(tmp_path)
     one, other = authority.server(), authority.issue("other")
-    for files in (
-        {"certificate": one.certificate, "key": other.key},
-        {"certificate": tmp_path / "missing", "key": one.key},
-        {"certificate": one.certificate, "key": one.key, "client_ca": one.key},
+    gone = tmp_path / "missing"
+    for files, said in (
+        ({"certificate": one.certificate, "key": other.key}, "do not belong together"),
+        ({"certificate": gone, "key": one.key}, f"{gone}: No such file or directory"),
+        ({"certificate": one.certificate, "key": gone}, f"{gone}: No such file or directory"),
+        ({"certificate": one.certificate, "key": one.key, "client_ca": one.key}, "is no PEM"),
     ):
-        with pytest.raises(StartError, match="tls: "):
+        with pytest.raises(StartError, match=f"tls: .*{said}"):
             ServerTls(TlsConfig.model_validate(files))
 
 

@@ -38,6 +38,19 @@ def test_a_file_becomes_a_frozen_model(write):
         recipe.base = Path("c")
 
 
+def test_a_file_that_is_not_there_or_no_text_is_one_problem(tmp_path):
+    (tmp_path / "latin.yaml").write_bytes(b"base: \xe9")
+    for file, said in (
+        ("gone.yaml", f"{tmp_path}/gone.yaml: cannot be read: No such file or directory"),
+        ("latin.yaml", f"{tmp_path}/latin.yaml: is no UTF-8: "),
+    ):
+        with pytest.raises(ConfigError) as failed:
+            load_config(tmp_path / file, Recipe)
+
+        assert str(failed.value).startswith(said)
+        assert "Errno" not in str(failed.value)
+
+
 def test_overrides_reach_into_lists(write):
     recipe = load_config(write(GOOD), Recipe, ["tasks.1.rank=16", "base=other"])
 

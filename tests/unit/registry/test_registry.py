@@ -93,6 +93,18 @@ def test_what_is_not_there_is_named(registry, publish, reference, error):
         registry.resolve(reference)
 
 
+def test_a_name_alone_without_its_alias_tells_what_to_do(registry, publish):
+    publish()
+
+    with pytest.raises(AliasNotFoundError) as failed:
+        registry.resolve("spelling")
+
+    command = str(failed.value).partition("`manylora registry ")[2].rstrip("`").split()
+    assert command == ["alias", "spelling", "production", "1"]
+    registry.set_alias(*command[1:3], command[3])
+    assert registry.resolve("spelling").number == 1
+
+
 def test_a_version_for_another_base_is_refused(registry, publish, base):
     version = publish()
 

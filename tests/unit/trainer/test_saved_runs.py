@@ -71,16 +71,23 @@ def test_every_run_is_listed_in_its_state_and_the_broken_as_such(runs):
 
 def test_a_run_under_way_is_seen_as_running_and_not_disturbed(recipe, tmp_path):
     class Look(Progress):
-        seen: list[str]
+        seen: list[tuple[str, int, int]]
 
         def step(self, step, losses, tokens_per_s):
-            self.seen.append(read_run(tmp_path / "run").state)
+            run = read_run(tmp_path / "run")
+            self.seen.append((run.state, run.tasks["first"].step, run.tasks["first"].tokens))
 
     look = Look()
     look.seen = []
     manylora_trainer.train(recipe, tmp_path / "run", progress=look)
-    assert set(look.seen) == {"running"}
-    assert read_run(tmp_path / "run").state == "finished"
+    states, steps, tokens = zip(*look.seen, strict=True)
+    assert set(states) == {"running"}
+    # As many as the steps that are told, not those of the last checkpoint.
+    assert steps == (1, 2, 3, 4, 5, 6)
+    assert tokens[0] > 0
+    assert list(tokens) == sorted(set(tokens))
+    done = read_run(tmp_path / "run")
+    assert (done.state, done.tasks["first"].tokens) == ("finished", tokens[-1])
 
 
 def test_a_run_is_shown_with_what_it_ran_on(runs):

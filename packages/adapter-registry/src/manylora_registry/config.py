@@ -39,8 +39,10 @@ def load_config(path: Path, model: type[Model], overrides: Sequence[str] = ()) -
     """
     try:
         text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(path, [Problem("", f"cannot be read: {error}")]) from error
+    except OSError as error:
+        raise ConfigError(path, [Problem("", f"cannot be read: {error.strerror}")]) from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(path, [Problem("", f"is no UTF-8: {error}")]) from error
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         data = _parse(text)

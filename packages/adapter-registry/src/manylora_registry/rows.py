@@ -205,7 +205,11 @@ def _missing(
     reference: AdapterReference, *, ambiguous: bool
 ) -> AliasNotFoundError | VersionNotFoundError:
     if reference.alias:
-        return AliasNotFoundError(f"{reference.name} has no alias {reference.alias!r}")
+        return AliasNotFoundError(
+            f"{reference.name} has no alias {reference.alias!r}: name a version, say "
+            f"{reference.name}@1, or point the alias at one by `manylora registry alias "
+            f"{reference.name} {reference.alias} 1`"
+        )
     if ambiguous:
         return VersionNotFoundError(f"{reference} begins more than one digest: give more digits")
     return VersionNotFoundError(f"{reference.name} has no version {reference.selector}")

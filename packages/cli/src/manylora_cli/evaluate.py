@@ -67,6 +67,9 @@ def evaluate(
     Exits 1 when a request failed, after printing and writing the results of the others; when a
     threshold of the suite is not kept; and when an adapter is worse than the baseline or the rows
     are too few to tell.
+
+    Token and TLS files come from MANYLORA_TOKEN, MANYLORA_TLS_CA, MANYLORA_TLS_CERT and
+    MANYLORA_TLS_KEY.
     """
     from rich.console import Console
 

@@ -15,7 +15,7 @@ def publish(
     ],
     task: Annotated[
         list[str] | None,
-        typer.Option("--task", metavar="NAME", help="Only this task; may be repeated."),
+        typer.Option("--task", metavar="NAME", help="Only this task; repeatable."),
     ] = None,
     alias: Annotated[
         str | None,

@@ -43,7 +43,7 @@ app = typer.Typer(
 def list_adapters(
     where: Annotated[
         str | None,
-        typer.Option(metavar="FILTER", help="Only versions that match, see below."),
+        typer.Option(metavar="FILTER", help="Only versions that match, see above."),
     ] = None,
     sort: Annotated[
         str | None,

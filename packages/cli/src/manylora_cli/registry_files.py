@@ -179,7 +179,7 @@ def verify_signature(
     reference: Reference,
     public_key: Annotated[
         list[Path],
-        typer.Option("--public-key", metavar="PEM", help="A trusted key; may be repeated."),
+        typer.Option("--public-key", metavar="PEM", help="A trusted key; repeatable."),
     ],
     registry: Location = None,
     as_json: AsJson = False,

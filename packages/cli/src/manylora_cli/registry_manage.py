@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 Alias = Annotated[str, typer.Argument(metavar="ALIAS", help="E.g. production.")]
 Why = Annotated[str, typer.Option(metavar="TEXT", help="The reason, kept for ever.")]
 Remove = Annotated[
-    list[str] | None, typer.Option("--remove", metavar="KEY", help="Remove one; may be repeated.")
+    list[str] | None, typer.Option("--remove", metavar="KEY", help="Remove one; repeatable.")
 ]
 _UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
 

@@ -8,11 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from manylora_cli.output import lacks_letters
+from manylora_cli.output import lacks_letters, print_table
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from manylora.admin.v1.admin_pb2 import GetRolloutRequest, Rollout, SetRolloutRequest
 
 app = typer.Typer(
@@ -121,13 +119,19 @@ def _show(rollout: "Rollout", as_json: bool) -> None:
 
         print(json.dumps(_plain(rollout), ensure_ascii=lacks_letters()))
         return
-    rows: list[Sequence[object]] = [("version", "share", "requests", "errors", "p95 to first")]
-    for share in rollout.shares:
-        seen = share.figures
-        first = f"{1000 * seen.ttft_p95_s:.0f} ms"
-        rows.append((share.version.number, f"{share.percent} %", seen.requests, seen.errors, first))
-    for row in rows:
-        print("  ".join(f"{cell!s:>12}" for cell in row))
+    print_table(
+        ("version", "share", "requests", "errors", "p95 to first token"),
+        [
+            (
+                str(share.version.number),
+                f"{share.percent} %",
+                str(share.figures.requests),
+                str(share.figures.errors),
+                f"{1000 * share.figures.ttft_p95_s:.0f} ms",
+            )
+            for share in rollout.shares
+        ],
+    )
     if rollout.HasField("shadow"):
         seen = rollout.shadow
         print(

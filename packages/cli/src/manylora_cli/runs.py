@@ -37,6 +37,7 @@ def list_runs(
     print_table(
         ("run", "state", "begun", "steps", "tokens/s", "validation loss"),
         [_broken(run) if isinstance(run, BrokenRun) else _listed(run) for run in found],
+        empty=f"no runs below {shown(directory)}",
     )
 
 

@@ -10,7 +10,11 @@ def serve(
     config: Annotated[Path, typer.Argument(metavar="CONFIG", help="The gateway's YAML file.")],
     set_: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="PATH=VALUE", help="Override a key of the file."),
+        typer.Option(
+            "--set",
+            metavar="PATH=VALUE",
+            help="Override a key of the file, e.g. engine.slots=8; repeatable.",
+        ),
     ] = None,
 ) -> None:
     """Serve all adapters over one base model until SIGINT or SIGTERM."""

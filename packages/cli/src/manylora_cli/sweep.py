@@ -22,7 +22,9 @@ def sweep(
     ] = False,
     set_: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="PATH=VALUE", help="Override a key, e.g. trials=20."),
+        typer.Option(
+            "--set", metavar="PATH=VALUE", help="Override a key, e.g. trials=20; repeatable."
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the trials as JSON.")] = False,
 ) -> None:

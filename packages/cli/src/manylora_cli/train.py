@@ -25,19 +25,28 @@ def train(
         typer.Option(
             "--allow-change",
             metavar="PATH",
-            help="With --resume: a key that may differ from the run's, e.g. tasks.0.steps.",
+            help="With --resume: a key that may differ from the run's, e.g. tasks.0.steps; "
+            "repeatable.",
         ),
     ] = None,
     set_: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="PATH=VALUE", help="Override a key, e.g. tasks.0.steps=100."),
+        typer.Option(
+            "--set",
+            metavar="PATH=VALUE",
+            help="Override a key, e.g. tasks.0.steps=100; repeatable.",
+        ),
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything, show what would train, and stop.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
-    """Train every task of a recipe, one adapter each, in one run."""
+    """Train every task of a recipe, one adapter each, in one run.
+
+    Ctrl-C ends it with a checkpoint, and --resume goes on from there. `manylora runs show` tells
+    how a run does, and `manylora publish` makes versions of its adapters.
+    """
     import json
     import os
     import shlex

@@ -53,7 +53,7 @@ def tls_credentials(
             None if path is None else Path(path).read_bytes() for path in (ca, key, certificate)
         ]
     except OSError as error:
-        raise InvalidInputError(f"the TLS files cannot be read: {error}") from error
+        raise InvalidInputError(f"{error.filename} cannot be read: {error.strerror}") from error
     return grpc.ssl_channel_credentials(*read)
 
 

@@ -93,7 +93,10 @@ class StatusError(ClientError):
         # Servers may put line breaks in their words; a terminal and a log get one line.
         line = " ".join((self.message or self.code).split())
         for violation in self.violations:
-            line += f"; {violation.field}: {' '.join(violation.description.split())}"
+            said = " ".join(f"{violation.field}: {violation.description}".split())
+            # Our gateway's message names the fields itself; others' say that some are wrong.
+            if said not in line:
+                line += f"; {said}"
         if self.retry_after is not None:
             line += f" (try again in {self.retry_after:g} s)"
         return line

@@ -18,7 +18,9 @@ from referencing.jsonschema import DRAFT202012
 from manylora_evaluator.suite_path import SuitePath
 from manylora_registry.config import ConfigModel
 
-ScoreName: TypeAlias = Annotated[str, Field(pattern=r"^[\w-]+$")]
+ScoreName: TypeAlias = Annotated[
+    str, Field(pattern=r"^[\w-]+$", description="Of its chief score, and before those of others.")
+]
 
 
 class ExactMatchSettings(ConfigModel):
@@ -116,6 +118,7 @@ class RegexSettings(ConfigModel):
     whole: bool = False
     """Whether the whole answer must match."""
     ignore_case: bool = False
+    """Whether a letter equals its capital."""
     group_is_expected: bool = False
     """Whether the first group must also equal the expected text, as exact_match compares."""
     timeout_s: float = Field(default=1, gt=0)

@@ -19,7 +19,9 @@ class Threshold(ConfigModel):
     score: str = Field(min_length=1)
     """Name of the score, e.g. exact_match."""
     at_least: float | None = Field(default=None, ge=0, le=1)
+    """Lowest value that is good enough."""
     at_most: float | None = Field(default=None, ge=0, le=1)
+    """Highest value that is good enough."""
     bound: Literal["mean", "low", "high"] = "mean"
     """What is compared: the score, or an end of its 95 % confidence interval."""
 
@@ -33,7 +35,7 @@ class Threshold(ConfigModel):
 
 
 class Decision(ConfigModel):
-    """When two versions differ; see gates.py."""
+    """When two versions differ."""
 
     alpha: float = Field(default=0.05, gt=0, lt=0.5)
     """Chance of calling equal versions different, over all scores compared."""
@@ -84,6 +86,7 @@ class Suite(ConfigModel):
     name: str = Field(min_length=1)
     """Title of the report."""
     tasks: list[Task] = Field(min_length=1)
+    """What is asked."""
     concurrency: int = Field(default=16, ge=1)
     """Most requests under way at once."""
     timeout: float = Field(default=300, gt=0)

@@ -189,7 +189,7 @@ class GatewayConfig(ConfigModel):
     listen: ListenConfig = ListenConfig()
     """Where clients reach it."""
     tls: TlsConfig | None = None
-    """Unset: plain text on every port."""
+    """The certificates of its ports. Unset: plain text on every port."""
     tenants: Path | None = None
     """YAML file of who may call; see docs/serving-api.md. Unset: everybody, with every right."""
     engine: EngineConfig = EngineConfig()

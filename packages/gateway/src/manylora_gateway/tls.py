@@ -43,7 +43,7 @@ class ServerTls:
         try:
             self._now = self._read()
         except OSError as error:
-            raise StartError(f"tls: the files cannot be used: {error}") from error
+            raise StartError(f"tls: the files cannot be used: {_why(error)}") from error
         self._refused = self._now.stamp
         self.context = self._now.context
         """For HTTPS."""
@@ -77,7 +77,7 @@ class ServerTls:
                     logger.info("TLS files read again")
                 except OSError as error:
                     self._refused = stamp
-                    logger.error("TLS as before, the changed files cannot be used: %s", error)
+                    logger.error("TLS as before, the changed files cannot be used: %s", _why(error))
             return self._now
 
     def _look(self) -> object:
@@ -92,18 +92,24 @@ class ServerTls:
 
     def _read(self) -> _Read:
         config, stamp = self._config, self._look()
+        # Before the context takes them, whose errors name no file.
+        chain, key = config.certificate.read_bytes(), config.key.read_bytes()
+        authority = None if config.client_ca is None else config.client_ca.read_bytes()
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         context.set_alpn_protocols(["http/1.1"])
         context.load_cert_chain(config.certificate, config.key)
-        chain, key = config.certificate.read_bytes(), config.key.read_bytes()
-        authority = None
         if config.client_ca is not None:
             context.load_verify_locations(config.client_ca)
             context.verify_mode = ssl.CERT_REQUIRED
-            authority = config.client_ca.read_bytes()
         pairs = grpc.ssl_server_certificate_configuration([(key, chain)], authority)
         return _Read(stamp, context, pairs)
+
+
+def _why(error: OSError) -> str:
+    if error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return f"one is no PEM, or key and certificate do not belong together ({error})"
 
 
 def names_in_auth_context(context: Mapping[str, Any]) -> Iterator[str]:

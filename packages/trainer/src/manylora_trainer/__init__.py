@@ -28,7 +28,7 @@ def train(
 ) -> "RunResult":
     """Trains every task of a recipe in one run, and writes one adapter for each.
 
-        result = train("recipes/quickstart.yaml")
+        result = train("recipes/quickstart/recipe.yaml")
         print(result.tasks["spelling"].metrics)
 
     Args:
@@ -49,6 +49,7 @@ def train(
         ConfigError: the recipe has mistakes.
         BaseError, UnsupportedBaseError: the base cannot be read or trained on.
         DataError: rows cannot be read or trained on.
+        InitialAdapterError: the adapter to go on from is not there or of another shape.
         RunDirectoryError: the run directory cannot be used as asked.
         DeviceMemoryError: the GPU has too little memory; the last checkpoint is whole.
         StorageError: the disk is full; the last checkpoint is whole.

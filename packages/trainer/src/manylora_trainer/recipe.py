@@ -23,15 +23,20 @@ class Task(ConfigModel):
     name: str
     """Name of the adapter in the registry."""
     source: SourceSettings
+    """Where its rows come from."""
     format: FormatSettings
+    """What is made of a row: a prompt, and what is learned of it."""
     kind: Literal["sft", "dpo"] = Field(default="sft", validate_default=True)
     """sft: learn the answers; dpo: learn to prefer one of two answers, from rows of the format
     `preference` (https://arxiv.org/abs/2305.18290)."""
     beta: float = Field(default=0.1, gt=0.0, allow_inf_nan=False)
     """DPO's strength of the pull back to the reference, which is the model before training."""
     split: Split = Split()
+    """Which rows train, and which measure."""
     lora: Lora = Lora()
+    """Shape of the adapter."""
     optimizer: Optimizer = Optimizer()
+    """How it is optimised."""
     early_stopping: EarlyStopping | None = None
     """When to end before the last step; null: never."""
     steps: int | None = Field(default=None, ge=1)
@@ -178,8 +183,11 @@ class Recipe(ConfigModel):
     """lora: an adapter for each task; full: one task trains all weights of the base instead, and
     the result is a model directory."""
     training: Training = Training()
+    """What all tasks share."""
     workers: WorkerSettings = WorkerSettings()
+    """The processes that train."""
     tasks: tuple[Task, ...] = Field(min_length=1)
+    """What is trained, one adapter each."""
 
     @model_validator(mode="after")
     def _names_are_unique(self) -> "Recipe":

@@ -32,6 +32,7 @@ class SavedTask:
     """Steps it was to take."""
     metrics: Mapping[str, float]
     tokens: int
+    """Of the examples trained on."""
     stopped: str | None
     """Why it failed before its last step."""
     ended_early: str | None
@@ -106,7 +107,10 @@ class SavedRun:
             int(losses[-1][0]) if losses else 0,
             recorded.get("steps"),
             metrics,
-            int(recorded.get("tokens", 0)),
+            max(
+                int(recorded.get("tokens", 0)),
+                sum(int(tokens) for _, tokens in self.curve(name, "tokens")),
+            ),
             recorded.get("stopped"),
             recorded.get("ended_early"),
             recorded.get("data_fingerprint"),

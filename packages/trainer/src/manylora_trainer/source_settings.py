@@ -150,6 +150,7 @@ class WeightedSource(ConfigModel):
     weight: float = Field(default=1.0, gt=0.0, allow_inf_nan=False)
     """Its share of the rows, relative to the other weights."""
     source: "SourceSettings"
+    """Where its rows come from: any of the kinds there are."""
 
 
 class MixSource(ConfigModel):
@@ -160,6 +161,7 @@ class MixSource(ConfigModel):
 
     kind: Literal["mix"]
     sources: tuple[WeightedSource, ...] = Field(min_length=2)
+    """Two or more."""
 
     def relative_to(self, directory: Path) -> "MixSource":
         """The same with all files found from `directory`."""

@@ -89,7 +89,8 @@ class Sweep(ConfigModel):
     sweep_directory: Path
     """Where runs and results go, relative to this file."""
     method: Literal["grid", "random", "tpe"] = "tpe"
-    """`tpe`: learns from the trials before (Bergstra et al. 2011). `grid`: every combination."""
+    """`tpe`: learns from the trials before (Bergstra et al. 2011). `random`: learns nothing.
+    `grid`: every combination."""
     trials: int | None = Field(default=None, ge=1)
     """How many; a grid tries all unless given."""
     trials_per_run: int = Field(default=8, ge=1)
