@@ -99,7 +99,7 @@ def run_sweep(
     Raises:
         SweepError: the directory cannot be used as asked, or no trial came to its end.
         TrainerError: a run failed; see `manylora_trainer.train`.
-        RunInterruptedError: SIGINT or SIGTERM came; a checkpoint was written first.
+        RunInterruptedError: SIGINT, SIGTERM or SIGHUP came; a checkpoint was written first.
     """
     from manylora_trainer import train
     from manylora_trainer.sweep_report import write_sweep_report
