@@ -69,6 +69,22 @@ def test_every_run_is_listed_in_its_state_and_the_broken_as_such(runs):
     assert [line.split("\t")[1] for line in lines].count("broken") == 2
 
 
+def test_no_damage_keeps_other_runs_from_being_listed(runs):
+    deep = "[" * 100_000
+    damaged = ("run.json", "recipe.yaml", "metrics.jsonl", "environment.json")
+    for file in damaged:
+        shutil.copytree(runs / "cut", runs / file)
+        (runs / file / file).write_text(f"{deep}\n")
+    shutil.copytree(runs / "whole", runs / "not a number")
+    record = runs / "not a number" / "run.json"
+    record.write_text(record.read_text().replace('"steps": 4', '"steps": NaN'))
+    found = listed(runs)
+    for file in damaged:
+        assert found[f"{runs}/{file}"]["state"] == "broken"
+    assert found[f"{runs}/not a number"]["tasks"]["second"]["steps"] is None
+    assert found[f"{runs}/whole"]["state"] == "finished"
+
+
 def test_a_run_under_way_is_seen_as_running_and_not_disturbed(recipe, tmp_path):
     class Look(Progress):
         seen: list[str]
