@@ -128,9 +128,21 @@ def test_damaged_records_of_a_run_are_said_in_one_line(runs, tmp_path):
     for content in ("{", "[]\n", '{"messages": []}\n'):
         held_out.write_text(content)
         fails(f"{held_out} cannot be read")
-    for starts in (None, "x", [1], {"a": 1}, [{"at": "now"}]):
+    strange = ({"environment": {"gpus": ["H100"]}}, {"environment": {}, "git": "abc"})
+    for starts in (None, "x", [1], {"a": 1}, [{"at": "now"}], strange[:1], strange[1:]):
         (runs / "cut" / "environment.json").write_text(json.dumps({"starts": starts}))
         fails("environment.json is not what a run writes")
+    metrics = runs / "cut" / "metrics.jsonl"
+    (runs / "cut" / "environment.json").unlink()
+    before = metrics.read_text()
+    metrics.write_text(before.replace('"step": 1', '"step": null'))
+    fails("metrics.jsonl cannot be read")
+    metrics.write_text(before)
+    recipe = runs / "cut" / "recipe.yaml"
+    resolved = recipe.read_text()
+    for seed in ("2026-01-01", "&a [*a]"):
+        recipe.write_text(resolved.replace("seed: 7", f"seed: {seed}"))
+        fails("recipe.yaml cannot be read")
     assert listed(runs)[f"{runs}/cut"]["state"] == "broken"
 
 

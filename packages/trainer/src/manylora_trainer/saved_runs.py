@@ -227,6 +227,8 @@ def _read_recipe(path: Path) -> Mapping[str, Any]:
         if not isinstance(recipe, dict) or not isinstance(recipe["tasks"], list):  # pyright: ignore[reportUnknownVariableType]
             raise ValueError("it has no list of tasks")
         _ = [task["name"] for task in recipe["tasks"]]  # pyright: ignore[reportUnknownVariableType]
+        # A run writes what JSON can hold; YAML can name dates, and lists that hold themselves.
+        _ = json.dumps(recipe)
     except (OSError, ValueError, KeyError, TypeError, RecursionError, yaml.YAMLError) as error:
         why = " ".join(str(error).split())
         raise UnreadableRunError(f"{path.parent}: recipe.yaml cannot be read: {why}") from error
@@ -251,7 +253,10 @@ def _read_starts(path: Path) -> list[dict[str, Any]]:
     starts = _read_json(path / "environment.json").get("starts", [])
     try:
         # What else stands in it differs from version to version.
-        _ = [start["environment"].items() for start in [*starts]]
+        for start in [*starts]:
+            _ = [gpu["name"] for gpu in start["environment"].get("gpus", ())]
+            if git := start.get("git"):
+                _ = git["commit"][:12], git["dirty"]
     except (KeyError, TypeError, AttributeError) as error:
         raise UnreadableRunError(
             f"{path}: environment.json is not what a run writes ({type(error).__name__}: {error})"
@@ -265,7 +270,7 @@ def _read_metrics(path: Path) -> list[dict[str, Any]]:
     try:
         *lines, _ = path.read_bytes().split(b"\n")
         entries: list[dict[str, Any]] = [json.loads(line) for line in lines]
-        _ = [(entry["step"], entry["task"]) for entry in entries]
+        _ = [(entry["step"] + 0.0, entry["task"]) for entry in entries]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UnreadableRunError(f"{path.parent}: {path.name} cannot be read: {error}") from error
     return entries
