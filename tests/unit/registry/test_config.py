@@ -122,7 +122,7 @@ class Numbers(ConfigModel):
     steps: int = 1
     share: float = 0.5
     pair: tuple[float, float] = (0.0, 0.0)
-    weights: dict[str, float] = {}
+    weights: dict[str, float] | None = None
     below: Task | None = None
     flag: bool = False
     word: str | bool = "on"
