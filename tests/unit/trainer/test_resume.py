@@ -267,12 +267,20 @@ def test_a_run_that_has_ended_is_left_as_it_is(recipe, tmp_path):
 
 
 def test_two_processes_do_not_train_one_run(recipe, tmp_path):
+    run = tmp_path / "run"
+    changed = load_recipe(recipe, ["training.pack_tokens=64"])
+
     class Second(Progress):
         def step(self, step, losses, tokens_per_s):
+            before = {file: (run / file).read_bytes() for file in FILES}
             with pytest.raises(RunDirectoryError, match="by another process"):
-                manylora_trainer.train(recipe, tmp_path / "run", resume=True)
+                manylora_trainer.train(changed, run, resume=True, allow_changes=["training"])
+            assert {file: (run / file).read_bytes() for file in FILES} == before
 
-    manylora_trainer.train(recipe, tmp_path / "run", progress=Second())
+    manylora_trainer.train(recipe, run, progress=Second())
+
+
+FILES = ("recipe.yaml", "run.json", "environment.json", "metrics.jsonl")
 
 
 @pytest.fixture

@@ -203,12 +203,12 @@ def _state(path: Path, record: Mapping[str, Any]) -> State:
     status = record.get("status")
     if status in ("finished", "failed"):
         return status
-    if _is_locked(path / "metrics.jsonl"):
+    if is_locked(path / "metrics.jsonl"):
         return "running"
     return "interrupted" if record else "incomplete"
 
 
-def _is_locked(metrics: Path) -> bool:
+def is_locked(metrics: Path) -> bool:
     """Whether a process trains into the run: it holds a lock on its metrics."""
     try:
         with metrics.open("rb") as file:
