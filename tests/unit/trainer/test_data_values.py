@@ -7,9 +7,11 @@ import pyarrow.parquet
 import pytest
 from pydantic import TypeAdapter
 
+import manylora_trainer
 from manylora_trainer.errors import SourceError
 from manylora_trainer.source_settings import SourceSettings
 from manylora_trainer.sources import open_source
+from tests.unit.trainer.conftest import words, write_rows
 
 SETTINGS = TypeAdapter(SourceSettings)
 
@@ -70,6 +72,20 @@ def test_a_time_finer_than_a_microsecond_is_a_malformed_row_of_parquet(tmp_path)
     assert [row.error and row.error.field for row in found] == [None, "at", None, "all"]
     assert str(found[0].columns["at"]) == "00:00:00.000001"
     assert "would lose data: 1234567" in str(found[1].error)
+
+
+def test_a_malformed_row_of_a_mix_counts_once_however_often_it_comes(
+    make_task, write_recipe, tmp_path
+):
+    few = [{"wrong": "a", "right": "b"}, {"wrong": "no answer"}]
+    parts = [write_rows(tmp_path / "few.jsonl", few), write_rows(tmp_path / "all.jsonl", words(60))]
+    source = {
+        "kind": "mix",
+        "sources": [{"source": {"kind": "jsonl", "path": str(path)}} for path in parts],
+    }
+    task = make_task("mixed", source=source, on_bad_row="skip", max_bad_rows=1, shuffle_buffer=20)
+    result = manylora_trainer.train(write_recipe(task), tmp_path / "run")
+    assert result.tasks["mixed"].rows_skipped == 1
 
 
 @pytest.mark.parametrize("form", ["numpy", "torch", "pandas", "arrow"])
