@@ -81,6 +81,28 @@ def postgres() -> Iterator[sa.URL]:
     server.cleanup()
 
 
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [("day", "infinity"), ("day", "0044-03-15 BC"), ("at", "-infinity"), ("hour", "24:00")],
+)
+def test_a_date_or_time_python_cannot_hold_is_one_malformed_row(
+    postgres, monkeypatch, column, value
+):
+    monkeypatch.setenv("ROWS_URL", postgres.render_as_string(hide_password=False))
+    kind = {"day": "date", "at": "timestamptz", "hour": "time"}[column]
+    query = f"SELECT id, CASE id WHEN 7 THEN '{value}'::{kind} ELSE {column} END AS d FROM rows"
+    for page_rows in (3, 100):
+        source = opened(
+            {"kind": "sql", "url_env": "ROWS_URL", "query": query, "key": "id",
+             "page_rows": page_rows}
+        )  # fmt: skip
+        found = list(source.rows())
+        assert [row.number for row in found if row.error] == [8]
+        assert str(found[7].error).startswith("query, row 8: id 7 cannot be read: ")
+        assert [r.columns["id"] for r in found if not r.error] == [*range(7), *range(8, 23)]
+        assert len(list(source.rows(found[7].after))) == 15
+
+
 @pytest.mark.parametrize("key", ["id", "day", "at", "token", "price", "code", "hour"])
 def test_a_table_is_paged_by_any_kind_of_key(postgres, monkeypatch, key):
     monkeypatch.setenv("ROWS_URL", postgres.render_as_string(hide_password=False))

@@ -131,10 +131,38 @@ def test_an_override_of_no_number_is_a_problem(write):
         load_config(write(GOOD), Recipe, ["tasks.².rank=3"])
 
 
-@pytest.mark.parametrize("value", [".nan", ".inf"])
-def test_a_number_that_is_none_is_refused(write, value):
-    class Bounds(ConfigModel):
-        errors: float
+class Numbers(ConfigModel):
+    steps: int = 1
+    share: float = 0.5
+    pair: tuple[float, float] = (0.0, 0.0)
+    weights: dict[str, float] | None = None
+    below: Task | None = None
+    flag: bool = False
+    word: str | bool = "on"
 
-    with pytest.raises(ConfigError, match="line 1: errors: "):
-        load_config(write(f"errors: {value}\n"), Bounds)
+
+@pytest.mark.parametrize(
+    ("text", "where"),
+    [
+        ("steps: yes", "steps"),
+        ("share: off", "share"),
+        ("pair: [0.1, true]", "pair.1"),
+        ("weights: {a: 1, b: no}", "weights.b"),
+        ("below:\n  name: a\n  rank: on", "below.rank"),
+    ],
+)
+def test_a_truth_value_is_no_number(write, text, where):
+    with pytest.raises(ConfigError) as failed:
+        load_config(write(f"flag: no\nword: off\n{text}\n"), Numbers)
+
+    (problem,) = failed.value.problems
+    assert (problem.path, problem.message) == (where, "must be a number, not a truth value")
+    assert problem.line == 2 + len(text.splitlines())
+    with pytest.raises(ConfigError, match=r"steps: must be a number"):
+        load_config(write(""" {"steps": 3} """), Numbers, ["steps=true"])
+
+
+@pytest.mark.parametrize("text", ["share: .inf", "share: .nan", "pair: [0, -.inf]"])
+def test_numbers_are_finite(write, text):
+    with pytest.raises(ConfigError, match=r"(share|pair\.1): Input should be a finite number"):
+        load_config(write(text), Numbers)

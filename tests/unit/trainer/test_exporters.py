@@ -47,6 +47,24 @@ def test_mlflow_holds_each_adapter_once(run, tmp_path, monkeypatch):
     assert artifacts == {"README.md", "recipe.yaml"}
 
 
+def test_a_run_whose_adapter_ended_early_is_exported(
+    make_task, write_recipe, tmp_path, monkeypatch
+):
+    from mlflow import MlflowClient
+
+    stopping = {"patience": 1, "min_delta": 100.0}
+    recipe = write_recipe(make_task("first", early_stopping=stopping))
+    manylora_trainer.train(recipe, tmp_path / "run")
+    run = read_run(tmp_path / "run")
+    assert run.tasks["first"].ended_early
+    store = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    monkeypatch.chdir(tmp_path)
+    (exported,) = export_run(run, "mlflow", store)
+    assert exported.metrics > 0
+    (found,) = MlflowClient(store).search_runs(["1"])
+    assert "ended" not in found.data.metrics
+
+
 # In a process of its own: trackio reads where it writes when it is imported.
 READ_TRACKIO = """
 import json, sys

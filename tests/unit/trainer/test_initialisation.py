@@ -48,6 +48,19 @@ def test_pissa_begins_as_the_principal_part_of_the_weights_and_changes_nothing(s
         torch.testing.assert_close(2 * up[:, :3] @ down[:3], principal, rtol=1e-3, atol=1e-3)
 
 
+def test_pissa_takes_a_rank_beyond_the_smaller_side_of_a_layer(make_task, write_recipe, tmp_path):
+    wide = {**PISSA, "rank": 20, "alpha": 20}  # The keys' layer has 16 outputs.
+    recipe = write_recipe(make_task("wide", lora=wide, optimizer=STILL, steps=1))
+    manylora_trainer.train(recipe, tmp_path / "run")
+    saved = adapter_of(tmp_path / "run", "wide")
+    module = "base_model.model.model.layers.0.self_attn.k_proj"
+    up, down = saved[f"{module}.lora_B.weight"], saved[f"{module}.lora_A.weight"]
+    assert (up @ down).abs().max() < 1e-5
+    # What has no part of the weight to begin as begins as a plain adapter does.
+    assert up[:, 16:20].abs().max() < 1e-20
+    assert down[16:20].abs().min(dim=1).values.max() > 0
+
+
 def test_eva_begins_along_the_main_directions_of_the_inputs(
     started, tiny_base, make_task, write_recipe
 ):

@@ -145,3 +145,19 @@ def test_equal_answers_are_a_malformed_row(task, make_task, write_recipe, tmp_pa
     recipe = write_recipe({**task, "source": make_task("same", rows=rows)["source"]})
     with pytest.raises(RowError, match="row 4, field 'rejected'"):
         manylora_trainer.train(recipe, tmp_path / "run")
+
+
+def test_a_pair_that_is_cut_to_the_same_answers_is_left_out(make_task, write_recipe, tiny_base):
+    rows = [{**row, "chosen": row["chosen"] + "x" * 300} for row in pairs(10)]
+    # What tells these apart lies behind the cut.
+    rows += [
+        {**row, "prompt": f"late {n}", "rejected": row["chosen"] + "y"}
+        for n, row in enumerate(rows)
+    ]
+    task = make_task(
+        "prefer", rows=rows, kind="dpo", format=FORMAT, overlong="truncate", epochs=1, steps=None,
+        split={"validation": 0.0, "held_out": 0.0},
+    )  # fmt: skip
+    (settings,) = load_recipe(write_recipe(task)).tasks
+    data = load_task(settings, ChatTokenizer(tiny_base), 7)
+    assert (data.examples, data.overlong_truncated, data.overlong_dropped) == (10, 10, 10)

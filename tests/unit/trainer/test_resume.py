@@ -1,6 +1,7 @@
 """Promise 4: killed at any moment and resumed, the adapters are the same bytes."""
 
 import json
+import os
 import random
 import resource
 import shutil
@@ -165,7 +166,7 @@ def test_killed_again_and_again_at_random_equals_uninterrupted(make_task, write_
         assert losses(run) == losses(tmp_path / "whole"), f"seed {seed}"
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_writes_a_checkpoint_and_says_how_to_resume(recipe, tmp_path, number):
     manylora_trainer.train(recipe, tmp_path / "whole")
     with pytest.raises(RunInterruptedError, match=r"after step 3 of 7.*go on with: this"):
@@ -176,6 +177,26 @@ def test_a_signal_writes_a_checkpoint_and_says_how_to_resume(recipe, tmp_path, n
     assert checkpoints == ["step-00000002", "step-00000003"]
     manylora_trainer.train(recipe, tmp_path / "run", resume=True)
     assert adapters(tmp_path / "run") == adapters(tmp_path / "whole")
+
+
+def test_a_signal_that_the_process_ignores_stays_ignored(recipe, tmp_path):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # As under nohup.
+    try:
+        manylora_trainer.train(recipe, tmp_path / "run", progress=StopAt(3, signal.SIGHUP))
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert read_run(tmp_path / "run").state == "finished"
+
+
+def test_nobody_who_reads_along_costs_a_run_nothing(recipe, tmp_path, monkeypatch):
+    # As a terminal that was closed: every write to it is an error.
+    with open("/dev/full", "w", buffering=1) as lost:  # noqa: PTH123
+        monkeypatch.setattr(sys, "stderr", lost)
+        manylora_trainer.train(recipe, tmp_path / "run")
+        monkeypatch.undo()
+        # What is left in its buffer must not fail when it is closed.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), lost.fileno())
+    assert read_run(tmp_path / "run").state == "finished"
 
 
 @pytest.mark.parametrize("resume", [False, True])
@@ -246,12 +267,20 @@ def test_a_run_that_has_ended_is_left_as_it_is(recipe, tmp_path):
 
 
 def test_two_processes_do_not_train_one_run(recipe, tmp_path):
+    run = tmp_path / "run"
+    changed = load_recipe(recipe, ["training.pack_tokens=64"])
+
     class Second(Progress):
         def step(self, step, losses, tokens_per_s):
+            before = {file: (run / file).read_bytes() for file in FILES}
             with pytest.raises(RunDirectoryError, match="by another process"):
-                manylora_trainer.train(recipe, tmp_path / "run", resume=True)
+                manylora_trainer.train(changed, run, resume=True, allow_changes=["training"])
+            assert {file: (run / file).read_bytes() for file in FILES} == before
 
-    manylora_trainer.train(recipe, tmp_path / "run", progress=Second())
+    manylora_trainer.train(recipe, run, progress=Second())
+
+
+FILES = ("recipe.yaml", "run.json", "environment.json", "metrics.jsonl")
 
 
 @pytest.fixture

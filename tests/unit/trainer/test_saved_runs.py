@@ -69,6 +69,22 @@ def test_every_run_is_listed_in_its_state_and_the_broken_as_such(runs):
     assert [line.split("\t")[1] for line in lines].count("broken") == 2
 
 
+def test_no_damage_keeps_other_runs_from_being_listed(runs):
+    deep = "[" * 100_000
+    damaged = ("run.json", "recipe.yaml", "metrics.jsonl", "environment.json")
+    for file in damaged:
+        shutil.copytree(runs / "cut", runs / file)
+        (runs / file / file).write_text(f"{deep}\n")
+    shutil.copytree(runs / "whole", runs / "not a number")
+    record = runs / "not a number" / "run.json"
+    record.write_text(record.read_text().replace('"steps": 4', '"steps": NaN'))
+    found = listed(runs)
+    for file in damaged:
+        assert found[f"{runs}/{file}"]["state"] == "broken"
+    assert found[f"{runs}/not a number"]["tasks"]["second"]["steps"] is None
+    assert found[f"{runs}/whole"]["state"] == "finished"
+
+
 def test_a_run_under_way_is_seen_as_running_and_not_disturbed(recipe, tmp_path):
     class Look(Progress):
         seen: list[tuple[str, int, int]]
@@ -119,9 +135,21 @@ def test_damaged_records_of_a_run_are_said_in_one_line(runs, tmp_path):
     for content in ("{", "[]\n", '{"messages": []}\n'):
         held_out.write_text(content)
         fails(f"{held_out} cannot be read")
-    for starts in (None, "x", [1], {"a": 1}, [{"at": "now"}]):
+    strange = ({"environment": {"gpus": ["H100"]}}, {"environment": {}, "git": "abc"})
+    for starts in (None, "x", [1], {"a": 1}, [{"at": "now"}], strange[:1], strange[1:]):
         (runs / "cut" / "environment.json").write_text(json.dumps({"starts": starts}))
         fails("environment.json is not what a run writes")
+    metrics = runs / "cut" / "metrics.jsonl"
+    (runs / "cut" / "environment.json").unlink()
+    before = metrics.read_text()
+    metrics.write_text(before.replace('"step": 1', '"step": null'))
+    fails("metrics.jsonl cannot be read")
+    metrics.write_text(before)
+    recipe = runs / "cut" / "recipe.yaml"
+    resolved = recipe.read_text()
+    for seed in ("2026-01-01", "&a [*a]"):
+        recipe.write_text(resolved.replace("seed: 7", f"seed: {seed}"))
+        fails("recipe.yaml cannot be read")
     assert listed(runs)[f"{runs}/cut"]["state"] == "broken"
 
 

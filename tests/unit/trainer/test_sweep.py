@@ -15,7 +15,7 @@ from manylora_cli.publish import publish
 from manylora_cli.sweep import sweep as sweep_verb
 from manylora_registry import Registry
 from manylora_registry.errors import ConfigError
-from manylora_trainer.errors import SweepError
+from manylora_trainer.errors import RunInterruptedError, SweepError
 from manylora_trainer.recipe import load_recipe
 from manylora_trainer.saved_runs import read_run
 from manylora_trainer.sweep import read_sweep, run_sweep
@@ -212,6 +212,22 @@ def test_a_wrong_range_is_one_mistake(write_sweep):
 def test_what_cannot_be_searched_is_refused_by_name(write_sweep, changes, message):
     with pytest.raises(ConfigError, match=message):
         load_sweep(write_sweep(**changes))
+
+
+def test_ctrl_c_between_two_runs_says_how_to_go_on(write_sweep):
+    small = {"space": {RATE: [0.01, 0.02]}, "trials_per_run": 1}
+
+    def interrupt(text):
+        if text.startswith("trials 1"):
+            signal.raise_signal(signal.SIGINT)
+
+    sweep = load_sweep(write_sweep(**small))
+    with pytest.raises(RunInterruptedError, match="stopped by SIGINT; go on with: this"):
+        run_sweep(sweep, how_to_resume="this", say=interrupt)
+    states = [trial.state for trial in read_sweep(sweep.sweep_directory).trials]
+    assert states == ["finished", "running"]
+    resumed = run_sweep(sweep, resume=True)
+    assert [trial.state for trial in resumed.trials] == ["finished", "finished"]
 
 
 def test_a_directory_is_taken_up_only_when_asked_and_unchanged(write_sweep, tmp_path):

@@ -64,6 +64,10 @@ def load_config(path: Path, model: type[Model], overrides: Sequence[str] = ()) -
             for e in own_mistakes(error)
         ]
         raise ConfigError(path, problems) from error
+    problems += [
+        Problem(_dotted(loc), "must be a number, not a truth value", _line(node, loc))
+        for loc in _truths_as_numbers(data, found, ())
+    ]
     if problems:
         raise ConfigError(path, problems)
     return found
@@ -112,6 +116,23 @@ def _twins(
                 yield Problem(_dotted((*location, name)), problem, _start(key))
             first[name] = _start(key)
             yield from _twins(value, (*location, name), seen)
+
+
+def _truths_as_numbers(
+    given: Any, found: Any, location: tuple[int | str, ...]
+) -> Iterator[tuple[int | str, ...]]:
+    """Where a number was made of a bare yes, no, on or off: Python takes True for 1."""
+    if isinstance(given, bool):
+        if isinstance(found, int | float) and not isinstance(found, bool):
+            yield location
+    elif isinstance(given, list) and isinstance(found, list | tuple):
+        entries = cast("list[Any]", given)
+        for index, pair in enumerate(zip(entries, cast("Sequence[Any]", found), strict=False)):
+            yield from _truths_as_numbers(*pair, (*location, index))
+    elif isinstance(given, dict) and isinstance(found, dict | ConfigModel):
+        made = cast("dict[Any, Any]", found if isinstance(found, dict) else vars(found))
+        for key, value in cast("dict[Any, Any]", given).items():
+            yield from _truths_as_numbers(value, made.get(key), (*location, key))
 
 
 def own_mistakes(error: ValidationError) -> list[Any]:

@@ -55,8 +55,8 @@ def train(
         StorageError: the disk is full; the last checkpoint is whole.
         WorkersUnavailableError: several workers were asked for, and Ray is not installed.
         WorkersLostError: workers were lost more often than they may be started again.
-        RunInterruptedError: SIGINT or SIGTERM came; a checkpoint was written first, unless no
-            step was taken.
+        RunInterruptedError: SIGINT, SIGTERM or SIGHUP came; a checkpoint was written first, unless
+            no step was taken.
     """
     # Bases are local directories: without this the libraries look for a hub first.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -103,9 +103,9 @@ class Optimizer(ConfigModel):
     kind: Literal["adamw", "sgd"] = "adamw"
     """AdamW or SGD with momentum, both with decoupled weight decay
     (https://arxiv.org/abs/1711.05101)."""
-    learning_rate: float = Field(default=1e-3, gt=0.0, allow_inf_nan=False)
+    learning_rate: float = Field(default=1e-3, gt=0.0)
     """Peak learning rate."""
-    lora_plus_ratio: float = Field(default=1.0, gt=0.0, allow_inf_nan=False)
+    lora_plus_ratio: float = Field(default=1.0, gt=0.0)
     """LoRA B learns this many times as fast as A (LoRA+, https://arxiv.org/abs/2402.12354)."""
     schedule: Literal["constant", "linear", "cosine", "wsd"] = "linear"
     """Course after the warm-up. linear and cosine fall to 0 all the way; wsd stays at its peak and
@@ -116,15 +116,15 @@ class Optimizer(ConfigModel):
     """Instead of `warmup_steps`: the same as a share of all steps."""
     decay_share: float = Field(default=0.1, gt=0.0, le=1.0)
     """Share of all steps over which wsd falls."""
-    weight_decay: float = Field(default=0.0, ge=0.0, allow_inf_nan=False)
+    weight_decay: float = Field(default=0.0, ge=0.0)
     """Decoupled weight decay."""
     betas: tuple[Decay, Decay] = (0.9, 0.999)
     """AdamW's decay of the running mean and of the running square."""
-    epsilon: float = Field(default=1e-8, gt=0.0, allow_inf_nan=False)
+    epsilon: float = Field(default=1e-8, gt=0.0)
     """AdamW adds it to the root of the running square."""
     momentum: Decay = 0.9
     """SGD's share of the last update that is taken again."""
-    clip_norm: float | None = Field(default=1.0, gt=0.0, allow_inf_nan=False)
+    clip_norm: float | None = Field(default=1.0, gt=0.0)
     """The adapter's gradient is scaled down to this L2 norm; null: never."""
     normalizer: Literal["tokens", "examples"] = "tokens"
     """What a step's loss is the mean of: tokens, every trained token weighs the same; examples,
@@ -146,5 +146,5 @@ class EarlyStopping(ConfigModel):
 
     patience: int = Field(default=3, ge=1)
     """Validations in a row without a gain after which the adapter ends."""
-    min_delta: float = Field(default=0.0, ge=0.0, allow_inf_nan=False)
+    min_delta: float = Field(default=0.0, ge=0.0)
     """A validation loss is a gain if it is lower than the best one by more than this."""

@@ -143,7 +143,7 @@ def survey(
             say(f"{task.name}: {rows_read:,} rows looked through")
         rendered = rendered_or_skipped(task, preparation, row, rows_skipped)
         if rendered is None:
-            rows_skipped += 1
+            rows_skipped += not row.again
             continue
         part, digest = part_of(rendered, task.split)
         if part == "held_out":
@@ -188,6 +188,8 @@ def rendered_or_skipped(
 ) -> R | None:
     """One row rendered, or None if it is malformed and the task passes over such rows.
 
+    A row that is given again counts once.
+
     Raises:
         RowError: it is malformed, and `skipped` rows before it leave no room for another.
     """
@@ -196,7 +198,7 @@ def rendered_or_skipped(
     except RowError as error:
         if task.on_bad_row == "fail":
             raise
-        if skipped >= task.max_bad_rows:
+        if skipped >= task.max_bad_rows and not row.again:
             problem = f"{error.problem} (and {skipped} malformed rows before it: max_bad_rows)"
             raise RowError(error.source, error.row, error.field, problem) from error
         return None

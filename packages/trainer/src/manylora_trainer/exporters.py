@@ -22,7 +22,7 @@ from manylora_trainer.saved_runs import SavedRun
 
 Tracker = Literal["mlflow", "trackio"]
 DEFAULT_PROJECT = "manylora"
-NOT_METRICS = frozenset({"step", "task", "time", "stopped"})
+NOT_METRICS = frozenset({"step", "time"})
 PARAMETERS_AT_ONCE, METRICS_AT_ONCE = 100, 1000
 """The most MLflow takes in one request."""
 
@@ -109,6 +109,8 @@ def _to_mlflow(run: SavedRun, uri: str | None, project: str) -> list[Exported]:
 def _to_trackio(run: SavedRun, uri: str | None, project: str) -> list[Exported]:
     is_server = uri is not None and uri.startswith(("http://", "https://"))
     if uri is not None and not is_server:
+        if "://" in uri:
+            raise ExportError(f"trackio: {uri} is neither a server (http://, https://) nor a path")
         # Read once, when it is imported.
         os.environ["TRACKIO_DIR"] = str(Path(uri).absolute())
     exported: list[Exported] = []
@@ -158,7 +160,7 @@ def _settings(run: SavedRun, task: str) -> dict[str, Any]:
 
 
 def _tags(run: SavedRun, task: str) -> dict[str, str]:
-    git = run.starts[-1]["git"] if run.starts else None
+    git = run.starts[-1].get("git") if run.starts else None
     tags = {
         "manylora.export": f"{run.record.get('id')}/{task}",
         "manylora.run": run.record.get("id"),
@@ -175,5 +177,6 @@ def _values(entry: Mapping[str, Any]) -> dict[str, float]:
     return {
         key: float(value)
         for key, value in entry.items()
-        if key not in NOT_METRICS and value is not None
+        # Text says whose entry it is, or why an adapter ended.
+        if key not in NOT_METRICS and isinstance(value, int | float)
     }

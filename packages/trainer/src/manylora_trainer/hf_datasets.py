@@ -40,6 +40,9 @@ class SavedDataset:
                 yield row_of(self.name, number, value, {"row": number})
         except (GeneratorExit, SourceError):
             raise
+        except (StopIteration, IndexError) as error:
+            # How the library says that there is no file, or that no file holds a row.
+            raise SourceError(f"{self.name} has no rows") from error
         except Exception as error:
             # The library states no errors of its own: what fails in a builder comes out as it is.
             where = "" if number == 0 else f" behind row {number}"
@@ -53,12 +56,18 @@ class SavedDataset:
                 "rows from Hugging Face datasets need a library that is not installed: "
                 "pip install 'manylora-trainer[datasets]'"
             ) from error
+        # What it would say comes with the errors it raises.
+        datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+        datasets.disable_progress_bars()
         settings = self.settings
         if settings.builder is not None:
+            _require_packaged(settings.builder)
             return datasets.load_dataset(
                 settings.builder, data_files=settings.path, split=settings.split, streaming=True
             )
         loaded = datasets.load_from_disk(settings.path)
+        # Rows are plain values, whatever the dataset was last formatted for.
+        loaded = loaded.with_format(None)
         if not isinstance(loaded, datasets.DatasetDict):
             return loaded
         if settings.split not in loaded:
@@ -66,3 +75,14 @@ class SavedDataset:
                 f"{self.name} has no split {settings.split!r}; it has {', '.join(map(str, loaded))}"
             )
         return loaded[settings.split]
+
+
+def _require_packaged(builder: str) -> None:
+    """Refuses what the library would look for on its hub, and what runs code of the data's."""
+    from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
+
+    if builder == "pandas":
+        raise SourceError("the builder pandas reads pickles, which run code: write Parquet instead")
+    if builder not in _PACKAGED_DATASETS_MODULES:
+        known = ", ".join(sorted({*_PACKAGED_DATASETS_MODULES} - {"pandas"}))
+        raise SourceError(f"datasets has no builder {builder!r}; it has {known}")

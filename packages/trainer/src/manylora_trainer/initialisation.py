@@ -30,8 +30,9 @@ def start_from_weights(adapter: Adapter, base: BaseModel, seed: int) -> None:
         weight = dense_weight(frozen_linear(base.model, name)).float()
         left, values, right = _decompose(weight, len(lora.down), f"{seed}/{name}")
         roots = (values / lora.scaling).sqrt()
-        lora.down.copy_(roots[:, None] * right.t())
-        lora.up.copy_(left * roots)
+        # A rank beyond the layer's smaller side has no part left: A stays by chance there, B zero.
+        lora.down[: len(roots)].copy_(roots[:, None] * right.t())
+        lora.up[:, : len(roots)].copy_(left * roots)
     assert adapter.origin is not None, "made for an adapter that is to start from weights"
     adapter.origin.copy_(adapter.weights)
 

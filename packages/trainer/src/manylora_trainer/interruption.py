@@ -15,9 +15,10 @@ class Interruption(Protocol):
 
 
 class Signals:
-    """Notes the first SIGINT or SIGTERM, so that a step can end in peace; a context manager.
+    """Notes the first SIGINT, SIGTERM or SIGHUP, so that a step can end in peace.
 
-    A second one is handled as if this were not there.
+    A context manager. A second one is handled as if this were not there, and one that the process
+    was started to ignore, as `nohup` does with SIGHUP, stays ignored.
     """
 
     def __init__(self) -> None:
@@ -27,8 +28,9 @@ class Signals:
 
     def __enter__(self) -> "Signals":
         try:
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._note)
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                if signal.getsignal(number) != signal.SIG_IGN:
+                    self._before[number] = signal.signal(number, self._note)
         except ValueError:
             # Not the main thread: signals are the caller's business.
             self._before.clear()

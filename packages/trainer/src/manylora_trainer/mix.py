@@ -62,7 +62,8 @@ class Mix:
                 row = reading[chosen].begin_again()
             drawn += 1
             after = {"drawn": drawn, "parts": [r.after for r in reading], "ended": [*ended]}
-            yield Row(row.number, row.columns, row.source, after, row.error)
+            again = row.again or ended[chosen]
+            yield Row(row.number, row.columns, row.source, after, row.error, again)
 
     def _bounds(self, ended: Sequence[bool]) -> list[float]:
         """Upper bounds of the parts' shares; those that have left have none."""

@@ -4,7 +4,7 @@
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
 # pyright: reportUnknownArgumentType=false, reportMissingTypeStubs=false
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +21,7 @@ BATCH_ROWS = 1024
 """Rows decoded at once."""
 UNREADABLE = (ValueError, OverflowError, KeyError)
 """Of values Python has no form for: text that is not UTF-8, a date after the year 9999, a time
-finer than a microsecond where pandas is not installed, a key that stands in a map twice."""
+finer than a microsecond, a key that stands in a map twice."""
 BUFFER_BYTES = 4 * 1024 * 1024
 """Of a column read at once; without it a row group's whole column is."""
 
@@ -141,49 +141,75 @@ def _refuse_twins(name: str, columns: Sequence[str]) -> None:
 def _with_short_floats(batch: Any) -> Any:
     """Narrow floats as the numbers they were written from: 0.1 and not 0.10000000149011612."""
     for place, kind in enumerate(batch.schema.types):
-        wide = _with_floats_as(kind, pyarrow.float64())
+        wide = _with_leaves_as(kind, _is_narrow, pyarrow.float64())
         if wide != kind:
             column = batch.column(place)
             # Text is the shortest that gives the same narrow float.
             for leaf in (pyarrow.float32(), pyarrow.string(), pyarrow.float64()):
-                column = column.cast(_with_floats_as(kind, leaf))
+                column = column.cast(_with_leaves_as(kind, _is_narrow, leaf))
             batch = batch.set_column(place, batch.schema.names[place], column)
     return batch
 
 
-def _with_floats_as(kind: Any, leaf: Any) -> Any:
-    """A type with `leaf` in the place of its narrow floats, however deep they lie."""
+def _is_narrow(kind: Any) -> bool:
+    return pyarrow.types.is_float32(kind) or pyarrow.types.is_float16(kind)
+
+
+def _is_time_of_nanoseconds(kind: Any) -> bool:
+    return kind == pyarrow.time64("ns")
+
+
+def _with_leaves_as(kind: Any, wanted: Callable[[Any], bool], leaf: Any) -> Any:
+    """A type with `leaf` in the place of those that are wanted, however deep they lie."""
     types = pyarrow.types
-    if types.is_float32(kind) or types.is_float16(kind):
+    if wanted(kind):
         return leaf
     if types.is_struct(kind):
-        return pyarrow.struct([f.with_type(_with_floats_as(f.type, leaf)) for f in kind])
+        return pyarrow.struct([f.with_type(_with_leaves_as(f.type, wanted, leaf)) for f in kind])
     if types.is_map(kind):
-        item = kind.item_field.with_type(_with_floats_as(kind.item_type, leaf))
+        item = kind.item_field.with_type(_with_leaves_as(kind.item_type, wanted, leaf))
         return pyarrow.map_(kind.key_field, item, kind.keys_sorted)
     if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
-        entry = kind.value_field.with_type(_with_floats_as(kind.value_type, leaf))
+        entry = kind.value_field.with_type(_with_leaves_as(kind.value_type, wanted, leaf))
         if types.is_fixed_size_list(kind):
             return pyarrow.list_(entry, kind.list_size)
         return pyarrow.large_list(entry) if types.is_large_list(kind) else pyarrow.list_(entry)
     return kind
 
 
+def _values(column: Any) -> list[Any]:
+    """The values of a column, maps as objects.
+
+    Raises:
+        UNREADABLE: Python has no form for one of them.
+    """
+    # Python's times end at microseconds, and pyarrow cuts what is finer in silence.
+    kind = _with_leaves_as(column.type, _is_time_of_nanoseconds, pyarrow.time64("us"))
+    if kind != column.type:
+        column = column.cast(kind)
+    return column.to_pylist(maps_as_pydicts="strict")
+
+
 def _decode(batch: Any) -> Iterator[dict[str, Any] | tuple[str, str]]:
-    """The rows of a batch, maps as objects; for one that cannot be read a column and the reason."""
+    """The rows of a batch; for one that cannot be read a column and the reason."""
+    names = batch.schema.names
     try:
-        yield from batch.to_pylist(maps_as_pydicts="strict")
+        columns = [_values(column) for column in batch.columns]
     except UNREADABLE:
         for row in range(len(batch)):
-            columns: dict[str, Any] = {}
-            for column in batch.schema.names:
+            found: dict[str, Any] = {}
+            for name in names:
                 try:
-                    columns[column] = batch.column(column)[row].as_py(maps_as_pydicts="strict")
+                    # Taken and not sliced: a slice of lists is cast with all their entries.
+                    (found[name],) = _values(batch.column(name).take(pyarrow.array([row])))
                 except UnicodeDecodeError:
-                    yield column, "not UTF-8"
+                    yield name, "not UTF-8"
                     break
                 except UNREADABLE as error:
-                    yield column, f"cannot be read: {why(error)}"
+                    yield name, f"cannot be read: {why(error)}"
                     break
             else:
-                yield columns
+                yield found
+    else:
+        for row in zip(*columns, strict=True):
+            yield dict(zip(names, row, strict=True))

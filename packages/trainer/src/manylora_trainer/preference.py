@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from manylora_trainer.data_settings import FormatSettings
 from manylora_trainer.formats import Rendered, render
 from manylora_trainer.sources import Row
@@ -31,9 +33,11 @@ class Pair:
         return max(len(self.chosen), len(self.rejected))
 
     def truncated(self, length: int) -> "Pair | None":
-        """Both cut to `length` tokens; None if one of them has no answer left."""
+        """Both cut to `length` tokens; None if one has no answer left, or both have the same."""
         chosen, rejected = self.chosen.truncated(length), self.rejected.truncated(length)
-        return None if chosen is None or rejected is None else Pair(chosen, rejected)
+        if chosen is None or rejected is None or np.array_equal(chosen.tokens, rejected.tokens):
+            return None
+        return Pair(chosen, rejected)
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,11 @@
 """What a person watching sees: bars on a terminal, a line now and then anywhere else."""
 
+import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from types import TracebackType
-from typing import Protocol
+from typing import IO, Any, Protocol, cast
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
@@ -32,11 +34,33 @@ class Watch(Protocol):
         ...
 
 
+class _Unread:
+    """A stream that may have lost its reader: a terminal that closed, `tee` that Ctrl-C ended.
+
+    What a person would have seen is worth less than the run, which would end without a checkpoint.
+    """
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
 class Progress:
     """Progress of a run, one bar a task; a context manager."""
 
     def __init__(self, console: Console | None = None) -> None:
-        self._console = console or Console(stderr=True)
+        self._console = console or Console(file=cast("IO[str]", _Unread(sys.stderr)), stderr=True)
         self._bars: RichProgress | None = None
         self._ids: dict[str, TaskID] = {}
         self._steps: dict[str, int] = {}

@@ -29,7 +29,7 @@ class Task(ConfigModel):
     kind: Literal["sft", "dpo"] = Field(default="sft", validate_default=True)
     """sft: learn the answers; dpo: learn to prefer one of two answers, from rows of the format
     `preference` (https://arxiv.org/abs/2305.18290)."""
-    beta: float = Field(default=0.1, gt=0.0, allow_inf_nan=False)
+    beta: float = Field(default=0.1, gt=0.0)
     """DPO's strength of the pull back to the reference, which is the model before training."""
     split: Split = Split()
     """Which rows train, and which measure."""
@@ -41,7 +41,7 @@ class Task(ConfigModel):
     """When to end before the last step; null: never."""
     steps: int | None = Field(default=None, ge=1)
     """Optimiser steps; the rows are repeated or cut off as needed."""
-    epochs: float | None = Field(default=None, gt=0.0, allow_inf_nan=False, validate_default=True)
+    epochs: float | None = Field(default=None, gt=0.0, validate_default=True)
     """Instead of `steps`: how often each training row is taken."""
     batch_size: int | None = Field(default=None, ge=1)
     """Examples of this task in one step; 16 unless `batch_tokens` is given."""

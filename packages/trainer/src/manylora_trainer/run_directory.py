@@ -24,7 +24,7 @@ from manylora_trainer.recipe import Recipe
 from manylora_trainer.recipe_changes import accept_changes
 from manylora_trainer.result import RunResult, TaskProgress, TaskResult
 from manylora_trainer.run_report import write_run_report
-from manylora_trainer.saved_runs import read_run
+from manylora_trainer.saved_runs import is_locked, read_run
 from manylora_trainer.source_files import source_files
 from manylora_trainer.targets import linears_of, targets_of, trainable_parameters
 
@@ -126,6 +126,9 @@ def open_run(
         )
     if entries and not entries & {"recipe.yaml", ".recipe.yaml.tmp"}:
         raise RunDirectoryError(f"{path} holds no run to resume")
+    if is_locked(directory.metrics):
+        # Seen again by who takes the lock; here before anything of that run is replaced.
+        raise RunDirectoryError(f"{path} is being trained by another process")
     run = directory.read_run()
     if run is not None and run["recipe_digest"] != recipe.digest:
         _change_recipe(directory, run, recipe, allow_changes)

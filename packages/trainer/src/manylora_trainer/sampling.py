@@ -182,7 +182,7 @@ class ExampleStream(Generic[R, I]):
                 self._task, self._data.preparation, row, skipped + window.skipped
             )
             if rendered is None:
-                window.skipped += 1
+                window.skipped += not row.again
             elif part_of(rendered, self._task.split)[0] == "train":
                 window.rows.append(rendered)
                 if len(window.rows) == self._task.shuffle_buffer:

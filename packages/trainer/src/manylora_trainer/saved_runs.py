@@ -20,6 +20,9 @@ State = Literal["finished", "failed", "running", "interrupted", "incomplete"]
 MARKS = ("run.json", "recipe.yaml")
 """A directory with one of these was meant to be a run."""
 
+LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+"""libyaml's, where PyYAML was built with it: reads a recipe in a tenth of the time."""
+
 
 @dataclass(frozen=True)
 class SavedTask:
@@ -204,12 +207,12 @@ def _state(path: Path, record: Mapping[str, Any]) -> State:
     status = record.get("status")
     if status in ("finished", "failed"):
         return status
-    if _is_locked(path / "metrics.jsonl"):
+    if is_locked(path / "metrics.jsonl"):
         return "running"
     return "interrupted" if record else "incomplete"
 
 
-def _is_locked(metrics: Path) -> bool:
+def is_locked(metrics: Path) -> bool:
     """Whether a process trains into the run: it holds a lock on its metrics."""
     try:
         with metrics.open("rb") as file:
@@ -224,11 +227,13 @@ def _is_locked(metrics: Path) -> bool:
 
 def _read_recipe(path: Path) -> Mapping[str, Any]:
     try:
-        recipe = yaml.safe_load(path.read_bytes())
+        recipe = yaml.load(path.read_bytes(), Loader=LOADER)  # noqa: S506 (a SafeLoader)
         if not isinstance(recipe, dict) or not isinstance(recipe["tasks"], list):  # pyright: ignore[reportUnknownVariableType]
             raise ValueError("it has no list of tasks")
         _ = [task["name"] for task in recipe["tasks"]]  # pyright: ignore[reportUnknownVariableType]
-    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
+        # A run writes what JSON can hold; YAML can name dates, and lists that hold themselves.
+        _ = json.dumps(recipe)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, yaml.YAMLError) as error:
         why = " ".join(str(error).split())
         raise UnreadableRunError(f"{path.parent}: recipe.yaml cannot be read: {why}") from error
     return recipe  # pyright: ignore[reportUnknownVariableType]
@@ -239,10 +244,11 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        value = json.loads(path.read_bytes())
+        # NaN and infinity, which Python writes and JSON has no form for, are nothing to tell.
+        value = json.loads(path.read_bytes(), parse_constant=lambda _: None)
         if not isinstance(value, dict):
             raise ValueError("it is not an object")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UnreadableRunError(f"{path.parent}: {path.name} cannot be read: {error}") from error
     return value  # pyright: ignore[reportUnknownVariableType]
 
@@ -251,7 +257,10 @@ def _read_starts(path: Path) -> list[dict[str, Any]]:
     starts = _read_json(path / "environment.json").get("starts", [])
     try:
         # What else stands in it differs from version to version.
-        _ = [start["environment"].items() for start in [*starts]]
+        for start in [*starts]:
+            _ = [gpu["name"] for gpu in start["environment"].get("gpus", ())]
+            if git := start.get("git"):
+                _ = git["commit"][:12], git["dirty"]
     except (KeyError, TypeError, AttributeError) as error:
         raise UnreadableRunError(
             f"{path}: environment.json is not what a run writes ({type(error).__name__}: {error})"
@@ -265,7 +274,7 @@ def _read_metrics(path: Path) -> list[dict[str, Any]]:
     try:
         *lines, _ = path.read_bytes().split(b"\n")
         entries: list[dict[str, Any]] = [json.loads(line) for line in lines]
-        _ = [(entry["step"], entry["task"]) for entry in entries]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        _ = [(entry["step"] + 0.0, entry["task"]) for entry in entries]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UnreadableRunError(f"{path.parent}: {path.name} cannot be read: {error}") from error
     return entries

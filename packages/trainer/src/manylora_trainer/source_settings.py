@@ -147,7 +147,7 @@ class RaySource(ConfigModel):
 class WeightedSource(ConfigModel):
     """One source of a mix."""
 
-    weight: float = Field(default=1.0, gt=0.0, allow_inf_nan=False)
+    weight: float = Field(default=1.0, gt=0.0)
     """Its share of the rows, relative to the other weights."""
     source: "SourceSettings"
     """Where its rows come from: any of the kinds there are."""

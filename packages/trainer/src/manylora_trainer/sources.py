@@ -52,6 +52,8 @@ class Row:
     """The place of the next row."""
     error: RowError | None = None
     """Why it has no columns. A source goes on behind such a row; the reader decides."""
+    again: bool = False
+    """Whether this reading has given it before, as a mix does with its shorter sources."""
 
 
 class Source(Protocol):

@@ -7,6 +7,7 @@ import re
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,12 +24,12 @@ from sqlalchemy import (
     table,
     text,
 )
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import DataError, SQLAlchemyError
 from sqlalchemy.sql.expression import FromClause, TextClause
 
 from manylora_trainer.errors import SourceError
 from manylora_trainer.source_settings import ENVIRONMENT_VARIABLE, SqlSource
-from manylora_trainer.sources import Place, Row
+from manylora_trainer.sources import Place, Row, bad_row
 
 BIND_PARAMETER = re.compile(r"(?<![:\w\\]):(\w+)(?!:)")
 """What SQLAlchemy's `text` takes for one; in a user's query it is part of a literal."""
@@ -40,6 +41,9 @@ KEY_TYPES: Mapping[str, Any] = {
     "uuid": uuid.UUID,
 }
 """Types of keys that JSON has no form for, by the name a place gives them."""
+
+_Fetched = tuple[Any, dict[str, Any] | str]
+"""The key of a row and its columns, or why they cannot be read."""
 
 
 @dataclass(frozen=True)
@@ -71,20 +75,20 @@ class SqlRows:
                     self._refuse_another(engine, last, page)
                 if not page:
                     return
-                for mapping, following in zip(page, [*page[1:], None], strict=True):
-                    key = mapping[self.settings.key]
-                    if following is not None and following[self.settings.key] == key:
+                for (key, _), (following, _) in pairwise(page):
+                    if following == key:
                         raise SourceError(
                             f"{self.name}: two rows have {self.settings.key} {key!r}; "
                             "the key must be unique"
                         )
                 # One row more than a page was fetched, to see that its key is another.
-                for mapping in page[: self.settings.page_rows]:
-                    last = mapping[self.settings.key]
+                for last, columns in page[: self.settings.page_rows]:
                     number += 1
-                    yield Row(
-                        number, dict(mapping), self.name, {"row": number, "key": self._place(last)}
-                    )
+                    after = {"row": number, "key": self._place(last)}
+                    if isinstance(columns, str):
+                        yield bad_row(self.name, number, columns, after)
+                    else:
+                        yield Row(number, columns, self.name, after)
                 if len(page) <= self.settings.page_rows:
                     return
         except SQLAlchemyError as error:
@@ -93,21 +97,48 @@ class SqlRows:
         finally:
             engine.dispose()
 
-    def _page(self, engine: Engine, last: Any) -> Sequence[RowMapping]:
+    def _page(self, engine: Engine, last: Any) -> Sequence[_Fetched]:
+        name = self.settings.key
+        everything: ColumnClause[Any] = literal_column("*")
+        try:
+            with engine.connect() as connection:
+                rows = _streamed(connection, self._behind(last, everything))
+        except SQLAlchemyError as error:
+            if not _is_of_a_value(error):
+                raise
+            return self._row_by_row(engine, last)
+        if rows and name not in rows[0]:
+            known = ", ".join(map(str, rows[0]))
+            raise SourceError(f"{self.name} has no column {name}; it has {known}")
+        return [(row[name], dict(row)) for row in rows]
+
+    def _row_by_row(self, engine: Engine, last: Any) -> Sequence[_Fetched]:
+        """A page with a value that no Python value can hold: the rows around it can be read."""
         key: ColumnClause[Any] = column(self.settings.key)
         everything: ColumnClause[Any] = literal_column("*")
-        statement: Select[Any] = select(everything).select_from(self._from())
-        if last is not None:
-            statement = statement.where(key > last)
-        statement = statement.order_by(key).limit(self.settings.page_rows + 1)
+        page: list[_Fetched] = []
         with engine.connect() as connection:
-            page = _streamed(connection, statement)
-        if page and self.settings.key not in page[0]:
-            known = ", ".join(map(str, page[0]))
-            raise SourceError(f"{self.name} has no column {self.settings.key}; it has {known}")
+            for (found,) in connection.execute(self._behind(last, key)).all():
+                row = select(everything).select_from(self._from()).where(key == found)
+                try:
+                    page += [(found, dict(r)) for r in connection.execute(row).mappings()]
+                except SQLAlchemyError as error:
+                    if not _is_of_a_value(error):
+                        raise
+                    connection.rollback()
+                    problem = f"{self.settings.key} {found!r} cannot be read: {_why(error)}"
+                    page.append((found, problem))
         return page
 
-    def _refuse_another(self, engine: Engine, last: Any, page: Sequence[RowMapping]) -> None:
+    def _behind(self, last: Any, wanted: ColumnClause[Any]) -> Select[Any]:
+        """One row more than a page, of those whose key is greater than the last one's."""
+        key: ColumnClause[Any] = column(self.settings.key)
+        statement: Select[Any] = select(wanted).select_from(self._from())
+        if last is not None:
+            statement = statement.where(key > last)
+        return statement.order_by(key).limit(self.settings.page_rows + 1)
+
+    def _refuse_another(self, engine: Engine, last: Any, page: Sequence[_Fetched]) -> None:
         """Refuses keys that the database compares otherwise than Python does.
 
         Of two that are equal for it alone (a collation that is blind to case) the next page passes
@@ -115,7 +146,7 @@ class SqlRows:
         float) begins the next page again and again.
         """
         name = self.settings.key
-        if page and page[0][name] == last:
+        if page and page[0][0] == last:
             raise SourceError(
                 f"{self.name}: the database takes {name} {last!r} for greater than itself, as it "
                 "does a narrow float; choose another key"
@@ -188,11 +219,16 @@ def _connect(settings: SqlSource) -> Engine:
         hint = f": the driver {driver} is not installed" if driver else " such as sqlite:///rows.db"
         raise SourceError(f"the database URL is not one SQLAlchemy can open{hint}") from error
     file = engine.url.database
-    if engine.dialect.name == "sqlite" and file and file != ":memory:" and not Path(file).exists():
-        if file.startswith("file:"):
-            return engine  # SQLite's own URI, which says by `mode` whether a file is made.
-        # SQLite would make an empty one.
-        raise SourceError(f"{file} does not exist")
+    if engine.dialect.name == "sqlite" and file and file != ":memory:":
+        if not file.removeprefix("file:").startswith(("/", ":")):
+            raise SourceError(
+                f"{file} is relative, and a URL from the environment is relative to no recipe: "
+                "give the whole path, as sqlite:////data/rows.db does"
+            )
+        # SQLite's own URI says by `mode` whether a file is made.
+        if not file.startswith("file:") and not Path(file).exists():
+            # SQLite would make an empty one.
+            raise SourceError(f"{file} does not exist")
     return engine
 
 
@@ -201,6 +237,12 @@ def _variable(name: str) -> str:
     if value is None:
         raise SourceError(f"the environment variable {name}, of a database URL, is not set")
     return value
+
+
+def _is_of_a_value(error: SQLAlchemyError) -> bool:
+    """Whether a single value is at fault, and not the database or the way to it."""
+    # SQLite's driver has no class of its own for text that is not UTF-8.
+    return isinstance(error, DataError) or _why(error).startswith("Could not decode")
 
 
 def _why(error: SQLAlchemyError) -> str:

@@ -13,7 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from manylora_registry.errors import ConfigError
 from manylora_trainer.durable import write_file
-from manylora_trainer.errors import SweepError
+from manylora_trainer.errors import RunInterruptedError, SweepError
 from manylora_trainer.halving import Rungs
 from manylora_trainer.recipe import Recipe
 from manylora_trainer.saved_runs import SavedRun, read_run
@@ -99,8 +99,16 @@ def run_sweep(
     Raises:
         SweepError: the directory cannot be used as asked, or no trial came to its end.
         TrainerError: a run failed; see `manylora_trainer.train`.
-        RunInterruptedError: SIGINT or SIGTERM came; a checkpoint was written first.
+        RunInterruptedError: SIGINT, SIGTERM or SIGHUP came; a checkpoint was written first.
     """
+    try:
+        return _run(sweep, resume, how_to_resume, say)
+    except KeyboardInterrupt as error:
+        # Between two runs nobody notes signals; a run under way has its own way to end.
+        raise RunInterruptedError(f"stopped by SIGINT; go on with: {how_to_resume}") from error
+
+
+def _run(sweep: Sweep, resume: bool, how_to_resume: str, say: Callable[[str], None]) -> SweepResult:
     from manylora_trainer import train
     from manylora_trainer.sweep_report import write_sweep_report
 
