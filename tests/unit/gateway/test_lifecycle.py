@@ -3,6 +3,7 @@
 import asyncio
 import json
 import socket
+from collections import Counter
 from typing import cast
 
 import grpc
@@ -11,6 +12,8 @@ from google.rpc import error_details_pb2
 
 from manylora.admin.v1 import admin_pb2
 from manylora.inference.v1 import inference_pb2 as pb
+from manylora.inference.v1 import inference_pb2_grpc
+from manylora_client.status import call_error
 from manylora_gateway.config import EngineConfig, LimitsConfig
 from manylora_gateway.limits import Limits
 from manylora_gateway.requests import Requests
@@ -216,3 +219,20 @@ async def test_a_load_outlives_the_client_who_asked_for_it(
     reply = await gateway.inference.Generate(pb.GenerateRequest(adapter="blue@1", text="hi"))
     assert reply.adapter.digest == version.digest
     assert gateway.engine.loads.count(version.engine_name) == 1
+
+
+BURST = 4000
+
+
+async def test_a_burst_the_front_has_not_looked_at_is_answered_in_our_words(
+    served: dict[str, Version], start: Start
+) -> None:
+    """gRPC by itself cancels most of it, without a reason and without a time to come back."""
+    async with start(limits=LimitsConfig(max_requests=4)) as gateway:
+        with grpc.insecure_channel(gateway.front.inference_address) as channel:
+            generate = inference_pb2_grpc.InferenceServiceStub(channel).Generate
+            # The gateway's loop is this one: while they are sent, it looks at none of them.
+            calls = [generate.future(pb.GenerateRequest(text="hi")) for _ in range(BURST)]
+            answers = await asyncio.to_thread(lambda: [call.exception() for call in calls])
+    reasons = Counter(error and call_error(error, "it").reason for error in answers)
+    assert reasons.keys() == {None, "QUEUE_FULL"}
