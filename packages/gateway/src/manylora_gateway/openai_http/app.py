@@ -33,7 +33,12 @@ from manylora_gateway.health import health_route
 from manylora_gateway.inference import Inference
 from manylora_gateway.limits import check_request_id
 from manylora_gateway.openai_http.bodies import ChatBody, CompletionBody, read_body
-from manylora_gateway.openai_http.problems import BodyTooBigError, Problem, problem_of
+from manylora_gateway.openai_http.problems import (
+    BodyEncodedError,
+    BodyTooBigError,
+    Problem,
+    problem_of,
+)
 from manylora_gateway.openai_http.reading import Asked, Reading
 from manylora_gateway.openai_http.replies import Kind, Replies, error_event, listed, models
 from manylora_gateway.stalls import patience
@@ -239,8 +244,11 @@ async def _json(request: Request, limit: int) -> object:
     """The body, parsed.
 
     Raises:
-        InvalidRequestError: it is too long, too slow, or not JSON.
+        InvalidRequestError: it is too long, too slow, compressed, or not JSON.
     """
+    coding = ", ".join(request.headers.getlist("content-encoding"))
+    if coding.strip().lower() not in ("", "identity"):
+        raise BodyEncodedError(coding)
     body = bytearray()
     try:
         async with asyncio.timeout(BODY_TIMEOUT_S):
