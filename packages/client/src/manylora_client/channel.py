@@ -101,10 +101,16 @@ def deadline(timeout: float | None, default: float | None) -> float | None:
         InvalidInputError: it is no positive number.
     """
     seconds = default if timeout is None else timeout
-    if seconds is None or seconds > LONGEST_TIMEOUT:
+    if seconds is None:
         return None
-    if not seconds > 0:
-        raise InvalidInputError(f"the timeout must be a positive number of seconds, not {seconds}")
+    try:
+        if seconds > LONGEST_TIMEOUT:
+            return None
+        positive = seconds > 0
+    except TypeError:
+        positive = False
+    if not positive:
+        raise InvalidInputError(f"the timeout must be a positive number of seconds, not {seconds!r}")
     return seconds
 
 
