@@ -7,6 +7,7 @@ from collections import Counter
 from typing import cast
 
 import grpc
+import httpx
 import pytest
 from google.rpc import error_details_pb2
 
@@ -108,6 +109,29 @@ async def test_a_draining_gateway_ends_what_runs_and_takes_no_more(
     gateway.engine.let_answer()
     assert (await running).text
     await drained
+
+
+async def test_what_outlasts_the_drain_is_told_so(gateway: RunningGateway) -> None:
+    gateway.engine.hold_answers()
+    stream = gateway.inference.GenerateStream(SAY)
+    batch = gateway.inference.BatchGenerate(pb.BatchGenerateRequest(requests=[SAY]))
+    unary = gateway.inference.Generate(SAY)
+    assert (await stream.read()).HasField("started")
+    assert (await stream.read()).HasField("delta")
+    body = {"model": "red", "prompt": "hi"}
+    async with httpx.AsyncClient(base_url=gateway.http) as http:
+        whole = asyncio.create_task(http.post("/v1/completions", json=body))
+        async with http.stream("POST", "/v1/completions", json={**body, "stream": True}) as events:
+            await gateway.engine.until_running(5)
+            gateway.admission.cut_off()
+            *_, last = (await events.aread()).decode().split("data: ")
+        reply = await whole
+    assert json.loads(last)["error"]["code"] == "draining"
+    assert (reply.status_code, reply.json()["error"]["code"]) == (503, "draining")
+    assert "retry-after" in reply.headers
+    for call in (unary, stream.read(), batch.read()):
+        assert told(await refused(call)) == ("UNAVAILABLE", "DRAINING")
+    await gateway.engine.until_running(0)
 
 
 LOUD = 10_000
