@@ -127,8 +127,10 @@ async def test_a_kind_of_constraint_can_be_ruled_out(
                 assert reply.status_code == (200 if kind in allowed else 400), reply.text
                 if kind not in allowed:
                     assert reply.json()["error"]["param"] == param
-    kinds = {sampling.constraint and KINDS[type(sampling.constraint)]
-        for sampling in gateway.engine.samplings}
+    kinds = {
+        sampling.constraint and KINDS[type(sampling.constraint)]
+        for sampling in gateway.engine.samplings
+    }
     assert kinds - {None} == set(allowed)
 
 

@@ -80,8 +80,8 @@ def _check_tls_files(
             context.load_cert_chain(certificate, key, password="")
     except ssl.SSLError as error:
         mismatch = error.reason in ("KEY_VALUES_MISMATCH", "KEY_TYPE_MISMATCH")
-        text = f"is not the key of {certificate}" if mismatch else "holds no plain private key in PEM"
-        raise InvalidInputError(f"{key} {text}") from error
+        problem = f"is not the key of {certificate}" if mismatch else "holds no plain private key"
+        raise InvalidInputError(f"{key} {problem}") from error
 
 
 def resolve_credentials(
@@ -110,7 +110,8 @@ def deadline(timeout: float | None, default: float | None) -> float | None:
     except TypeError:
         positive = False
     if not positive:
-        raise InvalidInputError(f"the timeout must be a positive number of seconds, not {seconds!r}")
+        text = f"the timeout must be a positive number of seconds, not {seconds!r}"
+        raise InvalidInputError(text)
     return seconds
 
 

@@ -77,15 +77,15 @@ def check_division(shares: Division, shadow: tuple[int, int] | None) -> None:
     Raises:
         InvalidRequestError: with every field that is wrong.
     """
-    named = [(f"shares[{index}]", *share) for index, share in enumerate(shares)]
+    parts = [(f"shares[{index}]", *share) for index, share in enumerate(shares)]
     if shadow is not None:
-        named.append(("shadow", *shadow))
+        parts.append(("shadow", *shadow))
     wrong: list[Violation] = []
-    for field, number, percent in named:
+    for part, number, percent in parts:
         if number < 1:
-            wrong.append(Violation(f"{field}.version", "must be a version's number, from 1 on"))
+            wrong.append(Violation(f"{part}.version", "must be a version's number, from 1 on"))
         if not 1 <= percent <= 100:
-            wrong.append(Violation(f"{field}.percent", "must be from 1 to 100"))
+            wrong.append(Violation(f"{part}.percent", "must be from 1 to 100"))
     total = sum(percent for _, percent in shares)
     if shares and total != 100:
         wrong.append(Violation("shares", f"are {total} percent together, not 100"))

@@ -89,9 +89,10 @@ class ServerTls:
         return tuple((status.st_mtime_ns, status.st_size, status.st_ino) for status in found)
 
     def _read(self) -> _Read:
-        """
+        """The files as they are.
+
         Raises:
-            StartError: names the file that cannot be used.
+            StartError: names the one that cannot be used.
         """
         config, stamp = self._config, self._look()
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -133,7 +134,7 @@ def _load_pair(context: ssl.SSLContext, certificate: Path, key: Path) -> None:
         if error.reason in ("KEY_VALUES_MISMATCH", "KEY_TYPE_MISMATCH"):
             text = f"is not the key of {certificate}"
         elif error.reason is None:
-            text = "holds no plain private key in PEM"
+            text = "holds no plain private key"
         else:
             text = f"and {certificate} cannot be used: {error.reason.replace('_', ' ').lower()}"
         raise StartError(f"tls: {key} {text}") from error
