@@ -186,6 +186,8 @@ class ScriptedService(InferenceServiceServicer):
         for index, entry in reversed(list(enumerate(request.requests))):
             reply = self._reply(entry)
             if isinstance(reply, Answer):
+                with self._counted(entry):
+                    await self._hold(reply.hold_after is not None)
                 if reply.drop_after is None:
                     yield pb.BatchGenerateResponse(index=index, response=_response(entry, reply))
             else:

@@ -2,10 +2,12 @@
 
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any, cast
 
 import grpc
+import numpy as np
 import pytest
 
 import manylora.inference.v1.inference_pb2 as pb
@@ -219,7 +221,10 @@ def test_text_chat_and_tokens_are_sent_as_such(
         ([], {}, "the input is empty"),
         ([1, "two"], {}, "the input must be text"),
         ([{"role": "user"}], {}, "'role' and 'content'"),
-        ([{"role": "user", "content": 3}], {}, "cannot be sent"),
+        ([{"role": "user", "content": 3}], {}, "both text"),
+        (cast("Input", [{"role": "user", "content": None}]), {}, "both text"),
+        (cast("Input", (token for token in [1, 2])), {}, "the input must be text"),
+        (cast("Input", np.array([1, 2])), {}, "the input must be text"),
         ([-1], {}, "cannot be sent"),
         ("x", {"max_tokens": -1}, "cannot be sent"),
         ("x", {"temperature": "warm"}, "cannot be sent"),
@@ -228,6 +233,7 @@ def test_text_chat_and_tokens_are_sent_as_such(
         (cast("Input", b"abc"), {}, "input is bytes"),
         ("x", {"timeout": 0}, "timeout must be a positive number of seconds, not 0"),
         ("x", {"timeout": float("nan")}, "positive number"),
+        ("x", {"timeout": "soon"}, "positive number of seconds, not 'soon'"),
         ("x", {"stop": "END"}, r"stop must be a list of strings, e\.g\. \['END'\]"),
     ],
 )
@@ -317,21 +323,18 @@ def test_an_error_tells_every_refused_field_and_when_to_come_back_in_one_line(
     )
 
 
-def test_a_field_that_the_message_names_already_is_told_once(
-    serve: Serve, connect: Connect
-) -> None:
+def test_a_field_that_the_message_names_is_told_once(serve: Serve, connect: Connect) -> None:
+    """As the gateway does it, whose message is for clients that read no details."""
+    message = "requests: must not be empty"
     failure = Failure(
-        grpc.StatusCode.INVALID_ARGUMENT,
-        "sampling.temperature: must be from 0 to 2",
-        violations={"sampling.temperature": "must be from 0 to 2"},
+        grpc.StatusCode.INVALID_ARGUMENT, message, violations={"requests": "must not be empty"}
     )
-    client = connect(serve({"": failure}).target)
 
     with pytest.raises(InvalidArgumentError) as raised:
-        client.generate("x")
+        connect(serve({"": failure}).target).generate("x")
 
-    assert len(raised.value.violations) == 1
-    assert str(raised.value) == "sampling.temperature: must be from 0 to 2"
+    assert str(raised.value) == message
+    assert [violation.field for violation in raised.value.violations] == ["requests"]
 
 
 def test_no_server_says_where_and_how_to_start_one(serve: Serve, connect: Connect) -> None:
@@ -592,6 +595,37 @@ def test_a_closed_client_says_so(serve: Serve, connect: Connect) -> None:
     ):
         with pytest.raises(ClosedError):
             call()
+
+
+@pytest.mark.parametrize("kind", ["generate", "batch", "stream"])
+def test_closing_a_client_ends_what_is_under_way(kind: str, serve: Serve, connect: Connect) -> None:
+    """Not as if the caller's own task were cancelled, or the server had done it."""
+    server = serve({"": Answer(hold_after=0)})
+    client = connect(server.target)
+    calls: dict[str, Callable[[], object]] = {
+        "generate": lambda: client.generate("x"),
+        "batch": lambda: client.batch([Request("x")]),
+        "stream": lambda: list(client.stream("x")),
+    }
+
+    with ThreadPoolExecutor(1) as pool:
+        call = pool.submit(calls[kind])
+        while not server.service.in_flight:
+            pass
+        client.close()
+        with pytest.raises(ClosedError):
+            call.result(timeout=30)
+
+
+def test_a_stream_that_is_closed_elsewhere_ends(serve: Serve, connect: Connect) -> None:
+    server = serve({"": Answer("one two", hold_after=1)})
+    stream = connect(server.target).stream("x")
+    assert next(stream).text == "one"
+
+    with ThreadPoolExecutor(1) as pool:
+        rest = pool.submit(lambda: list(stream))
+        stream.close()
+        assert rest.result(timeout=30) == []
 
 
 def _eventually(call: Callable[[], Generation], error: type[ClientError]) -> Generation:

@@ -13,6 +13,8 @@ import pytest
 from manylora_client import (
     AsyncClient,
     Client,
+    ClosedError,
+    Generation,
     InvalidInputError,
     UnreachableError,
     tls_credentials,
@@ -86,6 +88,17 @@ def test_tasks_share_one_client_made_before_the_loop(serve: Serve) -> None:
         return [answer.text for answer in answers]
 
     assert run(ask_all()) == texts
+
+
+def test_a_client_of_another_loop_says_so(serve: Serve) -> None:
+    client = AsyncClient(serve({"": Answer()}).target)
+
+    async def ask() -> Generation:
+        return await client.generate("x")
+
+    assert run(ask()).text == Answer().text
+    with pytest.raises(ClosedError, match="make one for each loop"):
+        asyncio.run(ask())
 
 
 def test_cancelling_the_task_cancels_the_call(serve: Serve) -> None:

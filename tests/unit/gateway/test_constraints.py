@@ -1,7 +1,10 @@
 """What would hold up an engine, or never compile, is refused before an engine sees it."""
 
+import json
+
 import pytest
 
+from manylora_gateway.config import LimitsConfig
 from manylora_gateway.constraints import nested_counts, problems
 from manylora_gateway.engine import Constraint, Grammar, JsonObject, JsonSchema, OneOf, Regex
 
@@ -30,6 +33,7 @@ def test_repetitions_in_one_another_are_counted(pattern: str, depth: int) -> Non
     assert nested_counts(pattern) == depth
 
 
+LIMITS = LimitsConfig(max_constraint_bytes=200)
 EXPLOSIVE = "(((a{1,100}){1,100}){1,100}){1,100}"
 
 
@@ -62,7 +66,7 @@ EXPLOSIVE = "(((a{1,100}){1,100}){1,100}){1,100}"
     ],
 )
 def test_what_is_wrong_is_said(constraint: Constraint, complaint: str) -> None:
-    assert complaint in "; ".join(problems(constraint, max_bytes=200))
+    assert complaint in "; ".join(problems(constraint, LIMITS))
 
 
 @pytest.mark.parametrize(
@@ -83,4 +87,19 @@ def test_what_is_wrong_is_said(constraint: Constraint, complaint: str) -> None:
     ],
 )
 def test_what_is_well_formed_passes(constraint: Constraint) -> None:
-    assert list(problems(constraint, max_bytes=200)) == []
+    assert list(problems(constraint, LIMITS)) == []
+
+
+def test_a_pattern_is_a_regular_expression_wherever_it_is() -> None:
+    """Two counts suffice for a step of 14 s, and a schema can bring them along."""
+    limits = LimitsConfig(constraints=("json_schema",))
+    slow = "((a|ab|abc|.){1,100}){1,100}"
+    for schema in (
+        {"type": "string", "pattern": slow},
+        {"type": "array", "items": {"type": "string", "pattern": slow}},
+        {"type": "object", "patternProperties": {slow: {}}},
+        {"type": "object", "propertyNames": {"pattern": slow}},
+    ):
+        (problem,) = problems(JsonSchema(json.dumps(schema)), limits)
+        assert "regular expressions are not allowed" in problem
+    assert not list(problems(JsonSchema('{"type": "string", "maxLength": 9}'), limits))

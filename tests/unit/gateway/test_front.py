@@ -1,7 +1,11 @@
 """The ports are the gateway's own."""
 
 import asyncio
+import contextlib
+import resource
 import socket
+import subprocess
+import sys
 
 import httpx
 import pytest
@@ -11,6 +15,7 @@ from manylora_gateway.errors import StartError
 from manylora_gateway.front import Front
 from manylora_gateway.health import probes
 from manylora_gateway.openai_http.server import HttpServer
+from tests.unit.gateway.test_observing import until
 
 
 @pytest.mark.parametrize("field", ["inference", "admin", "http", "health"])
@@ -59,3 +64,43 @@ async def test_two_gateways_do_not_share_a_port() -> None:
     first = Front(ListenConfig(inference="127.0.0.1:0", admin="127.0.0.1:0"))
     with pytest.raises(StartError):
         Front(ListenConfig(inference=first.inference_address, admin="127.0.0.1:0"))
+
+
+async def test_a_want_of_files_is_one_line_and_passes(caplog: pytest.LogCaptureFixture) -> None:
+    server = HttpServer("127.0.0.1:0", "listen.http")
+    await server.start(probes(lambda: True))
+    host, _, port = server.address.rpartition(":")
+    await answered(server)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    waiting = socket.create_connection((host, int(port)))
+    # Numbers of files are taken from below: none is left.
+    with contextlib.ExitStack() as taken:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (waiting.fileno() + 1, hard))
+        try:
+            with contextlib.suppress(OSError):
+                while True:
+                    taken.enter_context(socket.socket())
+            await until(lambda: bool(caplog.records))
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    for _ in range(30):  # asyncio takes a second look for each connection it could not take
+        await answered(server)
+    waiting.close()
+    await server.stop()
+    assert ["ulimit -n" in record.getMessage() for record in caplog.records] == [True]
+
+
+async def answered(server: HttpServer) -> None:
+    async with httpx.AsyncClient() as http:
+        assert (await http.get(f"http://{server.address}/health")).status_code == 200
+
+
+def test_the_gateway_takes_as_many_files_as_it_may() -> None:
+    program = (
+        "import resource; from manylora_gateway.environment import raise_file_limit;"
+        "hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1];"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard)); raise_file_limit();"
+        "soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0];"
+        "assert soft in (hard, 65536), soft"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)

@@ -3,14 +3,18 @@
 import asyncio
 import json
 import socket
-from typing import cast
+from collections import Counter
+from typing import Any, cast
 
 import grpc
+import httpx
 import pytest
 from google.rpc import error_details_pb2
 
 from manylora.admin.v1 import admin_pb2
 from manylora.inference.v1 import inference_pb2 as pb
+from manylora.inference.v1 import inference_pb2_grpc
+from manylora_client.status import call_error
 from manylora_gateway.config import EngineConfig, LimitsConfig
 from manylora_gateway.limits import Limits
 from manylora_gateway.requests import Requests
@@ -105,6 +109,28 @@ async def test_a_draining_gateway_ends_what_runs_and_takes_no_more(
     gateway.engine.let_answer()
     assert (await running).text
     await drained
+
+
+async def test_what_outlasts_the_drain_is_told_so(gateway: RunningGateway) -> None:
+    gateway.engine.hold_answers()
+    stream = gateway.inference.GenerateStream(SAY)
+    batch = gateway.inference.BatchGenerate(pb.BatchGenerateRequest(requests=[SAY]))
+    unary = gateway.inference.Generate(SAY)
+    assert [await stream.read() for _ in ("started", "delta")]
+    body = {"model": "red", "prompt": "hi"}
+    async with httpx.AsyncClient(base_url=gateway.http) as http:
+        whole = asyncio.create_task(http.post("/v1/completions", json=body))
+        async with http.stream("POST", "/v1/completions", json={**body, "stream": True}) as events:
+            await gateway.engine.until_running(5)
+            gateway.admission.cut_off()
+            *_, last = (await events.aread()).decode().split("data: ")
+        reply = await whole
+    assert json.loads(last)["error"]["code"] == "draining"
+    assert (reply.status_code, reply.json()["error"]["code"]) == (503, "draining")
+    assert "retry-after" in reply.headers
+    for call in (unary, stream.read(), batch.read()):
+        assert told(await refused(cast("Any", call))) == ("UNAVAILABLE", "DRAINING")
+    await gateway.engine.until_running(0)
 
 
 LOUD = 10_000
@@ -216,3 +242,22 @@ async def test_a_load_outlives_the_client_who_asked_for_it(
     reply = await gateway.inference.Generate(pb.GenerateRequest(adapter="blue@1", text="hi"))
     assert reply.adapter.digest == version.digest
     assert gateway.engine.loads.count(version.engine_name) == 1
+
+
+BURST = 4000
+
+
+async def test_a_burst_the_front_has_not_looked_at_is_answered_in_our_words(
+    served: dict[str, Version], start: Start
+) -> None:
+    """gRPC by itself cancels most of it, without a reason and without a time to come back."""
+    async with start(limits=LimitsConfig(max_requests=4)) as gateway:
+        with grpc.insecure_channel(gateway.front.inference_address) as channel:
+            generate = inference_pb2_grpc.InferenceServiceStub(channel).Generate
+            # The gateway's loop is this one: while they are sent, it looks at none of them.
+            calls = [generate.future(pb.GenerateRequest(text="hi")) for _ in range(BURST)]
+            answers = await asyncio.to_thread(lambda: [call.exception() for call in calls])
+    reasons = Counter(
+        error and call_error(cast("grpc.RpcError", error), "it").reason for error in answers
+    )
+    assert reasons.keys() == {None, "QUEUE_FULL"}

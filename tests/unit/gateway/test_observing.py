@@ -212,9 +212,11 @@ async def test_a_request_is_one_json_line_that_keeps_its_text_to_itself(
     try:
         asked = pb.GenerateRequest(adapter="red", text="a secret")
         reply = await gateway.inference.Generate(asked)
+        logging.getLogger("opentelemetry.exporter").warning("the collector does not answer")
         lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
     finally:
-        logging.getLogger("manylora_gateway").handlers.clear()
+        logging.getLogger().removeHandler(logging.getLogger().handlers[-1])
+    assert "the collector does not answer" in [line["message"] for line in lines]
     (line,) = [line for line in lines if line["message"] == "request ended"]
     assert line["request_id"] == reply.request_id
     assert (line["adapter"], line["version"], line["code"]) == ("red", 1, "OK")

@@ -1,6 +1,7 @@
 """OpenAI's API, asked by OpenAI's own client."""
 
 import asyncio
+import gzip
 import json
 from collections.abc import AsyncIterator
 from typing import Any
@@ -456,6 +457,21 @@ async def test_a_body_that_is_no_request(
         reply = await http.post(f"{gateway.http}/v1/completions", content=body)
     assert reply.status_code == 400
     assert message in reply.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("coding", ["gzip", "deflate", "identity, br"])
+async def test_a_compressed_body_is_refused_by_its_header(
+    gateway: RunningGateway, coding: str
+) -> None:
+    body = gzip.compress(b'{"model": "red", "prompt": "hi"}')
+    async with httpx.AsyncClient() as http:
+        headers = {"content-encoding": coding}
+        reply = await http.post(f"{gateway.http}/v1/completions", content=body, headers=headers)
+    assert reply.status_code == 415
+    assert reply.headers["accept-encoding"] == "identity"
+    error = reply.json()["error"]
+    assert (error["type"], error["param"]) == ("invalid_request_error", "content-encoding")
+    assert coding in error["message"]
 
 
 async def test_a_body_beyond_the_limit(served: dict[str, Version], start: Start) -> None:

@@ -7,13 +7,14 @@ from collections import Counter
 
 import grpc
 import pytest
+from google.rpc import error_details_pb2
 
 from manylora.admin.v1 import admin_pb2
 from manylora.inference.v1 import inference_pb2 as pb
 from manylora_registry import Registry, Version
 from tests.unit.gateway.conftest import Publish, Start
 from tests.unit.gateway.in_process import OTHER_BASE, RunningGateway
-from tests.unit.gateway.test_errors import refused, told
+from tests.unit.gateway.test_errors import detail, refused, told
 
 
 async def ask(gateway: RunningGateway, session: str, reference: str = "red") -> int:
@@ -122,6 +123,17 @@ async def test_a_version_that_cannot_be_loaded_takes_no_share(
             await divide(gateway, (version, 50), (1, 50))
         assert await ask(gateway, "any") == 1
         assert [share.percent for share in (await told_of(gateway)).shares] == [100]
+
+
+async def test_a_version_that_is_no_number_is_named(gateway: RunningGateway) -> None:
+    request = admin_pb2.SetRolloutRequest(
+        adapter="red",
+        shares=[admin_pb2.RolloutShare(percent=100)],
+        shadow=admin_pb2.RolloutShadow(percent=5),
+    )
+    status = await refused(gateway.admin.SetRollout(request))
+    violations = detail(status, error_details_pb2.BadRequest).field_violations
+    assert [one.field for one in violations] == ["shares[0].version", "shadow.version"]
 
 
 async def test_shares_that_are_no_division_are_refused(gateway: RunningGateway) -> None:

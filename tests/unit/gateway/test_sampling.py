@@ -3,9 +3,13 @@
 import asyncio
 
 import grpc
+import httpx
 import pytest
+from google.rpc import error_details_pb2
 
 from manylora.inference.v1 import inference_pb2 as pb
+from manylora_gateway.config import ConstraintKind, LimitsConfig
+from manylora_gateway.constraints import KINDS
 from manylora_gateway.engine import (
     Constraint,
     Grammar,
@@ -16,10 +20,10 @@ from manylora_gateway.engine import (
     Sampling,
 )
 from manylora_registry import Version
-from tests.unit.gateway.conftest import Publish
+from tests.unit.gateway.conftest import Publish, Start
 from tests.unit.gateway.fake_engine import IMPOSSIBLE
 from tests.unit.gateway.in_process import RunningGateway
-from tests.unit.gateway.test_errors import refused, told
+from tests.unit.gateway.test_errors import detail, refused, told
 
 
 async def test_every_parameter_reaches_the_engine(gateway: RunningGateway) -> None:
@@ -80,6 +84,54 @@ async def test_a_constraint_reaches_the_engine(
     sampling = pb.Sampling(structured_output=asked)
     await gateway.inference.Generate(pb.GenerateRequest(text="hi", sampling=sampling))
     assert gateway.engine.samplings[-1].constraint == constraint
+
+
+@pytest.mark.parametrize("allowed", [("json_schema", "choice"), ()])
+async def test_a_kind_of_constraint_can_be_ruled_out(
+    served: dict[str, Version], start: Start, allowed: tuple[ConstraintKind, ...]
+) -> None:
+    asked = {
+        "json_schema": pb.StructuredOutput(json_schema=SCHEMA),
+        "json_object": pb.StructuredOutput(json_object=pb.JsonObject()),
+        "regex": pb.StructuredOutput(regex="a"),
+        "choice": pb.StructuredOutput(choice=pb.Alternatives(values=["a"])),
+        "grammar": pb.StructuredOutput(grammar='root ::= "a"'),
+    }
+    over_http = {
+        "response_format.json_schema.schema": {
+            "response_format": {
+                "type": "json_schema",
+                "json_schema": {"name": "n", "schema": {"type": "object"}},
+            }
+        },
+        "response_format": {"response_format": {"type": "json_object"}},
+        "structured_outputs.regex": {"structured_outputs": {"regex": "a"}},
+        "structured_outputs.choice": {"structured_outputs": {"choice": ["a"]}},
+        "structured_outputs.grammar": {"structured_outputs": {"grammar": 'root ::= "a"'}},
+    }
+    async with start(limits=LimitsConfig(constraints=allowed)) as gateway:
+        for kind, form in asked.items():
+            request = pb.GenerateRequest(text="hi", sampling=pb.Sampling(structured_output=form))
+            if kind in allowed:
+                await gateway.inference.Generate(request)
+                continue
+            status = await refused(gateway.inference.Generate(request))
+            assert told(status) == ("INVALID_ARGUMENT", "INVALID_REQUEST")
+            (violation,) = detail(status, error_details_pb2.BadRequest).field_violations
+            assert violation.field == f"sampling.structured_output.{kind}"
+            assert violation.description.endswith(", ".join(allowed) or "none")
+        async with httpx.AsyncClient() as http:
+            for kind, (param, form) in zip(asked, over_http.items(), strict=True):
+                body = {"model": "red", "prompt": "hi", "max_tokens": 1, **form}
+                reply = await http.post(f"{gateway.http}/v1/completions", json=body)
+                assert reply.status_code == (200 if kind in allowed else 400), reply.text
+                if kind not in allowed:
+                    assert reply.json()["error"]["param"] == param
+    kinds = {
+        sampling.constraint and KINDS[type(sampling.constraint)]
+        for sampling in gateway.engine.samplings
+    }
+    assert kinds - {None} == set(allowed)
 
 
 async def test_a_constraint_the_engine_refuses_frees_the_seat(gateway: RunningGateway) -> None:

@@ -13,12 +13,19 @@ import httpx
 import openai
 import pytest
 from cryptography import x509
+from cryptography.hazmat.primitives import serialization
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from manylora.admin.v1 import admin_pb2
 from manylora.inference.v1 import inference_pb2 as pb
-from manylora_client import AsyncClient, PermissionDeniedError, UnreachableError, tls_credentials
+from manylora_client import (
+    AsyncClient,
+    InvalidInputError,
+    PermissionDeniedError,
+    UnreachableError,
+    tls_credentials,
+)
 from manylora_gateway.access import token_digest
 from manylora_gateway.config import TlsConfig
 from manylora_gateway.errors import StartError
@@ -253,7 +260,7 @@ async def test_tls_is_spoken_on_every_port(
             async with AsyncClient(
                 gateway.front.inference_address, credentials=credentials, timeout=10
             ) as client:
-                with pytest.raises(UnreachableError):
+                with pytest.raises(UnreachableError, match="check whether it speaks TLS"):
                     await client.generate("hi", "red")
 
 
@@ -282,7 +289,7 @@ async def test_a_certificate_says_who_calls(
                 await nobody.generate("hi", "red")
         for files in ((), (forged.certificate, forged.key)):
             async with client(*files) as outside:
-                with pytest.raises(UnreachableError):
+                with pytest.raises(UnreachableError, match="whether it asks for yours"):
                     await outside.generate("hi", "red")
 
         context = ssl.create_default_context(cafile=str(authority.certificate))
@@ -350,18 +357,39 @@ async def test_replaced_certificates_count_from_the_next_connection_on(
             assert (await standing.generate("hi", "red")).adapter is not None
 
 
-def test_tls_files_that_do_not_fit_are_told_at_the_start(tmp_path: Path) -> None:
+def test_tls_files_that_cannot_be_used_are_named(tmp_path: Path) -> None:
+    """By the gateway and by its clients, who would go on with gRPC's own list or fail later."""
     authority = Authority(tmp_path)
     one, other = authority.server(), authority.issue("other")
-    gone = tmp_path / "missing"
-    for files, said in (
-        ({"certificate": one.certificate, "key": other.key}, "do not belong together"),
-        ({"certificate": gone, "key": one.key}, f"{gone}: No such file or directory"),
-        ({"certificate": one.certificate, "key": gone}, f"{gone}: No such file or directory"),
-        ({"certificate": one.certificate, "key": one.key, "client_ca": one.key}, "is no PEM"),
-    ):
-        with pytest.raises(StartError, match=f"tls: .*{said}"):
-            ServerTls(TlsConfig.model_validate(files))
+    empty, damaged, locked = (tmp_path / name for name in ("empty", "damaged", "locked"))
+    empty.touch()
+    damaged.write_text(authority.certificate.read_text().replace("M", "!", 1) * 2)
+    locked.write_bytes(encrypted(one.key))
+    missing = tmp_path / "missing"
+    cases = [
+        (authority.certificate, one.certificate, other.key, f"{other.key} is not the key of"),
+        (authority.certificate, one.certificate, locked, f"{locked} holds no plain private key"),
+        (authority.certificate, one.certificate, empty, f"{empty} holds no plain private key"),
+        (authority.certificate, one.key, one.key, f"{one.key} holds no certificates"),
+        (authority.certificate, missing, one.key, str(missing)),
+        (empty, one.certificate, one.key, f"{empty} holds no certificates"),
+        (damaged, one.certificate, one.key, f"{damaged} holds no certificates"),
+        (one.key, one.certificate, one.key, f"{one.key} holds no certificates"),
+    ]
+    for ca, certificate, key, said in cases:
+        with pytest.raises(StartError, match=said):
+            ServerTls(TlsConfig(certificate=certificate, key=key, client_ca=ca))
+        with pytest.raises(InvalidInputError, match=said):
+            tls_credentials(ca, certificate, key)
+
+
+def encrypted(key: Path) -> bytes:
+    """A private key's PEM file with a password."""
+    return serialization.load_pem_private_key(key.read_bytes(), None).private_bytes(
+        serialization.Encoding.PEM,
+        serialization.PrivateFormat.PKCS8,
+        serialization.BestAvailableEncryption(b"secret"),
+    )
 
 
 async def test_without_tenants_everybody_may_do_everything(gateway: RunningGateway) -> None:

@@ -1,6 +1,7 @@
 """Answers: the adapter a request names makes them, whatever the call."""
 
 import asyncio
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from manylora_gateway.config import EngineConfig
 from manylora_registry import Cache, Registry, Version
 from tests.unit.gateway.conftest import Publish, Start
 from tests.unit.gateway.in_process import RunningGateway
+from tests.unit.gateway.test_errors import refused, told
 
 
 def said(text: str) -> set[str]:
@@ -226,6 +228,23 @@ async def test_copies_on_disk_have_a_limit_and_those_in_the_engine_stay(
             await gateway.inference.Generate(pb.GenerateRequest(adapter=f"{name}@1", text="hi"))
             assert all(directory.is_dir() for directory in gateway.engine.loaded.values())
     assert size() == 0
+
+
+async def test_a_cache_that_cannot_be_written_is_not_taken_for_the_registry(
+    gateway: RunningGateway, published: Publish, tmp_path: Path
+) -> None:
+    published("blue", 7)
+    cache = tmp_path / "cache"
+    shutil.rmtree(cache)
+    cache.touch()
+    blue, red = (pb.GenerateRequest(adapter=name, text="hi") for name in ("blue@1", "red"))
+    status = await refused(gateway.inference.Generate(blue))
+    assert told(status) == ("UNAVAILABLE", "CACHE_UNAVAILABLE")
+    assert "registry" not in status.message
+    # What is loaded goes on, and the other comes as soon as it can be written.
+    assert (await gateway.inference.Generate(red)).text
+    cache.unlink()
+    assert (await gateway.inference.Generate(blue)).text
 
 
 async def test_one_slot_is_enough_for_many_adapters(

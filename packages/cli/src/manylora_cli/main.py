@@ -73,6 +73,8 @@ app.add_typer(base.app, name="base")
 
 def main() -> None:
     """Runs the command; a stated failure is one line on stderr and exit status 1."""
+    # gRPC says on stderr, in lines of its own, what our errors say.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     # None where the caller has closed it, as `>&-` does: nobody reads.
     sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115, PTH123
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115, PTH123

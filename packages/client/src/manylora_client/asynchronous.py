@@ -46,7 +46,7 @@ Response = TypeVar("Response", bound="Message")
 
 
 class AsyncClient:
-    """Talks to one gateway from one event loop.
+    """Talks to one gateway from one event loop, that of its first call.
 
         async with AsyncClient() as client:
             answer = await client.generate("The capital of France is", max_tokens=8)
@@ -84,6 +84,7 @@ class AsyncClient:
         self._retries = retries
         self._options = channel_options(max_message_bytes)
         self._channel: grpc.aio.Channel | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._closed = False
 
     async def generate(
@@ -123,7 +124,7 @@ class AsyncClient:
         call = self._stub().GenerateStream(
             message, timeout=self._seconds(timeout), metadata=self._metadata.of(request_id)
         )
-        return AsyncGenerationStream(call, self.target)
+        return AsyncGenerationStream(call, self.target, self._check_open)
 
     async def batch(
         self,
@@ -143,6 +144,10 @@ class AsyncClient:
                 message, timeout=self._seconds(timeout), metadata=self._metadata.of(None)
             ):
                 collected.feed(response)
+        except asyncio.CancelledError:
+            if not _is_cancelled():
+                self._check_open()
+            raise
         except grpc.RpcError as failure:
             raise call_error(failure, self.target) from failure
         return collected.results()
@@ -167,7 +172,7 @@ class AsyncClient:
         return wire.adapter_listings(response)
 
     async def close(self) -> None:
-        """Cancels what is under way and closes the connection."""
+        """Cancels what is under way, which raises ClosedError, and closes the connection."""
         self._closed = True
         if self._channel is not None:
             await self._channel.close()
@@ -184,17 +189,26 @@ class AsyncClient:
         await self.close()
 
     def _stub(self) -> "InferenceServiceAsyncStub":
-        if self._closed:
-            raise ClosedError(f"the client of {self.target} is closed")
+        self._check_open()
+        loop = asyncio.get_running_loop()
         if self._channel is None:
             # Not in __init__: a channel belongs to the event loop it is made in, and a client may
             # be made before there is one.
+            self._loop = loop
             self._channel = (
                 grpc.aio.insecure_channel(self.target, self._options)
                 if self._credentials is None
                 else grpc.aio.secure_channel(self.target, self._credentials, self._options)
             )
+        if self._loop is not loop:
+            raise ClosedError(
+                f"the client of {self.target} belongs to another event loop: make one for each loop"
+            )
         return InferenceServiceStub(self._channel)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ClosedError(f"the client of {self.target} is closed")
 
     async def _call(
         self,
@@ -208,6 +222,10 @@ class AsyncClient:
         while True:
             try:
                 return await method(message, timeout=attempts.remaining(), metadata=metadata)
+            except asyncio.CancelledError:
+                if not _is_cancelled():
+                    self._check_open()
+                raise
             except grpc.RpcError as failure:
                 error = call_error(failure, self.target)
                 delay = attempts.delay_after(error)
@@ -232,8 +250,9 @@ class AsyncGenerationStream(AsyncIterator[Delta]):
     where the stream is read.
     """
 
-    def __init__(self, call: "_StreamCall", target: str) -> None:
+    def __init__(self, call: "_StreamCall", target: str, check_open: Callable[[], None]) -> None:
         self._call = call
+        self._check_open = check_open
         self._events = aiter(call)
         self._target = target
         self._reader = StreamReader()
@@ -307,8 +326,24 @@ class AsyncGenerationStream(AsyncIterator[Delta]):
         except StopAsyncIteration:
             self._reader.end()
             return None
+        except asyncio.CancelledError:
+            if _is_cancelled():
+                raise
+            if self._closed:
+                return None
+            self._check_open()
+            raise
         except grpc.RpcError as failure:
+            if self._closed:
+                return None
+            self._check_open()
             raise call_error(failure, self._target) from failure
+
+
+def _is_cancelled() -> bool:
+    """Whether this task is cancelled, and not only the call that it waits for."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
 
 
 class _StreamCall(Protocol):

@@ -2,6 +2,7 @@
 
 import os
 import random
+import ssl
 import time
 from pathlib import Path
 
@@ -44,7 +45,7 @@ def tls_credentials(
         key: its private key.
 
     Raises:
-        InvalidInputError: a file cannot be read, or one of certificate and key is missing.
+        InvalidInputError: a file cannot be used, or one of certificate and key is missing.
     """
     if (certificate is None) != (key is None):
         raise InvalidInputError("a client certificate and its key go together: give both")
@@ -54,7 +55,33 @@ def tls_credentials(
         ]
     except OSError as error:
         raise InvalidInputError(f"{error.filename} cannot be read: {error.strerror}") from error
+    _check_tls_files(ca, certificate, key)
     return grpc.ssl_channel_credentials(*read)
+
+
+def _check_tls_files(
+    ca: str | os.PathLike[str] | None,
+    certificate: str | os.PathLike[str] | None,
+    key: str | os.PathLike[str] | None,
+) -> None:
+    """Refuses files gRPC cannot use: it would log so, or trust its own list, and fail later."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    for path in (ca, certificate):
+        try:
+            if path is not None:
+                context.load_verify_locations(path)
+        except ssl.SSLError as error:
+            raise InvalidInputError(
+                f"{path} holds no certificates in PEM, or a damaged one"
+            ) from error
+    try:
+        if certificate is not None:
+            # Without a password it would ask on the terminal for one.
+            context.load_cert_chain(certificate, key, password="")
+    except ssl.SSLError as error:
+        mismatch = error.reason in ("KEY_VALUES_MISMATCH", "KEY_TYPE_MISMATCH")
+        problem = f"is not the key of {certificate}" if mismatch else "holds no plain private key"
+        raise InvalidInputError(f"{key} {problem}") from error
 
 
 def resolve_credentials(
@@ -74,10 +101,17 @@ def deadline(timeout: float | None, default: float | None) -> float | None:
         InvalidInputError: it is no positive number.
     """
     seconds = default if timeout is None else timeout
-    if seconds is None or seconds > LONGEST_TIMEOUT:
+    if seconds is None:
         return None
-    if not seconds > 0:
-        raise InvalidInputError(f"the timeout must be a positive number of seconds, not {seconds}")
+    try:
+        if seconds > LONGEST_TIMEOUT:
+            return None
+        positive = seconds > 0
+    except TypeError:
+        positive = False
+    if not positive:
+        text = f"the timeout must be a positive number of seconds, not {seconds!r}"
+        raise InvalidInputError(text)
     return seconds
 
 

@@ -2,7 +2,7 @@
 
 ClientError
 ├── InvalidInputError            the call cannot be put into a request; nothing was sent
-├── ClosedError                  the client was closed before the call
+├── ClosedError                  the client was closed, before the call or under it
 ├── ProtocolError                the server's answer breaks the protocol
 └── StatusError                  the call ended with a gRPC status
     ├── InvalidArgumentError     INVALID_ARGUMENT: bad fields, named in `violations`
@@ -40,7 +40,7 @@ class InvalidInputError(ClientError):
 
 
 class ClosedError(ClientError):
-    """The client was closed before the call."""
+    """The client was closed, before the call or under it."""
 
     reason = "CLIENT_CLOSED"
 
@@ -93,10 +93,10 @@ class StatusError(ClientError):
         # Servers may put line breaks in their words; a terminal and a log get one line.
         line = " ".join((self.message or self.code).split())
         for violation in self.violations:
-            said = " ".join(f"{violation.field}: {violation.description}".split())
-            # Our gateway's message names the fields itself; others' say that some are wrong.
-            if said not in line:
-                line += f"; {said}"
+            refused = f"{violation.field}: {' '.join(violation.description.split())}"
+            # The gateway's message names them already.
+            if refused not in line:
+                line += f"; {refused}"
         if self.retry_after is not None:
             line += f" (try again in {self.retry_after:g} s)"
         return line

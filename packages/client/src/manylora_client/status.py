@@ -27,6 +27,8 @@ _CLASSES: dict[str, type[StatusError]] = {
     "UNIMPLEMENTED": errors.UnimplementedError,
     "INTERNAL": errors.InternalError,
 }
+_NO_COMMON_TLS = ("handshake", "addresses; last error: UNAVAILABLE")
+"""In gRPC's words where one side speaks TLS, or shows a certificate, as the other does not take."""
 _DETAILS = "grpc-status-details-bin"
 
 
@@ -36,6 +38,12 @@ def call_error(call: grpc.RpcError, target: str) -> StatusError:
     if details:
         return _typed(code, message, details)
     # Without details gRPC itself is speaking, not the gateway.
+    if code == "UNAVAILABLE" and any(words in message for words in _NO_COMMON_TLS):
+        return errors.UnreachableError(
+            f"something listens at {target} and no connection comes about: check whether it speaks "
+            f"TLS, whom its certificate is from, and whether it asks for yours ({message})",
+            code=code,
+        )
     if code == "UNAVAILABLE":
         return errors.UnreachableError(
             f"no manylora server answers at {target}: is one running there? "

@@ -123,7 +123,7 @@ class Client:
         call = self._stub.GenerateStream(
             message, timeout=self._seconds(timeout), metadata=self._metadata.of(request_id)
         )
-        return GenerationStream(call, self.target)
+        return GenerationStream(call, self.target, self._check_open)
 
     def batch(
         self, requests: Sequence[Request], *, timeout: float | None = None
@@ -142,6 +142,7 @@ class Client:
             ):
                 collected.feed(response)
         except grpc.RpcError as failure:
+            self._check_open()
             raise call_error(failure, self.target) from failure
         return collected.results()
 
@@ -161,7 +162,7 @@ class Client:
         return wire.adapter_listings(response)
 
     def close(self) -> None:
-        """Cancels what is under way and closes the connection."""
+        """Cancels what is under way, which raises ClosedError, and closes the connection."""
         self._closed = True
         self._channel.close()
 
@@ -190,6 +191,7 @@ class Client:
             try:
                 return method(message, timeout=attempts.remaining(), metadata=metadata)
             except grpc.RpcError as failure:
+                self._check_open()
                 error = call_error(failure, self.target)
                 delay = attempts.delay_after(error)
                 if delay is None:
@@ -217,9 +219,10 @@ class GenerationStream(Iterator[Delta]):
     the stream is read.
     """
 
-    def __init__(self, call: "_StreamCall", target: str) -> None:
+    def __init__(self, call: "_StreamCall", target: str, check_open: Callable[[], None]) -> None:
         self._call = call
         self._target = target
+        self._check_open = check_open
         self._reader = StreamReader()
         self._closed = False
 
@@ -283,6 +286,9 @@ class GenerationStream(Iterator[Delta]):
             self._reader.end()
             return None
         except grpc.RpcError as failure:
+            if self._closed:
+                return None
+            self._check_open()
             raise call_error(failure, self._target) from failure
 
 

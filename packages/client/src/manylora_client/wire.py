@@ -94,18 +94,28 @@ def prompt(source: Input) -> str | pb.Chat | pb.Tokens:
     if isinstance(source, bytes | bytearray):
         # A sequence of integers too, and would be taken for token ids.
         raise InvalidInputError("the input is bytes: decode it to text")
-    if not source:
+    if isinstance(source, Sequence) and not source:
         raise InvalidInputError("the input is empty: give text, chat messages or token ids")
-    if all(isinstance(part, int) for part in source):
+    # An array is no sequence, and a generator is empty once it was looked at.
+    if isinstance(source, Sequence) and all(isinstance(part, int) for part in source):
         return pb.Tokens(ids=cast("Sequence[int]", source))
-    if all(isinstance(part, Mapping) and set(part) == {"role", "content"} for part in source):
+    if isinstance(source, Sequence) and all(_is_message(part) for part in source):
         messages = cast("Sequence[Mapping[str, str]]", source)
         return pb.Chat(
             messages=[pb.Message(role=m["role"], content=m["content"]) for m in messages]
         )
     raise InvalidInputError(
         "the input must be text, a list of token ids, or a list of chat messages with the keys "
-        "'role' and 'content'"
+        "'role' and 'content', both text"
+    )
+
+
+def _is_message(part: object) -> bool:
+    if not isinstance(part, Mapping):
+        return False
+    message = cast("Mapping[object, object]", part)
+    return set(message) == {"role", "content"} and all(
+        isinstance(value, str) for value in message.values()
     )
 
 

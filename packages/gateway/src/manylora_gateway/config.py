@@ -1,7 +1,7 @@
 """What a gateway is configured with: pure data, checked before anything heavy is imported."""
 
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, Self, get_args
 
 from pydantic import Field, StringConstraints, model_validator
 
@@ -10,6 +10,7 @@ from manylora_registry.config import ConfigModel
 Address = Annotated[
     str, StringConstraints(pattern=r"^[^\s:]+:\d{1,5}$|^\[[0-9a-fA-F:]+\]:\d{1,5}$")
 ]
+ConstraintKind = Literal["json_schema", "json_object", "regex", "choice", "grammar"]
 AliasName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
 
 
@@ -136,6 +137,9 @@ class LimitsConfig(ConfigModel):
     """Seconds a client may leave its stream unread before it is cut off: it holds a place."""
     max_constraint_bytes: int = Field(default=64 << 10, ge=1)
     """Size of a JSON Schema, a regular expression, a grammar or all strings of a choice."""
+    constraints: tuple[ConstraintKind, ...] = get_args(ConstraintKind)
+    """Kinds of structured output that clients may ask for; empty: none. A grammar or a regular
+    expression, also as the `pattern` of a schema, can hold up an engine for everybody."""
 
 
 class FollowConfig(ConfigModel):

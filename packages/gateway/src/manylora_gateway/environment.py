@@ -1,8 +1,11 @@
 """Environment variables of the processes below the gateway."""
 
 import os
+import resource
 
 from manylora_gateway.config import EngineConfig
+
+ENOUGH_FILES = 65_536
 
 
 def engine_environment(config: EngineConfig) -> dict[str, str]:
@@ -40,3 +43,15 @@ def cluster_environment() -> dict[str, str]:
         # Ray starts programs while our servers hold threads; they must not hear of the fork.
         "GRPC_ENABLE_FORK_SUPPORT": "0",
     }
+
+
+def raise_file_limit() -> None:
+    """Lets this process, and what it starts, have as many files and connections as it may.
+
+    Shells give 1,024, and every HTTP connection takes one: `limits.max_requests` of them would
+    leave none for the engines. Not beyond `ENOUGH_FILES`: some programs look at each number.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    enough = ENOUGH_FILES if hard == resource.RLIM_INFINITY else min(hard, ENOUGH_FILES)
+    if soft != resource.RLIM_INFINITY and soft < enough:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (enough, hard))

@@ -19,7 +19,8 @@ GatewayError
 ├── UnavailableError         may work in a moment                          UNAVAILABLE
 │   ├── DrainingError        the gateway is shutting down
 │   ├── ReplicaLostError     the replica died under the request
-│   └── RegistryLostError    the registry cannot be reached
+│   ├── RegistryLostError    the registry cannot be reached
+│   └── CacheError           a copy of the version cannot be written
 ├── DeadlineError            the request's deadline passed                 DEADLINE_EXCEEDED
 │   └── StalledError         the client left its answer unread
 └── StartError               the gateway could not start (never sent to a client)
@@ -221,6 +222,12 @@ class RegistryLostError(UnavailableError):
     reason = "REGISTRY_UNAVAILABLE"
 
 
+class CacheError(UnavailableError):
+    """The directory of verified copies cannot be written, e.g. because its disk is full."""
+
+    reason = "CACHE_UNAVAILABLE"
+
+
 class DeadlineError(GatewayError):
     """The request's deadline passed before its answer was whole."""
 
@@ -256,6 +263,8 @@ def from_registry(error: Exception) -> GatewayError:
             return YankedAdapterError(text)
         case registry_errors.CorruptBlobError():
             return CorruptAdapterError(text)
+        case registry_errors.DestinationError():
+            return CacheError(text)
         case registry_errors.UnsignedError():
             unsigned = UnservableError(text)
             unsigned.reason = error.reason

@@ -36,6 +36,9 @@ ADMIN_SERVICE: str = admin_pb2.DESCRIPTOR.services_by_name["AdminService"].full_
 REFLECTION_V1 = "grpc.reflection.v1.ServerReflection"
 KEEPALIVE_MS = 30_000
 MIN_PING_MS = 5_000
+MAX_PENDING_CALLS = 20_000
+"""Calls that came and are not looked at yet. gRPC cancels what is beyond, and says nothing."""
+MAX_PENDING_S = 3600
 FLUSH_S = 1.0
 """An answer that is whole may still be on its way to the wire."""
 DEFAULT_MESSAGE_BYTES = LimitsConfig().max_message_bytes
@@ -200,6 +203,11 @@ def _bound(
             ("grpc.keepalive_permit_without_calls", 1),
             ("grpc.max_receive_message_length", max_message_bytes),
             ("grpc.max_send_message_length", -1),
+            # By itself gRPC begins to cancel at 1,000, and whatever waited for 30 s: a burst would
+            # get a bare CANCELLED where our queue says RESOURCE_EXHAUSTED and when to come back.
+            ("grpc.server.max_pending_requests", MAX_PENDING_CALLS),
+            ("grpc.server.max_pending_requests_hard_limit", MAX_PENDING_CALLS),
+            ("grpc.server_max_unrequested_time_in_server", MAX_PENDING_S),
         ],
     )
     try:

@@ -8,7 +8,7 @@ import asyncio
 import time
 import uuid
 from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from contextlib import AbstractAsyncContextManager, aclosing
 from dataclasses import dataclass
 
 from manylora_gateway import tracing
@@ -187,6 +187,10 @@ class Inference:
         """
         async with aclosing(self.stream(request, tenant, whole=True)) as events:
             return await collect(events, request.sampling.n)
+
+    def until_cut_off(self) -> AbstractAsyncContextManager[None]:
+        """Around what answers a request; see `Admission.until_cut_off`."""
+        return self._admission.until_cut_off()
 
     async def count_tokens(self, prompt: Prompt, tenant: Tenant = ANONYMOUS) -> int:
         """Tokens of `prompt` as the engine reads it.

@@ -61,7 +61,7 @@ class Limits:
         if sampling.logprobs is not None and not 0 <= sampling.logprobs <= limits.max_logprobs:
             say("logprobs", f"must be from 0 to {limits.max_logprobs}")
         if sampling.constraint is not None:
-            for problem in constraints.problems(sampling.constraint, limits.max_constraint_bytes):
+            for problem in constraints.problems(sampling.constraint, limits):
                 say("constraint", problem)
 
     def check_prompt(self, prompt: Prompt, say: Say) -> None:

@@ -46,12 +46,11 @@ class _Json(logging.Formatter):
 
 
 def log_to_stderr(form: Literal["text", "json"], *, requests: bool) -> None:
-    """Has the gateway's lines written to stderr."""
+    """Has log lines written to stderr: the gateway's, and what libraries warn of."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Json() if form == "json" else _Elapsed())
-    ours = logging.getLogger("manylora_gateway")
-    ours.addHandler(handler)
-    ours.setLevel(logging.INFO)
+    logging.getLogger().addHandler(handler)
+    logging.getLogger("manylora_gateway").setLevel(logging.INFO)
     requests_logger.setLevel(logging.INFO if requests else logging.WARNING)
 
 

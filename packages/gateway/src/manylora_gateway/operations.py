@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from manylora_gateway.admission import Admission
@@ -10,14 +9,18 @@ from manylora_gateway.errors import GatewayError, InvalidRequestError, Violation
 from manylora_gateway.fleet import Fleet
 from manylora_gateway.metrics import Metrics
 from manylora_gateway.replicas import Replicas, ReplicaState
-from manylora_gateway.rollouts import AliasKey, Rollout, Rollouts, Share, check_percents
+from manylora_gateway.rollouts import (
+    AliasKey,
+    Division,
+    Rollout,
+    Rollouts,
+    Share,
+    check_division,
+)
 from manylora_gateway.routes import Routes
 from manylora_registry import Version
 
 logger = logging.getLogger(__name__)
-
-Division = Sequence[tuple[int, int]]
-"""Version numbers with percentages."""
 
 
 @dataclass(frozen=True)
@@ -126,11 +129,7 @@ class Operations:
             InvalidRequestError: the shares are no division.
             GatewayError: a version is not there or cannot be served; nothing has changed.
         """
-        check_percents(
-            [percent for _, percent in shares],
-            [number for number, _ in shares],
-            None if shadow is None else shadow[1],
-        )
+        check_division(shares, shadow)
         async with self._setting:
             serving = await self._routes.serving(key)
             rollout = Rollout(

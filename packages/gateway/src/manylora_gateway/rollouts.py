@@ -18,6 +18,8 @@ from manylora_gateway.figures import ShadowFigures
 from manylora_registry import Version
 
 AliasKey = tuple[str, str]
+Division = Sequence[tuple[int, int]]
+"""Version numbers with percentages."""
 BUCKETS = 10_000
 
 logger = logging.getLogger(__name__)
@@ -69,23 +71,26 @@ class Rollout:
         return shadow.version
 
 
-def check_percents(percents: Sequence[int], versions: Sequence[int], shadow: int | None) -> None:
+def check_division(shares: Division, shadow: tuple[int, int] | None) -> None:
     """Refuses a division that is none.
 
     Raises:
         InvalidRequestError: with every field that is wrong.
     """
-    wrong = [
-        Violation(f"shares[{index}].percent", "must be from 1 to 100")
-        for index, percent in enumerate(percents)
-        if not 1 <= percent <= 100
-    ]
-    if percents and sum(percents) != 100:
-        wrong.append(Violation("shares", f"are {sum(percents)} percent together, not 100"))
-    if len(set(versions)) != len(versions):
+    parts = [(f"shares[{index}]", *share) for index, share in enumerate(shares)]
+    if shadow is not None:
+        parts.append(("shadow", *shadow))
+    wrong: list[Violation] = []
+    for part, number, percent in parts:
+        if number < 1:
+            wrong.append(Violation(f"{part}.version", "must be a version's number, from 1 on"))
+        if not 1 <= percent <= 100:
+            wrong.append(Violation(f"{part}.percent", "must be from 1 to 100"))
+    total = sum(percent for _, percent in shares)
+    if shares and total != 100:
+        wrong.append(Violation("shares", f"are {total} percent together, not 100"))
+    if len({number for number, _ in shares}) != len(shares):
         wrong.append(Violation("shares", "name a version twice"))
-    if shadow is not None and not 1 <= shadow <= 100:
-        wrong.append(Violation("shadow.percent", "must be from 1 to 100"))
     if wrong:
         raise InvalidRequestError(wrong)
 

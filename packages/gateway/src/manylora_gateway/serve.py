@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from manylora_gateway.config import GatewayConfig
-from manylora_gateway.environment import cluster_environment
+from manylora_gateway.environment import cluster_environment, raise_file_limit
 from manylora_gateway.logs import log_to_stderr
 from manylora_gateway.processes import end_marked, mark_descendants
 from manylora_gateway.worker import Servable
@@ -43,6 +43,7 @@ def serve(
     identity = identify_base(config.base)
     servable = Servable(identity.fingerprint, config.engine.max_rank)
     os.environ.update(cluster_environment())
+    raise_file_limit()
     mark_descendants()
     with Registry.open(config.registry, create=False) as registry:
         scratch = Path(tempfile.mkdtemp(prefix="manylora-"))

@@ -104,13 +104,13 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         self, request: pb.GenerateRequest, context: InferenceContext
     ) -> pb.GenerateResponse:
         """Answers once, when the whole text is there."""
-        async with _answering(context) as request_id:
+        async with _answering(context) as request_id, self._inference.until_cut_off():
             asked = self._requests.generation(request, request_id)
             return messages.generate_response(await self._inference.generate(asked, caller()))
 
     async def GenerateStream(self, request: pb.GenerateRequest, context: StreamContext) -> None:
         """Answers while the text is made."""
-        async with _answering(context) as request_id:
+        async with _answering(context) as request_id, self._inference.until_cut_off():
             asked = self._requests.generation(request, request_id)
             replies = messages.StreamMessages(asked.sampling.n)
             async with aclosing(self._inference.stream(asked, caller())) as events:
@@ -122,7 +122,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
 
     async def BatchGenerate(self, request: pb.BatchGenerateRequest, context: BatchContext) -> None:
         """Answers many requests, each as soon as it is there."""
-        async with _answering(context) as request_id:
+        async with _answering(context) as request_id, self._inference.until_cut_off():
             tasks = [
                 asyncio.create_task(self._one_of_batch(index, message, f"{request_id}/{index}"))
                 for index, message in enumerate(self._requests.batch(request))

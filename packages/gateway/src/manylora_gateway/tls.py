@@ -5,6 +5,7 @@ import ssl
 import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -40,10 +41,7 @@ class ServerTls:
     def __init__(self, config: TlsConfig) -> None:
         self._config = config
         self._reading = threading.Lock()
-        try:
-            self._now = self._read()
-        except OSError as error:
-            raise StartError(f"tls: the files cannot be used: {_why(error)}") from error
+        self._now = self._read()
         self._refused = self._now.stamp
         self.context = self._now.context
         """For HTTPS."""
@@ -75,9 +73,9 @@ class ServerTls:
                 try:
                     self._now = self._read()
                     logger.info("TLS files read again")
-                except OSError as error:
+                except StartError as error:
                     self._refused = stamp
-                    logger.error("TLS as before, the changed files cannot be used: %s", _why(error))
+                    logger.error("TLS as before, the changed files cannot be used: %s", error)
             return self._now
 
     def _look(self) -> object:
@@ -91,25 +89,62 @@ class ServerTls:
         return tuple((status.st_mtime_ns, status.st_size, status.st_ino) for status in found)
 
     def _read(self) -> _Read:
+        """The files as they are.
+
+        Raises:
+            StartError: names the one that cannot be used.
+        """
         config, stamp = self._config, self._look()
-        # Before the context takes them, whose errors name no file.
-        chain, key = config.certificate.read_bytes(), config.key.read_bytes()
-        authority = None if config.client_ca is None else config.client_ca.read_bytes()
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         context.set_alpn_protocols(["http/1.1"])
-        context.load_cert_chain(config.certificate, config.key)
+        _load_pair(context, config.certificate, config.key)
+        authority = None
         if config.client_ca is not None:
-            context.load_verify_locations(config.client_ca)
+            _load_certificates(context, config.client_ca)
             context.verify_mode = ssl.CERT_REQUIRED
+        try:
+            chain, key = config.certificate.read_bytes(), config.key.read_bytes()
+            if config.client_ca is not None:
+                authority = config.client_ca.read_bytes()
+        except OSError as error:
+            raise _unreadable(error) from error
         pairs = grpc.ssl_server_certificate_configuration([(key, chain)], authority)
         return _Read(stamp, context, pairs)
 
 
-def _why(error: OSError) -> str:
-    if error.filename is not None:
-        return f"{error.filename}: {error.strerror}"
-    return f"one is no PEM, or key and certificate do not belong together ({error})"
+def _load_certificates(context: ssl.SSLContext, path: Path) -> None:
+    """Has `context` trust the certificates in a file."""
+    try:
+        context.load_verify_locations(path)
+    except ssl.SSLError as error:
+        raise StartError(f"tls: {path} holds no certificates in PEM, or a damaged one") from error
+    except OSError as error:
+        error.filename = path
+        raise _unreadable(error) from error
+
+
+def _load_pair(context: ssl.SSLContext, certificate: Path, key: Path) -> None:
+    # OpenSSL does not say which of two files it could not use.
+    _load_certificates(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), certificate)
+    try:
+        # Without a password it would ask on the terminal for one.
+        context.load_cert_chain(certificate, key, password="")
+    except ssl.SSLError as error:
+        if error.reason in ("KEY_VALUES_MISMATCH", "KEY_TYPE_MISMATCH"):
+            text = f"is not the key of {certificate}"
+        elif error.reason is None:
+            text = "holds no plain private key"
+        else:
+            text = f"and {certificate} cannot be used: {error.reason.replace('_', ' ').lower()}"
+        raise StartError(f"tls: {key} {text}") from error
+    except OSError as error:
+        error.filename = key
+        raise _unreadable(error) from error
+
+
+def _unreadable(error: OSError) -> StartError:
+    return StartError(f"tls: {error.filename} cannot be read: {error.strerror}")
 
 
 def names_in_auth_context(context: Mapping[str, Any]) -> Iterator[str]:

@@ -33,7 +33,12 @@ from manylora_gateway.health import health_route
 from manylora_gateway.inference import Inference
 from manylora_gateway.limits import check_request_id
 from manylora_gateway.openai_http.bodies import ChatBody, CompletionBody, read_body
-from manylora_gateway.openai_http.problems import BodyTooBigError, Problem, problem_of
+from manylora_gateway.openai_http.problems import (
+    BodyEncodedError,
+    BodyTooBigError,
+    Problem,
+    problem_of,
+)
 from manylora_gateway.openai_http.reading import Asked, Reading
 from manylora_gateway.openai_http.replies import Kind, Replies, error_event, listed, models
 from manylora_gateway.stalls import patience
@@ -135,7 +140,7 @@ class _Completions:
                 await self._stream(asked, replies, request_id, send)
                 return
             tenant = caller()
-            async with asyncio.TaskGroup() as group:
+            async with self._inference.until_cut_off(), asyncio.TaskGroup() as group:
                 tasks = [
                     group.create_task(self._inference.generate(request, tenant))
                     for request in asked.requests
@@ -156,7 +161,7 @@ class _Completions:
         held: list[bytes] = []
         open_ = False
         try:
-            async with aclosing(self._events(asked)) as events:
+            async with self._inference.until_cut_off(), aclosing(self._events(asked)) as events:
                 async for prompt, event in events:
                     held += chunks.of(prompt, event)
                     if isinstance(event, Started):
@@ -239,8 +244,11 @@ async def _json(request: Request, limit: int) -> object:
     """The body, parsed.
 
     Raises:
-        InvalidRequestError: it is too long, too slow, or not JSON.
+        InvalidRequestError: it is too long, too slow, compressed, or not JSON.
     """
+    coding = ", ".join(request.headers.getlist("content-encoding"))
+    if coding.strip().lower() not in ("", "identity"):
+        raise BodyEncodedError(coding)
     body = bytearray()
     try:
         async with asyncio.timeout(BODY_TIMEOUT_S):

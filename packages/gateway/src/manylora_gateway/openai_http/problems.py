@@ -61,6 +61,8 @@ class Problem:
             headers["retry-after"] = str(math.ceil(self.retry_after_s))
         if self.status == 401:
             headers["www-authenticate"] = "Bearer"
+        if self.status == 415:
+            headers["accept-encoding"] = "identity"
         return headers
 
 
@@ -71,6 +73,14 @@ class BodyTooBigError(InvalidRequestError):
         super().__init__([Violation("", f"the body has more than {limit} bytes")])
 
 
+class BodyEncodedError(InvalidRequestError):
+    """A body that is compressed: its size would say nothing of what it unpacks to."""
+
+    def __init__(self, coding: str) -> None:
+        text = f"{coding} is not read here: send the body as it is, without this header"
+        super().__init__([Violation("content-encoding", text)])
+
+
 def problem_of(error: Exception) -> Problem:
     """What a client is told of `error`; of one that is not ours no more than an id in the log."""
     if not isinstance(error, GatewayError):
@@ -79,6 +89,8 @@ def problem_of(error: Exception) -> Problem:
     message, param = str(error), None
     if isinstance(error, BodyTooBigError):
         status = 413
+    if isinstance(error, BodyEncodedError):
+        status = 415
     if isinstance(error, InvalidRequestError):
         told = InvalidRequestError(
             [

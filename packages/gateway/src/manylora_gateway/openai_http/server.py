@@ -2,10 +2,13 @@
 
 import asyncio
 import contextlib
+import errno
+import logging
+import math
 import socket
 import ssl
 from collections.abc import Generator
-from typing import cast
+from typing import Any, cast
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -18,6 +21,9 @@ PEER_CERTIFICATE = "peer_certificate"
 KEEP_ALIVE_S = 75
 """Longer than clients keep idle connections, so that none is closed under a request."""
 FLUSH_S = 1
+COMPLAIN_EVERY_S = 60
+
+logger = logging.getLogger(__name__)
 
 
 class HttpServer:
@@ -73,6 +79,7 @@ class HttpServer:
             timeout_graceful_shutdown=FLUSH_S,
             ssl_context_factory=None if tls is None else lambda _config, _default: tls,
         )
+        asyncio.get_running_loop().set_exception_handler(_Complaints())
         self._server = _Server(config)
         self._serving = asyncio.create_task(self._server.serve(sockets=[self._socket]))
 
@@ -83,6 +90,24 @@ class HttpServer:
             return
         self._server.should_exit = True
         await self._serving
+
+
+class _Complaints:
+    """What goes wrong in the event loop itself; of a want of files one line a minute.
+
+    asyncio tries as often as there may be connections waiting, each second, with a trace for each.
+    """
+
+    def __init__(self) -> None:
+        self._said_at = -math.inf
+
+    def __call__(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        error = context.get("exception")
+        if not (isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE)):
+            loop.default_exception_handler(context)
+        elif loop.time() - self._said_at >= COMPLAIN_EVERY_S:
+            self._said_at = loop.time()
+            logger.error("no files left for new connections: raise `ulimit -n` of the gateway")
 
 
 class _Connection(H11Protocol):
