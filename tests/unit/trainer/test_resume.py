@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -179,13 +180,24 @@ def test_a_signal_writes_a_checkpoint_and_says_how_to_resume(recipe, tmp_path, n
     assert adapters(tmp_path / "run") == adapters(tmp_path / "whole")
 
 
-def test_a_signal_that_the_process_ignores_stays_ignored(recipe, tmp_path):
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # As under nohup.
+@contextmanager
+def ignored(number):
+    before = signal.signal(number, signal.SIG_IGN)
     try:
-        manylora_trainer.train(recipe, tmp_path / "run", progress=StopAt(3, signal.SIGHUP))
+        yield
     finally:
-        signal.signal(signal.SIGHUP, before)
+        signal.signal(number, before)
+
+
+def test_a_run_under_nohup_outlives_its_terminal(recipe, tmp_path):
+    with ignored(signal.SIGHUP):
+        manylora_trainer.train(recipe, tmp_path / "run", progress=StopAt(3, signal.SIGHUP))
     assert read_run(tmp_path / "run").state == "finished"
+
+
+def test_a_run_in_the_background_of_a_script_can_be_interrupted(recipe, tmp_path):
+    with ignored(signal.SIGINT), pytest.raises(RunInterruptedError):
+        manylora_trainer.train(recipe, tmp_path / "run", progress=StopAt(3, signal.SIGINT))
 
 
 def test_nobody_who_reads_along_costs_a_run_nothing(recipe, tmp_path, monkeypatch):

@@ -17,8 +17,9 @@ class Interruption(Protocol):
 class Signals:
     """Notes the first SIGINT, SIGTERM or SIGHUP, so that a step can end in peace.
 
-    A context manager. A second one is handled as if this were not there, and one that the process
-    was started to ignore, as `nohup` does with SIGHUP, stays ignored.
+    A context manager. A second one is handled as if this were not there. SIGHUP stays ignored where
+    `nohup` started the process; SIGINT does not, though scripts start what is in their background
+    so: whoever sends it there means it.
     """
 
     def __init__(self) -> None:
@@ -29,7 +30,7 @@ class Signals:
     def __enter__(self) -> "Signals":
         try:
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-                if signal.getsignal(number) != signal.SIG_IGN:
+                if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
                     self._before[number] = signal.signal(number, self._note)
         except ValueError:
             # Not the main thread: signals are the caller's business.
