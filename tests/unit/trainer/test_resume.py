@@ -188,6 +188,12 @@ def test_a_signal_that_the_process_ignores_stays_ignored(recipe, tmp_path):
     assert read_run(tmp_path / "run").state == "finished"
 
 
+def test_a_process_without_a_standard_error_trains(recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", None)  # As Python has it where the caller closed it.
+    manylora_trainer.train(recipe, tmp_path / "run")
+    assert read_run(tmp_path / "run").state == "finished"
+
+
 def test_nobody_who_reads_along_costs_a_run_nothing(recipe, tmp_path, monkeypatch):
     # As a terminal that was closed: every write to it is an error.
     with open("/dev/full", "w", buffering=1) as lost:  # noqa: PTH123
