@@ -122,6 +122,14 @@ def test_a_key_greater_than_itself_is_refused(postgres, monkeypatch, page_rows):
         list(opened({**settings, "page_rows": page_rows}).rows())
 
 
+def test_a_key_that_is_not_found_again_beside_a_malformed_row_is_refused(postgres, monkeypatch):
+    monkeypatch.setenv("ROWS_URL", postgres.render_as_string(hide_password=False))
+    query = "SELECT narrow, CASE id WHEN 7 THEN 'infinity'::date ELSE day END AS day FROM rows"
+    source = opened({"kind": "sql", "url_env": "ROWS_URL", "query": query, "key": "narrow"})
+    with pytest.raises(SourceError, match=r"no row is found by narrow 0\.1.*choose another key"):
+        list(source.rows())
+
+
 def test_a_query_may_hold_what_drivers_take_for_parameters(postgres, monkeypatch):
     monkeypatch.setenv("ROWS_URL", postgres.render_as_string(hide_password=False))
     query = "SELECT id::bigint AS number, text FROM rows WHERE code LIKE '%:c%' AND id % 2 = 0;"

@@ -268,6 +268,19 @@ def test_a_destination_that_is_no_text_is_told_all_the_same(version, tmp_path):
     assert json.loads(done.stdout)["destination"] == str(destination)
 
 
+def test_an_error_names_a_path_with_all_its_spaces(tmp_path):
+    path = tmp_path / "two  spaces"
+    done = subprocess.run(
+        [sys.executable, "-m", "manylora_cli", "registry", "list", "--registry", path],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    assert (done.returncode, len(done.stderr.splitlines())) == (1, 1)
+    assert str(path) in done.stderr
+
+
 def test_a_closed_stdout_is_no_failure(version, tmp_path):
     done = subprocess.run(
         ["sh", "-c", 'exec "$0" -m manylora_cli registry list >&-', sys.executable],

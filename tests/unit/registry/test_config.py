@@ -1,4 +1,5 @@
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pydantic import Field
@@ -160,6 +161,14 @@ def test_a_truth_value_is_no_number(write, text, where):
     assert problem.line == 2 + len(text.splitlines())
     with pytest.raises(ConfigError, match=r"steps: must be a number"):
         load_config(write(""" {"steps": 3} """), Numbers, ["steps=true"])
+
+
+def test_what_is_taken_as_it_is_may_hold_itself(write):
+    class Free(ConfigModel):
+        body: dict[str, Any]
+
+    body = load_config(write("body: &a {flag: yes, again: *a}"), Free).body
+    assert body["again"]["again"]["flag"] is True
 
 
 @pytest.mark.parametrize("text", ["share: .inf", "share: .nan", "pair: [0, -.inf]"])

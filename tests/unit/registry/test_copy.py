@@ -1,12 +1,14 @@
 """A copy is the same registry: numbers, digests, aliases, history, events."""
 
+import contextlib
 import os
 import signal
+import sqlite3
 
 import pytest
 
 from manylora_registry import Registry
-from manylora_registry.errors import CorruptBlobError, DestinationError
+from manylora_registry.errors import CorruptBlobError, DatabaseDamagedError, DestinationError
 from manylora_registry.transfer import copy_registry
 
 
@@ -120,3 +122,22 @@ def test_a_damaged_blob_is_not_copied(filled, target, tmp_path):
         copy_registry(filled, target)
 
     assert target.adapters() == []
+
+
+def test_damage_is_told_of_the_database_that_has_it(filled, target, tmp_path):
+    file = tmp_path / "registry" / "registry.sqlite"
+    filled.close()
+    with contextlib.closing(sqlite3.connect(file)) as database:
+        many = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 5000)"
+        database.execute(
+            "INSERT INTO events (kind, adapter_id, alias, version, at) "
+            f"{many} SELECT 'moved', 1, 'damaged', 1, 1 FROM n"
+        )
+        database.commit()
+    pages = file.read_bytes()
+    # Where the last of them lie, so that the first rows can be read.
+    page = pages.rindex(b"damaged") // 4096 * 4096
+    file.write_bytes(pages[:page] + bytes(4096) + pages[page + 4096 :])
+
+    with pytest.raises(DatabaseDamagedError, match=f"{file} is damaged"):
+        copy_registry(filled, target)

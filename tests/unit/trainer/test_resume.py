@@ -200,6 +200,12 @@ def test_a_run_in_the_background_of_a_script_can_be_interrupted(recipe, tmp_path
         manylora_trainer.train(recipe, tmp_path / "run", progress=StopAt(3, signal.SIGINT))
 
 
+def test_a_process_without_a_standard_error_trains(recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", None)  # As Python has it where the caller closed it.
+    manylora_trainer.train(recipe, tmp_path / "run")
+    assert read_run(tmp_path / "run").state == "finished"
+
+
 def test_nobody_who_reads_along_costs_a_run_nothing(recipe, tmp_path, monkeypatch):
     # As a terminal that was closed: every write to it is an error.
     with open("/dev/full", "w", buffering=1) as lost:  # noqa: PTH123

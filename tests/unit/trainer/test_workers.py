@@ -3,6 +3,8 @@
 import logging
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -13,9 +15,8 @@ from safetensors.numpy import load_file
 
 import manylora_trainer
 from manylora_trainer import Recipe
-from manylora_trainer.errors import RowError, RunInterruptedError, WorkersLostError
+from manylora_trainer.errors import RowError, WorkersLostError
 from manylora_trainer.progress import Progress
-from tests.unit.trainer.conftest import StopAt
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -110,13 +111,32 @@ def test_a_workers_own_error_arrives_as_it_is(make_task, write_recipe, tmp_path)
         manylora_trainer.train(with_workers(recipe), tmp_path / "run")
 
 
-def test_interrupted_workers_leave_a_checkpoint_that_one_worker_goes_on_from(
+HANG_UP = """
+import os, pathlib, signal, sys
+import manylora_trainer
+from manylora_trainer.progress import Progress
+
+class HangsUp(Progress):
+    def step(self, step, losses, tokens_per_s):
+        if step == 3:
+            os.killpg(0, signal.SIGHUP)
+
+recipe, run = map(pathlib.Path, sys.argv[1:])
+recipe = manylora_trainer.load_recipe(recipe, ["workers.count=2"])
+manylora_trainer.train(recipe, run, progress=HangsUp())
+"""
+
+
+def test_a_closed_terminal_leaves_a_checkpoint_that_one_worker_goes_on_from(
     make_task, write_recipe, tmp_path
 ):
     recipe = write_recipe(make_task("one", steps=300), checkpoint_every=10_000)
-    stopping = StopAt(3, signal.SIGINT)
-    with pytest.raises(RunInterruptedError, match="SIGINT"):
-        manylora_trainer.train(with_workers(recipe), tmp_path / "run", progress=stopping)
+    # Tells the whole group, as a terminal does: the processes of the run's own Ray too.
+    done = subprocess.run(
+        [sys.executable, "-c", HANG_UP, recipe, tmp_path / "run"],
+        start_new_session=True, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert "RunInterruptedError: stopped by SIGHUP" in done.stderr
     going_on = SeesSteps()
     manylora_trainer.train(recipe, tmp_path / "run", resume=True, progress=going_on)
     assert going_on.first > 3

@@ -122,6 +122,9 @@ def _truths_as_numbers(
     given: Any, found: Any, location: tuple[int | str, ...]
 ) -> Iterator[tuple[int | str, ...]]:
     """Where a number was made of a bare yes, no, on or off: Python takes True for 1."""
+    if given is found:
+        # Taken as it is, of whatever depth: YAML can name lists that hold themselves.
+        return
     if isinstance(given, bool):
         if isinstance(found, int | float) and not isinstance(found, bool):
             yield location

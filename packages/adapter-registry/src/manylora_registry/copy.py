@@ -5,7 +5,9 @@ and hash chain as they are, in one transaction: the copy is the same registry or
 that was interrupted goes on where it was, as blobs that have arrived are not sent again.
 """
 
-from itertools import zip_longest
+from collections.abc import Iterator
+from itertools import islice, zip_longest
+from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
@@ -81,15 +83,20 @@ def _is_empty(connection: Connection) -> bool:
     return all(connection.execute(sa.select(table).limit(1)).first() is None for table in _tables())
 
 
-def _rows(connection: Connection, table: sa.Table) -> sa.CursorResult[tuple[object, ...]]:
-    return connection.execute(sa.select(table).order_by(*table.primary_key))
+def _all_of(table: sa.Table) -> sa.Select[Any]:
+    return sa.select(table).order_by(*table.primary_key)
+
+
+def _rows(database: Database, connection: Connection, table: sa.Table) -> Iterator[sa.Row[Any]]:
+    # SQLite reads as rows are fetched, and finds damage only then.
+    with database.stated():
+        yield from connection.execute(_all_of(table))
 
 
 def _require_same(database: Database, old: Connection, new: Connection) -> None:
     for table in _tables():
-        with database.stated():
-            rows = _rows(old, table)
-        if any(one != two for one, two in zip_longest(rows, _rows(new, table))):
+        pairs = zip_longest(_rows(database, old, table), new.execute(_all_of(table)))
+        if any(one != two for one, two in pairs):
             raise DestinationError(
                 "the registry to copy to holds something else already; give a new one"
             )
@@ -97,10 +104,9 @@ def _require_same(database: Database, old: Connection, new: Connection) -> None:
 
 def _copy_rows(database: Database, old: Connection, new: Connection) -> None:
     for table in _tables():
-        with database.stated():
-            found = _rows(old, table)
-        for rows in found.mappings().partitions(ROWS_AT_ONCE):
-            new.execute(sa.insert(table), [dict(row) for row in rows])
+        rows = _rows(database, old, table)
+        while some := [row._asdict() for row in islice(rows, ROWS_AT_ONCE)]:
+            new.execute(sa.insert(table), some)
         counter = table.autoincrement_column
         if new.dialect.name == "postgresql" and counter is not None:
             # Its sequences do not notice ids that were given.

@@ -102,7 +102,8 @@ def one_line(program: str, stated: Callable[[Exception], bool]) -> Generator[Non
     except Exception as error:
         if not stated(error):
             raise
-        print(f"{program}: {' '.join(str(error).split())}", file=sys.stderr)
+        # Spaces stay as they are: they may be part of a path.
+        print(f"{program}: {' '.join(str(error).splitlines())}", file=sys.stderr)
         sys.exit(1)
 
 

@@ -78,7 +78,8 @@ class EngineConfig(ConfigModel):
     gpu_memory: float = Field(default=0.9, gt=0, le=1)
     """Share of a GPU's memory one replica takes."""
     gpus: int | None = Field(default=None, ge=0, le=16)
-    """GPUs of one replica (tensor parallel above 1); 0: CPU. Unset: one if the machine has any."""
+    """GPUs of one replica (tensor parallel above 1); 0: CPU. Unset: one if there are as many as
+    replicas, else none."""
     threads: int | None = Field(default=None, ge=1)
     """CPU threads of one replica. Unset: the machine's cores shared evenly."""
     turn_s: float = Field(default=1.0, ge=0)

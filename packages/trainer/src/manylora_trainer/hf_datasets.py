@@ -40,10 +40,10 @@ class SavedDataset:
                 yield row_of(self.name, number, value, {"row": number})
         except (GeneratorExit, SourceError):
             raise
-        except (StopIteration, IndexError) as error:
-            # How the library says that there is no file, or that no file holds a row.
-            raise SourceError(f"{self.name} has no rows") from error
         except Exception as error:
+            if number == 0 and isinstance(error, StopIteration | IndexError):
+                # How the library says that there is no file, or that no file holds a row.
+                raise SourceError(f"{self.name} has no rows") from error
             # The library states no errors of its own: what fails in a builder comes out as it is.
             where = "" if number == 0 else f" behind row {number}"
             raise SourceError(f"{self.name} cannot be read{where}: {why(error)}") from error

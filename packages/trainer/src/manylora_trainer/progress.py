@@ -60,7 +60,9 @@ class Progress:
     """Progress of a run, one bar a task; a context manager."""
 
     def __init__(self, console: Console | None = None) -> None:
-        self._console = console or Console(file=cast("IO[str]", _Unread(sys.stderr)), stderr=True)
+        # None where the process was started without one, which rich makes do with.
+        stream = sys.stderr and cast("IO[str]", _Unread(sys.stderr))
+        self._console = console or Console(file=stream, stderr=True)
         self._bars: RichProgress | None = None
         self._ids: dict[str, TaskID] = {}
         self._steps: dict[str, int] = {}

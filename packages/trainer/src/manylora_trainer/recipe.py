@@ -151,7 +151,8 @@ class Training(ConfigModel):
     keep_checkpoints: int = Field(default=2, ge=1)
     """Checkpoints kept, newest first."""
     threads: int | None = Field(default=None, ge=1)
-    """CPU threads; null: as many as there are cores. Part of what makes a run repeatable."""
+    """CPU threads of each worker; null: the machine's cores shared evenly by all workers. Part of
+    what makes a run repeatable."""
     gradient_checkpointing: Literal["auto", "on", "off"] = "auto"
     """Keep only what enters each layer, and compute the rest again in the backward: about a third
     more time for a fraction of the memory, and the same result. auto: where the activations of the

@@ -110,7 +110,7 @@ def open_run(
     Raises:
         RunExistsError: it is not empty and `resume` was not asked for.
         RecipeChangedError: it was started with another recipe or base.
-        RunDirectoryError: it holds something else, or cannot be written.
+        RunDirectoryError: it holds something else, cannot be written, or another process trains it.
     """
     directory = RunDirectory(path)
     try:

@@ -121,13 +121,21 @@ class SqlRows:
             for (found,) in connection.execute(self._behind(last, key)).all():
                 row = select(everything).select_from(self._from()).where(key == found)
                 try:
-                    page += [(found, dict(r)) for r in connection.execute(row).mappings()]
+                    rows = connection.execute(row).mappings().all()
                 except SQLAlchemyError as error:
                     if not _is_of_a_value(error):
                         raise
                     connection.rollback()
                     problem = f"{self.settings.key} {found!r} cannot be read: {_why(error)}"
                     page.append((found, problem))
+                    continue
+                if not rows:
+                    # As of a narrow float: going on would pass over the row in silence.
+                    raise SourceError(
+                        f"{self.name}: no row is found by {self.settings.key} {found!r}, which one "
+                        "has; choose another key"
+                    )
+                page += [(found, dict(r)) for r in rows]
         return page
 
     def _behind(self, last: Any, wanted: ColumnClause[Any]) -> Select[Any]:

@@ -17,7 +17,7 @@ class WorkerSettings(ConfigModel):
     cpus: float = Field(default=1.0, gt=0.0)
     """CPU cores of each worker."""
     gpu: Literal["auto", "yes", "no"] = "auto"
-    """Whether each worker gets a GPU. auto: if the Ray cluster has any."""
+    """Whether each worker gets a GPU. auto: if the Ray cluster has one for each."""
     max_restarts: int = Field(default=3, ge=0)
     """Times that lost workers are started again from the last checkpoint."""
     address: str | None = None
