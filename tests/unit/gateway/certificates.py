@@ -34,13 +34,13 @@ class Authority:
         self, name: str, *names: x509.GeneralName, key: rsa.RSAPrivateKey | None = None
     ) -> Pair:
         """A certificate for `name`, with alternative names beside it."""
-        key = key or ec.generate_private_key(ec.SECP256R1())
+        own = key or ec.generate_private_key(ec.SECP256R1())
         subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
-        signed = self._sign(subject, key.public_key(), names=names)
+        signed = self._sign(subject, own.public_key(), names=names)
         pair = Pair(self._directory / f"{name}.pem", self._directory / f"{name}.key")
         pair.certificate.write_bytes(signed.public_bytes(serialization.Encoding.PEM))
         pair.key.write_bytes(
-            key.private_bytes(
+            own.private_bytes(
                 serialization.Encoding.PEM,
                 serialization.PrivateFormat.PKCS8,
                 serialization.NoEncryption(),
