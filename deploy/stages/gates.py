@@ -49,8 +49,8 @@ def closed(asked: Asked, work: Work) -> list[str]:
     is kept on the version.
 
     Raises:
-        SettingsError, EvaluatorError: so do files that gates.yaml names, or rows cannot be read;
-            nothing is asked.
+        SettingsError: files that gates.yaml names are not there or have mistakes; nothing is asked.
+        EvaluatorError: rows cannot be read, or a threshold names no score; nothing is asked.
         CheckError: it does not fit the target, or is not signed; nothing is asked.
         StatusError: the gateway it comes from is away.
     """

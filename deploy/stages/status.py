@@ -3,6 +3,7 @@
 from dataclasses import asdict
 from typing import Any
 
+from deploy.stages.errors import DamagedError
 from deploy.stages.hosting import Hosting
 from deploy.stages.journal import Journal, Promotion
 from deploy.stages.operator import Operator
@@ -29,18 +30,18 @@ def status(stage: Stage) -> dict[str, Any]:
     errors: list[str] = []
     try:
         told["adapters"] = _aliases(stage)
-    except RegistryError as error:
+    except (RegistryError, DamagedError) as error:
         errors.append(str(error))
     if running is not None and running.ready:
-        with Operator(running, stage.token) as operator:
-            told["healthy"] = operator.healthy()
-            try:
+        try:
+            with Operator(running, stage.token) as operator:
+                told["healthy"] = operator.healthy()
                 _add_served(told["adapters"], stage, operator)
-            except ClientError as error:
-                errors.append(str(error))
-                if running.pid is None:
-                    # Something else runs it; a lock tells of those that run here.
-                    told["state"] = "not reached"
+        except ClientError as error:
+            errors.append(str(error))
+            if running.pid is None and not told["healthy"]:
+                # Something else runs it; a lock tells of those that run here.
+                told["state"] = "not reached"
     told["error"] = "; ".join(errors)
     return told
 

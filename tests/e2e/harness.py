@@ -101,6 +101,7 @@ def start_gateway(
     config: Path, log: Path, module: Sequence[str] = ("manylora_cli", "serve")
 ) -> Gateway:
     """Starts `manylora serve`, or another module that serves, and waits for its ready line."""
+    path = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     with log.open("w") as errors:
         process = subprocess.Popen(
             [sys.executable, "-m", *module, str(config)],
@@ -108,7 +109,7 @@ def start_gateway(
             stderr=errors,
             text=True,
             start_new_session=True,
-            env=dict(os.environ, HF_HUB_OFFLINE="1", PYTHONPATH=str(ROOT)),
+            env=dict(os.environ, HF_HUB_OFFLINE="1", PYTHONPATH=os.pathsep.join(path)),
             cwd=ROOT,
         )
     lines: queue.Queue[str | None] = queue.Queue()

@@ -277,6 +277,7 @@ def test_a_damaged_file_of_a_promotion_is_named(world: World) -> None:
         file.write_text(content)
         for arguments in (("promote", name), ("rollback", name, "--stage", "production")):
             assert f"{file} is damaged: remove it" in world.scripts.refused(*arguments)
+        assert f"{file} is damaged: remove it" in world.scripts.good("status", "production")
     file.unlink()
 
 

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any, cast
 
@@ -610,8 +610,7 @@ def test_closing_a_client_ends_what_is_under_way(kind: str, serve: Serve, connec
 
     with ThreadPoolExecutor(1) as pool:
         call = pool.submit(calls[kind])
-        while not server.service.in_flight:
-            pass
+        _until_in_flight(server, call)
         client.close()
         with pytest.raises(ClosedError):
             call.result(timeout=30)
@@ -626,6 +625,27 @@ def test_a_stream_that_is_closed_elsewhere_ends(serve: Serve, connect: Connect) 
         rest = pool.submit(lambda: list(stream))
         stream.close()
         assert rest.result(timeout=30) == []
+
+
+def test_closing_a_client_ends_the_wait_for_another_attempt(serve: Serve, connect: Connect) -> None:
+    later = Failure(grpc.StatusCode.UNAVAILABLE, "later", retry_after=0.5)
+    server = serve({"": later, "up": Answer()})
+    client = connect(server.target, retries=1000)
+
+    with ThreadPoolExecutor(1) as pool:
+        call = pool.submit(client.generate, "x")
+        while not (server.service.received or call.done()):
+            pass
+        # Its answer comes behind that of the call before it, on the same connection.
+        client.generate("x", "up")
+        client.close()
+        with pytest.raises(ClosedError):
+            call.result(timeout=30)
+
+
+def _until_in_flight(server: ScriptedServer, call: Future[object]) -> None:
+    while not (server.service.in_flight or call.done()):
+        pass
 
 
 def _eventually(call: Callable[[], Generation], error: type[ClientError]) -> Generation:

@@ -16,6 +16,7 @@ from manylora_client import (
     ClosedError,
     Generation,
     InvalidInputError,
+    Request,
     UnreachableError,
     tls_credentials,
 )
@@ -112,3 +113,35 @@ def test_cancelling_the_task_cancels_the_call(serve: Serve) -> None:
 
     run(ask_and_give_up())
     assert server.service.cancelled.wait(10)
+
+
+@pytest.mark.parametrize("kind", ["generate", "batch", "stream"])
+def test_a_cancelled_caller_stays_cancelled_where_the_client_is_closed(
+    kind: str, serve: Serve
+) -> None:
+    """As where one timeout ends both; ClosedError would have the caller go on."""
+    server = serve({"": Answer(hold_after=0)})
+
+    async def ask(client: AsyncClient) -> None:
+        async with asyncio.TaskGroup():
+            if kind == "generate":
+                await client.generate("x")
+            elif kind == "batch":
+                await client.batch([Request("x")])
+            else:
+                await client.stream("x").result()
+
+    def until_under_way(call: asyncio.Task[None]) -> None:
+        while not (server.service.in_flight or call.done()):
+            pass
+
+    async def both() -> None:
+        client = AsyncClient(server.target)
+        call = asyncio.create_task(ask(client))
+        await asyncio.to_thread(until_under_way, call)
+        call.cancel()
+        await client.close()
+        with pytest.raises(asyncio.CancelledError):
+            await call
+
+    run(both())

@@ -1,6 +1,7 @@
 """The files of a stage, read and found wrong."""
 
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -107,6 +108,26 @@ def test_a_gateway_elsewhere_that_is_not_reached_is_not_said_to_serve(stages: Pa
     assert done.stdout.startswith("blue: not reached at localhost:1, not healthy: ")
     assert "/r is not a registry" in done.stdout
     assert "no manylora server answers at localhost:1" in done.stdout
+
+
+def test_a_status_tells_what_it_can_of_each_stage(stages: Path, tmp_path: Path) -> None:
+    """Here neither the registry nor the certificates to call the gateway with are there."""
+    (stages / "stage.yaml").write_text(
+        "alias: blue\nstate: kept\nconnect: {inference: 'localhost:1', admin: 'localhost:1'}\n"
+    )
+    shutil.copytree(stages, tmp_path / "green")
+    done = subprocess.run(
+        [SHIPPED / "status"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=dict(os.environ, MANYLORA_TLS_CA=str(tmp_path / "gone.pem")),
+    )
+    assert done.returncode == 0, done.stderr
+    for name in ("blue", "green"):
+        (line,) = (line for line in done.stdout.splitlines() if line.startswith(f"{name}: "))
+        assert line.startswith(f"{name}: not reached at localhost:1, not healthy: ")
+        assert "gone.pem cannot be read: No such file or directory" in line
 
 
 def test_a_state_that_cannot_be_a_directory_is_one_line(stages: Path) -> None:

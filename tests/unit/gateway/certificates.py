@@ -7,7 +7,7 @@ from pathlib import Path
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.x509.oid import NameOID
 
 
@@ -30,15 +30,17 @@ class Authority:
         self.certificate = directory / f"{name}.pem"
         self.certificate.write_bytes(self._signed.public_bytes(serialization.Encoding.PEM))
 
-    def issue(self, name: str, *names: x509.GeneralName) -> Pair:
+    def issue(
+        self, name: str, *names: x509.GeneralName, key: rsa.RSAPrivateKey | None = None
+    ) -> Pair:
         """A certificate for `name`, with alternative names beside it."""
-        key = ec.generate_private_key(ec.SECP256R1())
+        own = key or ec.generate_private_key(ec.SECP256R1())
         subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
-        signed = self._sign(subject, key.public_key(), names=names)
+        signed = self._sign(subject, own.public_key(), names=names)
         pair = Pair(self._directory / f"{name}.pem", self._directory / f"{name}.key")
         pair.certificate.write_bytes(signed.public_bytes(serialization.Encoding.PEM))
         pair.key.write_bytes(
-            key.private_bytes(
+            own.private_bytes(
                 serialization.Encoding.PEM,
                 serialization.PrivateFormat.PKCS8,
                 serialization.NoEncryption(),
@@ -54,7 +56,7 @@ class Authority:
     def _sign(
         self,
         subject: x509.Name,
-        key: ec.EllipticCurvePublicKey,
+        key: ec.EllipticCurvePublicKey | rsa.RSAPublicKey,
         *,
         names: tuple[x509.GeneralName, ...] = (),
         authority: bool = False,

@@ -78,3 +78,25 @@ async def test_a_drain_ends_when_the_last_has_left() -> None:
             pass
         assert not drained.done()
     await drained
+
+
+async def test_what_is_cut_off_is_told_so_unless_its_client_left_that_moment() -> None:
+    admission = Admission(LimitsConfig())
+    answering = asyncio.Event()
+
+    async def answer() -> None:
+        async with admission.until_cut_off():
+            answering.set()
+            await asyncio.Event().wait()
+
+    ends = {DrainingError: False, asyncio.CancelledError: True}
+    for error, left in ends.items():
+        answering.clear()
+        task = asyncio.create_task(answer())
+        await answering.wait()
+        # What has ended is forgotten: a timeout that is over cannot be set.
+        admission.cut_off()
+        if left:
+            task.cancel()
+        with pytest.raises(error):
+            await task

@@ -244,7 +244,7 @@ async def test_a_load_outlives_the_client_who_asked_for_it(
     assert gateway.engine.loads.count(version.engine_name) == 1
 
 
-BURST = 4000
+BURST = 2000
 
 
 async def test_a_burst_the_front_has_not_looked_at_is_answered_in_our_words(

@@ -14,6 +14,7 @@ import openai
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import rsa
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
@@ -365,8 +366,10 @@ def test_tls_files_that_cannot_be_used_are_named(tmp_path: Path) -> None:
     empty.touch()
     damaged.write_text(authority.certificate.read_text().replace("M", "!", 1) * 2)
     locked.write_bytes(encrypted(one.key))
+    weak = authority.issue("weak", key=rsa.generate_private_key(65537, 1024))
     missing = tmp_path / "missing"
     cases = [
+        (authority.certificate, weak.certificate, weak.key, "cannot be used: ee key too small"),
         (authority.certificate, one.certificate, other.key, f"{other.key} is not the key of"),
         (authority.certificate, one.certificate, locked, f"{locked} holds no plain private key"),
         (authority.certificate, one.certificate, empty, f"{empty} holds no plain private key"),

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import pytest
 from google.rpc import code_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2
@@ -231,7 +232,10 @@ async def test_copies_on_disk_have_a_limit_and_those_in_the_engine_stay(
 
 
 async def test_a_cache_that_cannot_be_written_is_not_taken_for_the_registry(
-    gateway: RunningGateway, published: Publish, tmp_path: Path
+    gateway: RunningGateway,
+    published: Publish,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     published("blue", 7)
     cache = tmp_path / "cache"
@@ -241,6 +245,8 @@ async def test_a_cache_that_cannot_be_written_is_not_taken_for_the_registry(
     status = await refused(gateway.inference.Generate(blue))
     assert told(status) == ("UNAVAILABLE", "CACHE_UNAVAILABLE")
     assert "registry" not in status.message
+    assert str(cache) not in status.message, "no path of the server's is for clients"
+    assert str(cache) in caplog.text
     # What is loaded goes on, and the other comes as soon as it can be written.
     assert (await gateway.inference.Generate(red)).text
     cache.unlink()

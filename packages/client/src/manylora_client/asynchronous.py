@@ -220,6 +220,8 @@ class AsyncClient:
         metadata = self._metadata.of(request_id)
         attempts = Attempts(self._retries, self._seconds(timeout))
         while True:
+            # Each time: it may be closed between two attempts.
+            self._check_open()
             try:
                 return await method(message, timeout=attempts.remaining(), metadata=metadata)
             except asyncio.CancelledError:

@@ -79,8 +79,12 @@ def _check_tls_files(
             # Without a password it would ask on the terminal for one.
             context.load_cert_chain(certificate, key, password="")
     except ssl.SSLError as error:
-        mismatch = error.reason in ("KEY_VALUES_MISMATCH", "KEY_TYPE_MISMATCH")
-        problem = f"is not the key of {certificate}" if mismatch else "holds no plain private key"
+        if error.reason in ("KEY_VALUES_MISMATCH", "KEY_TYPE_MISMATCH"):
+            problem = f"is not the key of {certificate}"
+        elif error.reason is None:
+            problem = "holds no plain private key"
+        else:
+            problem = f"and {certificate} cannot be used: {error.reason.replace('_', ' ').lower()}"
         raise InvalidInputError(f"{key} {problem}") from error
 
 

@@ -28,7 +28,7 @@ _CLASSES: dict[str, type[StatusError]] = {
     "INTERNAL": errors.InternalError,
 }
 _NO_COMMON_TLS = ("handshake", "addresses; last error: UNAVAILABLE")
-"""In gRPC's words where one side speaks TLS, or shows a certificate, as the other does not take."""
+"""In gRPC's words where one side speaks TLS and the other does not, or refuses its certificate."""
 _DETAILS = "grpc-status-details-bin"
 
 

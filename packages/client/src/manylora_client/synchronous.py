@@ -184,10 +184,11 @@ class Client:
         timeout: float | None,
         request_id: str | None = None,
     ) -> Response:
-        self._check_open()
         metadata = self._metadata.of(request_id)
         attempts = Attempts(self._retries, self._seconds(timeout))
         while True:
+            # Each time: it may be closed between two attempts.
+            self._check_open()
             try:
                 return method(message, timeout=attempts.remaining(), metadata=metadata)
             except grpc.RpcError as failure:

@@ -50,7 +50,8 @@ class Replies:
 async def resolve(client: AsyncClient, reference: str, row: Row) -> AdapterVersion | None:
     """What `reference` means now; None: the bare base.
 
-    The request that tells it also loads the adapter, which so is no part of the latencies.
+    The request that tells it also loads the adapter, which so is no part of the latencies where
+    the server has room for all that are asked.
 
     Raises:
         StatusError: the server is away or cannot serve the reference.

@@ -26,8 +26,9 @@ SHOWN_CHARACTERS = 6_000
 CONTROLS = {
     **{code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n\r"},
     0x7F: 0x2421,
+    **dict.fromkeys(range(0x80, 0xA0), 0xFFFD),
 }
-"""Unicode's pictures of them."""
+"""Unicode's pictures of them, where it has any."""
 
 
 def write_report(result: EvaluationResult, directory: Path) -> None:

@@ -264,7 +264,9 @@ def from_registry(error: Exception) -> GatewayError:
         case registry_errors.CorruptBlobError():
             return CorruptAdapterError(text)
         case registry_errors.DestinationError():
-            return CacheError(text)
+            # Its text names a directory of this machine, which is nothing for clients.
+            why = getattr(error.__cause__, "strerror", None) or "it cannot be written"
+            return CacheError(f"There is no place here for a copy of the version: {why}.")
         case registry_errors.UnsignedError():
             unsigned = UnservableError(text)
             unsigned.reason = error.reason

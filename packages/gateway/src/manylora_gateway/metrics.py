@@ -88,7 +88,8 @@ class Observation:
             return error.status, error.reason
         if isinstance(error, Exception):
             return "INTERNAL", "INTERNAL"
-        # The call's task was cancelled: the client went away or its deadline passed.
+        # The call's task was cancelled: the client went away, its deadline passed, or the gateway
+        # ended, which nobody counts any more.
         late = time.monotonic() > self._deadline - DEADLINE_TOLERANCE_S
         ending = "DEADLINE_EXCEEDED" if late else "CANCELLED"
         return ending, ending

@@ -1,0 +1,37 @@
+"""A gateway that ends while it answers."""
+
+from pathlib import Path
+
+import pytest
+
+from manylora_client import UnavailableError
+from manylora_registry import Registry
+from tests.e2e.harness import start_gateway, stop
+
+CONFIG = """
+base: {base}
+registry: {registry}
+listen: {{inference: "127.0.0.1:0", admin: "127.0.0.1:0"}}
+engine: {{slots: 2, max_rank: 8, max_concurrent: 4}}
+drain_s: 0.1
+"""
+
+
+def test_an_answer_that_outlasts_the_drain_says_so(
+    tmp_path: Path, base_directory: Path, location: Path, registry: Registry
+) -> None:
+    config = tmp_path / "gateway.yaml"
+    config.write_text(CONFIG.format(base=base_directory, registry=location))
+    running = start_gateway(config, tmp_path / "log", ["benchmarks.synthetic"])
+    try:
+        with running.client() as client, client.stream([1], "red", max_tokens=1000) as answer:
+            assert stop(running.process) == []
+            with pytest.raises(
+                UnavailableError, match="ended before the answer was whole"
+            ) as ended:
+                list(answer)
+    finally:
+        stop(running.process)
+    assert ended.value.reason == "DRAINING"
+    assert ended.value.retry_after
+    assert "1 requests still running after 0.1 s are cut off" in (tmp_path / "log").read_text()
