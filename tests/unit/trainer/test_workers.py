@@ -3,6 +3,8 @@
 import logging
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -120,3 +122,26 @@ def test_interrupted_workers_leave_a_checkpoint_that_one_worker_goes_on_from(
     going_on = SeesSteps()
     manylora_trainer.train(recipe, tmp_path / "run", resume=True, progress=going_on)
     assert going_on.first > 3
+
+
+def test_a_terminal_that_closes_leaves_rays_processes_until_the_checkpoint(
+    make_task, write_recipe, tmp_path
+):
+    recipe = write_recipe(make_task("one", steps=100_000), checkpoint_every=100_000)
+    verb = [sys.executable, "-m", "manylora_cli", "train", str(recipe), "--run-dir"]
+    verb += [str(tmp_path / "run"), "--set", "workers.count=2", "--set", "workers.cpus=0.5"]
+    process = subprocess.Popen(
+        verb, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, start_new_session=True
+    )
+    assert process.stderr is not None
+    with process, process.stderr as lines:
+        for line in lines:
+            if line.startswith("step "):
+                break
+        # All processes of the session's group, as the kernel tells them.
+        os.killpg(process.pid, signal.SIGHUP)
+        told = lines.read()
+    assert process.returncode == 1
+    assert "SIGHUP" in told.splitlines()[-1]
+    assert "--resume" in told
+    assert any((tmp_path / "run" / "checkpoints").iterdir())

@@ -11,6 +11,7 @@ decides travel through one small actor.
 import logging
 import os
 import shutil
+import signal
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -128,13 +129,19 @@ def _connect(address: str | None, workers: int, cpus: float) -> None:
         return
     # Ray starts workers at nice 15: whatever else the machine does would come first.
     os.environ.setdefault("RAY_worker_niceness", "0")
-    ray.init(
-        # As many as asked for: cores are the machine's to share out, and a laptop has few.
-        num_cpus=max(os.cpu_count() or 1, int(-(-workers * cpus // 1))),
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-    )
+    # A terminal that closes tells every process of it; Ray's, which inherit this, must outlive
+    # the checkpoint that the workers write then. Of SIGINT Ray sees to it itself.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
+    try:
+        ray.init(
+            # As many as asked for: cores are the machine's to share out, and a laptop has few.
+            num_cpus=max(os.cpu_count() or 1, int(-(-workers * cpus // 1))),
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _follow(trainer: Any, desk: Any, watch: Progress) -> BaseException | None:
@@ -154,8 +161,8 @@ def _follow(trainer: Any, desk: Any, watch: Progress) -> BaseException | None:
         told = False
         while thread.is_alive():
             thread.join(SECONDS_BETWEEN_LOOKS)
-            if (signal := interruption.signal) is not None and not told:
-                ray.get(desk.stop.remote(signal))
+            if (asked := interruption.signal) is not None and not told:
+                ray.get(desk.stop.remote(asked))
                 told = True
             _show(desk, watch)
     return failures[0] if failures else None
