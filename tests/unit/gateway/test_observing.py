@@ -161,6 +161,16 @@ async def test_an_operator_drains(gateway: RunningGateway) -> None:
     assert (await gateway.admin.Drain(admin_pb2.DrainRequest())).requests == 0
 
 
+async def test_a_drain_for_less_than_no_time_is_none(gateway: RunningGateway) -> None:
+    for seconds, nanos in ((-5, 0), (0, -1)):
+        timeout = duration_pb2.Duration(seconds=seconds, nanos=nanos)
+        failed = await refused(gateway.admin.Drain(admin_pb2.DrainRequest(timeout=timeout)))
+        assert told(failed) == ("INVALID_ARGUMENT", "INVALID_REQUEST")
+        assert "timeout" in failed.message
+    assert await health(gateway) == health_pb2.HealthCheckResponse.SERVING
+    assert (await gateway.inference.Generate(SAY)).text
+
+
 async def test_a_pinned_version_outlives_idleness_and_its_alias(
     gateway: RunningGateway, served: dict[str, Version], registry: Registry, published: Publish
 ) -> None:

@@ -253,6 +253,18 @@ async def test_a_cache_that_cannot_be_written_is_not_taken_for_the_registry(
     assert (await gateway.inference.Generate(blue)).text
 
 
+async def test_a_registry_that_is_away_is_not_taken_for_damage(
+    gateway: RunningGateway, published: Publish
+) -> None:
+    published("blue", 7)
+    blue = pb.GenerateRequest(adapter="blue@1", text="hi")
+    away = gateway.registry_location.rename(gateway.registry_location.with_name("away"))
+    status = await refused(gateway.inference.Generate(blue))
+    assert told(status) == ("UNAVAILABLE", "REGISTRY_UNAVAILABLE")
+    away.rename(gateway.registry_location)
+    assert (await gateway.inference.Generate(blue)).text
+
+
 async def test_one_slot_is_enough_for_many_adapters(
     served: dict[str, Version], start: Start
 ) -> None:

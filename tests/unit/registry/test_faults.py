@@ -121,6 +121,15 @@ def test_blobs_that_cannot_be_opened_or_written_are_told(
     assert len(registry.versions("spelling")) == 1
 
 
+def test_a_store_that_is_gone_as_a_whole_is_away_and_not_damaged(registry, version, tmp_path):
+    blobs = tmp_path / "registry" / "blobs"
+    away = blobs.rename(tmp_path / "away")
+    with pytest.raises(BlobStoreError, match="cannot be read: No such file"):
+        registry.materialize(version, tmp_path / "cache")
+    away.rename(blobs)
+    assert registry.materialize(version, tmp_path / "cache").is_dir()
+
+
 def test_a_disk_that_fills_up_publishes_nothing(registry, large):
     with no_file_longer_than(300_000), pytest.raises(BlobStoreError, match="make room"):
         registry.publish("spelling", large, base=BASE)

@@ -3,6 +3,8 @@
 import json
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from typer.testing import CliRunner
@@ -114,3 +116,21 @@ def test_a_tracker_that_refuses_or_is_not_installed_is_said_in_one_line(run):
     )
     assert without.returncode == 1
     assert without.stderr.startswith("manylora: mlflow is not installed; install it with")
+
+
+def test_a_server_that_fails_is_told_after_few_attempts(run, monkeypatch):
+    monkeypatch.delenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", raising=False)
+    asked: list[str] = []
+
+    class Failing(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            self.send_error(503)
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Failing) as server:
+        threading.Thread(target=server.serve_forever).start()
+        uri = f"http://127.0.0.1:{server.server_port}"
+        with pytest.raises(ExportError, match=f"MLflow at {uri}: .*503"):
+            export_run(run, "mlflow", uri)
+        server.shutdown()
+    assert len(asked) == 3

@@ -167,10 +167,21 @@ def test_killed_again_and_again_at_random_equals_uninterrupted(make_task, write_
         assert losses(run) == losses(tmp_path / "whole"), f"seed {seed}"
 
 
+@contextmanager
+def started_with(number, handler):
+    """As a process has a signal from whoever started it."""
+    before = signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        signal.signal(number, before)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_writes_a_checkpoint_and_says_how_to_resume(recipe, tmp_path, number):
     manylora_trainer.train(recipe, tmp_path / "whole")
-    with pytest.raises(RunInterruptedError, match=r"after step 3 of 7.*go on with: this"):
+    said = r"after step 3 of 7.*go on with: this"
+    with started_with(number, signal.SIG_DFL), pytest.raises(RunInterruptedError, match=said):
         manylora_trainer.train(
             recipe, tmp_path / "run", progress=StopAt(3, number), how_to_resume="this"
         )
@@ -180,23 +191,14 @@ def test_a_signal_writes_a_checkpoint_and_says_how_to_resume(recipe, tmp_path, n
     assert adapters(tmp_path / "run") == adapters(tmp_path / "whole")
 
 
-@contextmanager
-def ignored(number):
-    before = signal.signal(number, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(number, before)
-
-
 def test_a_run_under_nohup_outlives_its_terminal(recipe, tmp_path):
-    with ignored(signal.SIGHUP):
+    with started_with(signal.SIGHUP, signal.SIG_IGN):
         manylora_trainer.train(recipe, tmp_path / "run", progress=StopAt(3, signal.SIGHUP))
     assert read_run(tmp_path / "run").state == "finished"
 
 
 def test_a_run_in_the_background_of_a_script_can_be_interrupted(recipe, tmp_path):
-    with ignored(signal.SIGINT), pytest.raises(RunInterruptedError):
+    with started_with(signal.SIGINT, signal.SIG_IGN), pytest.raises(RunInterruptedError):
         manylora_trainer.train(recipe, tmp_path / "run", progress=StopAt(3, signal.SIGINT))
 
 

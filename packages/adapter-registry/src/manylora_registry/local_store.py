@@ -74,6 +74,9 @@ class LocalBlobStore:
         try:
             return io.BufferedReader(_BlobFile(self.path(digest), digest))
         except FileNotFoundError as error:
+            # A store that is gone as a whole, moved or not mounted, says nothing of its blobs.
+            if not self._blobs.is_dir():
+                raise _unreadable(error) from error
             raise CorruptBlobError(digest, "is missing") from error
         except IsADirectoryError as error:
             raise CorruptBlobError(digest, "is a directory") from error

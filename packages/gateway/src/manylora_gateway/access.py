@@ -151,12 +151,15 @@ class Access:
         }
 
     def _look(self) -> _Stamp | None:
-        """Changes with the file; None where it is gone."""
+        """Changes with the file; None where it is gone.
+
+        ctime moves with permissions too, and no tool that copies a file sets it back.
+        """
         try:
             status = self._path.stat()
         except OSError:
             return None
-        return status.st_mtime_ns, status.st_size, status.st_ino
+        return status.st_ctime_ns, status.st_size, status.st_ino
 
 
 def token_digest(token: str) -> str:

@@ -102,7 +102,13 @@ class Operations:
             return version
 
     async def drain(self, timeout_s: float | None) -> int:
-        """Takes no new requests and waits for those inside; says how many are left."""
+        """Takes no new requests and waits for those inside; says how many are left.
+
+        Raises:
+            InvalidRequestError: the timeout is negative; nothing has changed.
+        """
+        if timeout_s is not None and timeout_s < 0:
+            raise InvalidRequestError([Violation("timeout", "must not be negative")])
         await self._fleet.announce_end()
         try:
             async with asyncio.timeout(self._drain_s if timeout_s is None else timeout_s):

@@ -212,7 +212,7 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
         """Takes no new requests and waits for those that run."""
         async with _answering(context):
             asked = request.HasField("timeout")
-            timeout_s = request.timeout.ToMilliseconds() / 1000 if asked else None
+            timeout_s = request.timeout.ToNanoseconds() / 1e9 if asked else None
             return admin_pb2.DrainResponse(requests=await self._operations.drain(timeout_s))
 
     async def SetRollout(

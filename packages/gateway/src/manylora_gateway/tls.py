@@ -79,14 +79,17 @@ class ServerTls:
             return self._now
 
     def _look(self) -> object:
-        """Changes with each of the files; None where one is gone."""
+        """Changes with each of the files; None where one is gone.
+
+        ctime moves with permissions too, and no tool that copies a file sets it back.
+        """
         config = self._config
         paths = (config.certificate, config.key, config.client_ca)
         try:
             found = [path.stat() for path in paths if path is not None]
         except OSError:
             return None
-        return tuple((status.st_mtime_ns, status.st_size, status.st_ino) for status in found)
+        return tuple((status.st_ctime_ns, status.st_size, status.st_ino) for status in found)
 
     def _read(self) -> _Read:
         """The files as they are.
