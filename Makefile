@@ -1,4 +1,4 @@
-# `make quickstart` and `make test` are all a fresh machine with Python 3.11 or 3.12 needs.
+# `make quickstart` and `make test` are all a fresh machine with Python 3.11 to 3.14 needs.
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
