@@ -11,6 +11,9 @@ UV := $(shell command -v uv || echo .uv/bin/uv)
 RUN := HF_HUB_OFFLINE=1 RAY_USAGE_STATS_ENABLED=0 VLLM_NO_USAGE_STATS=1 .venv/bin
 BASE := bases/smollm2-135m
 NAME ?= lora_cpu
+# No package brings it, and only what serves on a CPU wants it.
+LIBNUMA := [ $(EXTRA) = gpu ] || $(PYTHON) -c 'import ctypes; ctypes.CDLL("libnuma.so.1")' 2>/dev/null \
+    || { echo "vLLM on a CPU needs libnuma: install it, as with 'apt-get install libnuma1'" >&2; exit 1; }
 
 # Where a machine forbids it, every process compiles all of vLLM's and torch's sources again, which
 # is two thirds of the time they take to import.
@@ -29,6 +32,7 @@ setup: .venv/.synced ## Install everything into .venv, bringing uv where it is m
 	.uv/bin/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
 
 .venv/.synced: pyproject.toml $(wildcard packages/*/pyproject.toml) $(filter .uv/bin/uv,$(UV))
+	@($(LIBNUMA)) || true
 	@echo "· installing manylora and its tools into .venv ($(EXTRA))"
 	$(UV) sync --extra $(EXTRA)
 	@touch $@
@@ -38,6 +42,7 @@ $(BASE)/manylora-base.json: | setup
 
 .PHONY: quickstart
 quickstart: setup ## Train three adapters, serve them, evaluate, swap one under load
+	@$(LIBNUMA)
 	@$(RUN)/python recipes/quickstart/quickstart.py
 
 # Each keeps all cores busy by itself; the others share them.

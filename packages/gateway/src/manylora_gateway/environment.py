@@ -1,9 +1,11 @@
-"""Environment variables of the processes below the gateway."""
+"""What processes of the gateway find around them: variables, files, libraries of the machine."""
 
+import ctypes
 import os
 import resource
 
 from manylora_gateway.config import EngineConfig
+from manylora_gateway.errors import StartError
 
 ENOUGH_FILES = 65_536
 
@@ -55,3 +57,20 @@ def raise_file_limit() -> None:
     enough = ENOUGH_FILES if hard == resource.RLIM_INFINITY else min(hard, ENOUGH_FILES)
     if soft != resource.RLIM_INFINITY and soft < enough:
         resource.setrlimit(resource.RLIMIT_NOFILE, (enough, hard))
+
+
+def require_libnuma() -> None:
+    """Sees that the machine has what vLLM's kernels for CPUs are linked to.
+
+    Without it vLLM goes on, and ends with a word about a missing operation.
+
+    Raises:
+        StartError: it has not; says what to install.
+    """
+    try:
+        ctypes.CDLL("libnuma.so.1")
+    except OSError as error:
+        raise StartError(
+            f"vLLM on a CPU needs libnuma ({error}): install it, as with `apt-get install "
+            "libnuma1` or `dnf install numactl-libs`"
+        ) from error

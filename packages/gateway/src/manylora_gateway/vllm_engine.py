@@ -46,6 +46,7 @@ from manylora_gateway.engine import (
     TextPrompt,
     TokenLogprobs,
 )
+from manylora_gateway.environment import require_libnuma
 from manylora_gateway.errors import (
     AdapterLoadError,
     InvalidRequestError,
@@ -72,10 +73,13 @@ class VllmEngine:
         gpus: GPUs of this replica; 0 runs on the CPU.
 
     Raises:
-        StartError: the LoRA kernels would be vLLM's own on a CPU, without being asked for.
+        StartError: the LoRA kernels would be vLLM's own on a CPU, without being asked for, or the
+            machine lacks a library.
     """
 
     def __init__(self, base: Path, config: EngineConfig, gpus: int) -> None:
+        if not gpus:
+            require_libnuma()
         self._max_context = config.max_context
         self._max_prompt = min(
             config.max_prompt_tokens or config.max_context, config.max_context - 1
