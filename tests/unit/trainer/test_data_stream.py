@@ -284,6 +284,7 @@ def test_batches_prepared_ahead_are_the_same(tokenizer):
     ahead = [stream_of(tokenizer, words(23), **settings)[0] for _ in range(3)]
     with prepared_ahead(ahead):
         for _ in range(20):
+            assert all(stream.prepare() is not None for stream in ahead)
             expected = answers(plain.next_batch(), tokenizer)
             assert [answers(s.next_batch(), tokenizer) for s in ahead] == [expected] * 3
             assert {json.dumps(asdict(s.cursor)) for s in ahead} == {

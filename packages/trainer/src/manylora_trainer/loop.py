@@ -52,7 +52,6 @@ from manylora_trainer.run_directory import (
     run_result,
     update_run,
 )
-from manylora_trainer.sampling import prepared_ahead
 from manylora_trainer.targets import Shapes, linears_of, targets_of
 from manylora_trainer.tokenization import ChatTokenizer
 from manylora_trainer.trainees import StepReport, Trainee, Trainees
@@ -216,7 +215,7 @@ def train_run(
         closing(
             MetricsFile(directory.metrics, metrics_bytes) if writes else NoMetrics()
         ) as metrics,
-        prepared_ahead([trainee.stream for trainee in trainees]),
+        trainees.prepared_ahead(),
     ):
         if writes:
             update_run(directory, run, progress)

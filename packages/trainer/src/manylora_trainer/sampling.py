@@ -82,7 +82,7 @@ class ExampleStream(Generic[R, I]):
         self._data = data
         self._seed = seed
         self.workers: ThreadPoolExecutor | None = None
-        """Set by `prepared_ahead`; without it a batch is prepared when it is asked for."""
+        """Set by `prepared_ahead`; without it batches are drawn when they are asked for."""
         self._ahead: Future[tuple[list[I], Cursor]] | None = None
         self.abandoned = threading.Event()
         # What follows is touched by the one job in flight only.
@@ -94,6 +94,16 @@ class ExampleStream(Generic[R, I]):
         """Goes on from a cursor of an earlier stream with the same arguments."""
         self.cursor = cursor
 
+    def prepare(self) -> Future[tuple[list[I], Cursor]] | None:
+        """Begins with the next batch, outside of this thread: its items, the cursor behind it.
+
+        None where there is no next one, or no other thread.
+        """
+        more = self.cursor.batches < self._data.steps
+        if self._ahead is None and more and self.workers is not None:
+            self._ahead = self.workers.submit(self._draw, self.cursor)
+        return self._ahead
+
     def next_batch(self) -> list[I]:
         """The items of the next step; an epoch's end falls anywhere within a batch.
 
@@ -103,8 +113,6 @@ class ExampleStream(Generic[R, I]):
         """
         ahead, self._ahead = self._ahead, None
         items, self.cursor = self._draw(self.cursor) if ahead is None else ahead.result()
-        if self.workers is not None and self.cursor.batches < self._data.steps:
-            self._ahead = self.workers.submit(self._draw, self.cursor)
         return items
 
     def _draw(self, cursor: Cursor) -> tuple[list[I], Cursor]:
@@ -226,7 +234,7 @@ def _behind(window: _Window[R, I], cursor: Cursor) -> Cursor:
 
 @contextmanager
 def prepared_ahead(streams: Sequence[ExampleStream[R, I]]) -> Generator[None]:
-    """Inside the block each batch is read and tokenised while the one before it trains.
+    """Inside the block `prepare` reads and tokenises a batch while the one before it trains.
 
     Threads and not processes: the tokenizer, where 70 % of the time goes, works outside of Python's
     lock, as training does, and nothing has to be copied. What fails in a thread is raised by

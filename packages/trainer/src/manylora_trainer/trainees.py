@@ -7,6 +7,7 @@ import hashlib
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -31,6 +32,7 @@ from manylora_trainer.objectives import (
     sums_by_example,
 )
 from manylora_trainer.optimizer import make_optimizer
+from manylora_trainer.packer import Packer
 from manylora_trainer.packing import Batch, Pack, Range, pack_batches
 from manylora_trainer.recipe import Task
 from manylora_trainer.result import TaskProgress
@@ -224,6 +226,12 @@ class Trainees:
                 adapters.append(trainee.reference)
         attach(base.model, adapters, self._routing)
         workers.share(base.decoder)
+        streams = [trainee.stream for trainee in trainees]
+        self._packer = Packer(streams, pack_tokens, workers.size)
+
+    def prepared_ahead(self) -> AbstractContextManager[None]:
+        """Inside the block a step's rows are read, tokenised and packed during the one before."""
+        return self._packer.prepared_ahead()
 
     def __iter__(self) -> Iterator[Trainee]:
         return iter(self._trainees)
@@ -234,16 +242,12 @@ class Trainees:
         An adapter whose loss or gradient is not finite is left as it was and marked as stopped.
         """
         started = time.perf_counter()
-        batches = [
-            trainee.next_batch(index)
-            for index, trainee in enumerate(self._trainees)
-            if trainee.trains_at(step)
-        ]
+        batches = [self._trainees[index].next_batch(index) for index in self._taking_part(step)]
         # Once all are there: a source that fails must not leave others a batch ahead.
         for batch in batches:
             trainee = self._trainees[batch.adapter]
             trainee.progress.cursor = trainee.stream.cursor
-        packs = pack_batches(batches, self._pack_tokens, self._workers.size)
+        packs = self._packer.packs(batches)
         objectives = self._objectives(batches)
         means = self._backward(step, batches, packs, objectives)
         norms = self._gradient_norms(batches)
@@ -310,6 +314,10 @@ class Trainees:
             trainee.validated(step, loss)
         return losses
 
+    def _taking_part(self, step: int) -> list[int]:
+        """Numbers of the adapters that train in step `step`, as far as is known."""
+        return [index for index, t in enumerate(self._trainees) if t.trains_at(step)]
+
     def _backward(
         self,
         step: int,
@@ -324,6 +332,8 @@ class Trainees:
             with self._base.reading(pack), self._routing.through(pack.ranges, keys):
                 summed = sums_by_example(pack, self._base.cross_entropy(pack))
                 losses = losses_by_adapter(pack, summed, objectives, counts)
+                # A GPU has a whole forward to work on now, and need not wait for Python's lock.
+                self._packer.prepare(self._taking_part(step + 1))
                 torch.stack([loss for _, loss in losses]).sum().backward()
             for adapter, loss in losses:
                 sums[adapter] += loss.detach()
