@@ -178,7 +178,8 @@ def packed_attention(
         raise UnsupportedBaseError(
             f"the base attends to the last {sliding_window} tokens only; lower max_length to that"
         )
-    queries, keys, values = (states[0].transpose(0, 1) for states in (query, key, value))
+    # Not states[0], whose gradient is a copy into zeros.
+    queries, keys, values = (states.squeeze(0).transpose(0, 1) for states in (query, key, value))
     if isinstance(plan, VarlenPlan):
         return varlen_attention(plan, queries, keys, values, scaling).unsqueeze(0), None
     if plan.gathers_queries:

@@ -122,7 +122,7 @@ class BaseModel:
         states = self.decoder(
             inputs_embeds=self._embedding(tokens), position_ids=positions, use_cache=False
         ).last_hidden_state
-        return states[0].index_select(0, on_device(pack.predicting, self.device))
+        return states.squeeze(0).index_select(0, on_device(pack.predicting, self.device))
 
     def cross_entropy(self, pack: Pack) -> Tensor:
         """Cross-entropy of each of the pack's targets, in nats, float32 [targets]."""

@@ -11,6 +11,7 @@ that one is not takes the step again with `apart`, which adds up range by range.
 
 # torch is only partly typed.
 # pyright: reportUnknownMemberType=false, reportUntypedBaseClass=false
+# pyright: reportPrivateUsage=false, reportPrivateImportUsage=false
 
 from __future__ import annotations
 
@@ -238,17 +239,26 @@ def _add_gradients(
     if stack.apart:
         own = [slice(m.start - stack.start, m.end - stack.start) for m in stack.members]
         columns = zip(own, _columns(through, ranks), _columns(lowered, ranks), strict=True)
-        products = [
-            (_exact(behind[at].t(), seen[at]), _exact(outer[at].t(), ahead[at]))
-            for at, behind, ahead in columns
-        ]
+        downs, ups = zip(
+            *(
+                (_exact(behind[at].t(), seen[at]), _exact(outer[at].t(), ahead[at]))
+                for at, behind, ahead in columns
+            ),
+            strict=True,
+        )
     else:
         downs = cast("tuple[Tensor, ...]", _exact(through.t(), seen).split(ranks))
         ups = _columns(_exact(outer.t(), lowered), ranks)
-        products = list(zip(downs, ups, strict=True))
-    for member, (down, up) in zip(stack.members, products, strict=True):
-        member.lora.down_gradient.add_(down)
-        member.lora.up_gradient.add_(up, alpha=member.lora.scaling)
+    loras = [member.lora for member in stack.members]
+    _add_all([lora.down_gradient for lora in loras], list(downs), 1.0)
+    for scaling in dict.fromkeys(lora.scaling for lora in loras):
+        alike = [at for at, lora in enumerate(loras) if lora.scaling == scaling]
+        _add_all([loras[at].up_gradient for at in alike], [ups[at] for at in alike], scaling)
+
+
+def _add_all(into: list[Tensor], gradients: list[Tensor], scale: float) -> None:
+    # In one call: on a GPU most of what small sums cost is handing them over one by one.
+    torch._foreach_add_(into, gradients, alpha=scale)
 
 
 def _columns(stacked: Tensor, ranks: list[int]) -> tuple[Tensor, ...]:
