@@ -51,6 +51,27 @@ def test_every_mistake_of_every_file_is_told_at_once(stages: Path) -> None:
         assert said in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("canary", "said"),
+    [
+        ("{bounds: {different: 0.5}}", "bounds.different is about copies"),
+        ("{copies: 5, steps: [100], bounds: {different: 0.5}}", "steps must begin below 100"),
+        ("{steps: [100], bounds: {tokens_ratio: 2}}", "bounds.tokens_ratio sets the version"),
+        ("{steps: [100], bounds: {first_token_ratio: 2}}", "bounds.first_token_ratio sets"),
+        ("{steps: [100], bounds: {first_token_p95_s: 2}}", ""),
+    ],
+)
+def test_a_bound_that_nothing_would_be_held_to_is_refused(
+    stages: Path, canary: str, said: str
+) -> None:
+    (stages / "gates.yaml").write_text(f"canary: {canary}\n")
+    if not said:
+        assert load_stage("blue").gates.canary is not None
+        return
+    with pytest.raises(SettingsError, match=said):
+        load_stage("blue")
+
+
 def test_files_that_contradict_each_other_are_refused(stages: Path) -> None:
     (stages / "gateway.yaml").write_text("base: b\n")
     with pytest.raises(SettingsError, match=r"follow\.aliases lacks 'blue'.*state is required"):
