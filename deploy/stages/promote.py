@@ -269,6 +269,10 @@ class _Promoting:
         except AliasConflictError as error:
             self._abandon(promotion, str(error))
             raise MovedError(str(error)) from error
+        except Exception:
+            if self.target.gates.canary is not None and promotion.present is not None:
+                self.work.say(self._send_back(promotion))
+            raise
 
     def _finish(self, promotion: Promotion) -> Outcome:
         running = Hosting(self.target).find()

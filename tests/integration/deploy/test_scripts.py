@@ -2,7 +2,7 @@
 
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,12 +17,25 @@ from tests.integration.deploy.conftest import GATES, World
 @contextmanager
 def breaking(world: World, name: str, number: int) -> Iterator[None]:
     """Has a version fail once it has a share of production's requests."""
+
+    def breaks() -> None:
+        world.gateways["production"].engine.broken.add(f"{name}@{number}")
+
+    with on_a_share(world, name, number, breaks):
+        yield
+
+
+@contextmanager
+def on_a_share(
+    world: World, name: str, number: int, act: Callable[[], None], percent: int = 1
+) -> Iterator[None]:
+    """Has `act` done once, when a version has a share of production's requests."""
     stop = threading.Event()
 
     def watch() -> None:
         while not stop.wait(0.005):
-            if number in world.division(name):
-                world.gateways["production"].engine.broken.add(f"{name}@{number}")
+            if world.division(name).get(number, 0) >= percent:
+                return act()
 
     thread = threading.Thread(target=watch)
     thread.start()
@@ -121,6 +134,25 @@ def test_whatever_ends_a_canary_sends_everybody_back(world: World) -> None:
     assert (world.serving(name), world.division(name)) == (1, {})
     with world.client(name):
         assert world.scripts.good("promote", name) == f"production serves {name}@2\n"
+
+
+def test_an_alias_that_may_not_move_any_more_sends_everybody_back(world: World) -> None:
+    name = world.adapter()
+    world.scripts.good("candidate", f"{name}@2")
+
+    def protect() -> None:
+        world.registry.protect(name, "production", suite="nightly")
+
+    with on_a_share(world, name, 2, protect, percent=100), world.client(name):
+        ended = world.scripts.run("promote", name)
+
+    assert ended.status == 1
+    said = ended.err.strip().splitlines()
+    assert said[-2] == "· everybody is back on version 1"
+    assert "production is protected, and version 2 has no record of nightly" in said[-1]
+    assert (world.serving(name), world.division(name)) == (1, {})
+    world.registry.record_evaluation(f"{name}@2", "nightly", {}, passed=True)
+    assert world.scripts.good("promote", name) == f"production serves {name}@2\n"
 
 
 def test_mistakes_in_what_gates_name_are_told_before_anything_is_asked(world: World) -> None:
