@@ -249,6 +249,12 @@ def test_a_version_needs_the_approval_of_another(world: World) -> None:
         assert ended.status == 0, ended.err
         assert "has passed the gates already" in ended.err
         assert world.serving(name) == 2
+        world.scripts.good("rollback", name, "--stage", "production", "--actor", "bob")
+        assert "needs approval" in world.scripts.refused("promote", name, "--actor", "bob")
+        assert world.serving(name) == 1
+        world.scripts.good("approve", f"{name}@2", "--actor", "ann")
+        world.scripts.good("promote", name, "--actor", "bob")
+        assert world.serving(name) == 2
     finally:
         world.gates(approval={})
 
