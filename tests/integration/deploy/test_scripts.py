@@ -35,7 +35,8 @@ def on_a_share(
     def watch() -> None:
         while not stop.wait(0.005):
             if world.division(name).get(number, 0) >= percent:
-                return act()
+                act()
+                break
 
     thread = threading.Thread(target=watch)
     thread.start()
