@@ -50,6 +50,17 @@ def test_it_prints_the_table_and_writes_the_report(
     assert (out / "results.json").is_file()
 
 
+def test_a_pipe_gets_every_figure_and_name_whole(serve: Serve, write_suite: WriteSuite) -> None:
+    target = serve(lambda request: Answer("yes" if request.adapter else "no")).target
+    name = "a_score_with_a_name_as_long_as_people_give_them_when_nobody_counts_letters"
+    suite = write_suite([("a", "yes")], scorers=f"[{{kind: exact_match, name: {name}}}]")
+
+    done = manylora("evaluate", suite, "--server", target)
+
+    (line,) = (line for line in done.stdout.splitlines() if name in line)
+    assert line.split() == [name, "0.0", "(0", "to", "79)", "100.0", "(21", "to", "100)", "+100.0"]
+
+
 def test_json_is_all_there_is_on_standard_output(serve: Serve, write_suite: WriteSuite) -> None:
     suite = write_suite([("a", "yes"), ("b", "yes")])
     target = serve(lambda _: Answer("yes")).target

@@ -229,6 +229,9 @@ def test_progress_and_table_tell_each_column(serve: Serve, write_suite: WriteSui
     )
     console.print(table(result))
 
+    narrow = io.StringIO()
+    Console(file=narrow, width=50).print(table(result))
+    assert "+75.0" in narrow.getvalue(), "names are folded before a figure is cut"
     text = shown.getvalue()
     assert "spelling · bare base" in text
     assert "4/4" in text

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
 INTERRUPTED = 130
 """Exit status after a SIGINT, as shells have it."""
+PIPE_WIDTH = 10_000
 
 
 def evaluate(
@@ -87,7 +88,11 @@ def evaluate(
         if as_json:
             print(result.to_json())
         else:
-            Console().print(summary(result))
+            console = Console()
+            if not console.is_terminal:
+                # A pipe has no edge to cut figures off at, or to wrap reasons at.
+                console.width = PIPE_WIDTH
+            console.print(summary(result))
             if out is not None and written:
                 print(f"report: {out / 'report.html'}")
 
