@@ -260,6 +260,27 @@ def test_a_version_needs_the_approval_of_another(world: World) -> None:
         world.gates(approval={})
 
 
+def test_gates_are_asked_again_when_their_rows_have_changed(world: World) -> None:
+    name = world.adapter()
+    rows = world.stages / "production/suites/rows.jsonl"
+    world.gates(approval={"required": True})
+    try:
+        world.scripts.good("candidate", f"{name}@2")
+        for changed, already, evaluations in (
+            (False, False, 1),
+            (False, True, 1),
+            (True, False, 2),
+        ):
+            if changed:
+                rows.write_text(rows.read_text().replace("?", "!"))
+            ended = world.scripts.run("promote", name)
+            assert "needs approval" in ended.err
+            assert ("has passed the gates already" in ended.err) == already
+            assert len(world.registry.evaluations(f"{name}@2")) == evaluations
+    finally:
+        world.gates(approval={})
+
+
 def test_a_plan_changes_nothing(world: World) -> None:
     name = world.adapter()
     assert "would move" in world.scripts.good("candidate", f"{name}@2", "--plan")

@@ -2,12 +2,15 @@
 
 import os
 import signal
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from deploy.stages.errors import BusyError
 from deploy.stages.gate_settings import Gates
+from deploy.stages.gates import fingerprint, still_open
 from deploy.stages.journal import Journal, Promotion, Rollback
 from deploy.stages.operator import Figures
 from deploy.stages.rollback import version_before
@@ -37,6 +40,19 @@ def test_an_entry_comes_back_as_it_was(journal: Journal) -> None:
     journal.end()
     journal.end()
     assert journal.read() is None
+
+
+@pytest.mark.parametrize(
+    ("hours_ago", "counts"), [(0.1, True), (23, True), (25, False), (-0.1, False)]
+)
+def test_passed_gates_count_for_a_day_and_not_from_a_clock_that_was_wrong(
+    tmp_path: Path, hours_ago: float, counts: bool
+) -> None:
+    config = StageConfig(alias="blue", state=tmp_path / "state")
+    stage = Stage("blue", tmp_path, config, GatewayConfig(base=tmp_path), Gates())
+    passed_at = time.time() - hours_ago * 3600
+    passed = replace(PROMOTION, gates=fingerprint(stage, "red"), passed_at=passed_at)
+    assert still_open(passed, stage, "red") == counts
 
 
 def in_child(act) -> int:
