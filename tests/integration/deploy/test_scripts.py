@@ -2,6 +2,7 @@
 
 import json
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +12,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, PrivateFormat, PublicFormat
 
+from manylora_gateway.figures import Figures
 from tests.integration.deploy.conftest import GATES, World
 
 
@@ -135,6 +137,34 @@ def test_whatever_ends_a_canary_sends_everybody_back(world: World) -> None:
     assert (world.serving(name), world.division(name)) == (1, {})
     with world.client(name):
         assert world.scripts.good("promote", name) == f"production serves {name}@2\n"
+
+
+def test_a_gateway_that_counts_anew_is_noticed_by_what_the_present_version_did(
+    world: World,
+) -> None:
+    name = world.adapter()
+    world.scripts.good("candidate", f"{name}@2")
+    metrics = world.gateways["production"].metrics
+    new = world.registry.resolve(f"{name}@2").digest
+
+    def restart() -> None:
+        while not metrics.figures.of(new).requests:
+            time.sleep(0.005)
+        # What a gateway that was restarted knows.
+        metrics.figures = Figures()
+
+    canary = GATES["canary"]
+    world.gates(canary={**canary, "steps": [10, 100], "window_s": 1})
+    try:
+        with world.client(name) as asked:
+            while asked() < 40:
+                time.sleep(0.005)
+            with on_a_share(world, name, 2, restart):
+                ended = world.scripts.run("promote", name)
+    finally:
+        world.gates(canary=canary)
+    assert ended.status == 0, ended.err
+    assert "the gateway was restarted and counts anew" in ended.err
 
 
 def test_an_alias_that_may_not_move_any_more_sends_everybody_back(world: World) -> None:
