@@ -1,8 +1,10 @@
 """What is under way is whole or absent, and has one holder."""
 
+import json
 import os
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -96,6 +98,23 @@ def test_a_rollback_ends_a_promotion_and_no_other_rollback(journal: Journal) -> 
     ):
         pass
     os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+
+
+def test_a_promotion_that_ends_by_itself_just_then_is_waited_for(
+    journal: Journal, tmp_path: Path
+) -> None:
+    child = in_child(lambda: journal.alone("promote"))
+    gone = os.fork()
+    if gone == 0:
+        os._exit(0)
+    os.waitpid(gone, 0)
+    holder = tmp_path / "state/promotions/red.holder"
+    holder.write_text(json.dumps({"pid": gone, "action": "promote"}))
+    with ThreadPoolExecutor(1) as thread:
+        ending = thread.submit(os.kill, child, signal.SIGKILL)
+        with journal.alone("rollback", instead_of="promote"):
+            ending.result()
     os.waitpid(child, 0)
 
 
