@@ -137,6 +137,25 @@ def test_what_cannot_be_recorded_is_told_before_anything_is_asked(
     assert server.service.received == []
 
 
+def test_a_part_of_a_suite_is_not_recorded_as_the_suite(
+    write_suite: WriteSuite, tmp_path: Path
+) -> None:
+    suite = write_suite([("a", "b")])
+    rows, scorers = "rows: rows.jsonl", "scorers: [exact_match]"
+    for name, adapter in (("hard", "spelling@2"), ("other", "dates")):
+        more = f"  - {{name: {name}, adapter: {adapter}, {rows}, {scorers}}}\n"
+        suite.write_text(suite.read_text() + more)
+    kept = ("evaluate", suite, "--record", "--registry", tmp_path / "nowhere")
+
+    assert "leave out --limit" in manylora(*kept, "--limit", "1").stderr
+    part = manylora(*kept, "--task", "spelling")
+    assert part.returncode == 2
+    assert "add --task hard" in " ".join(part.stderr.split())
+    named = manylora(*kept, "--task", "other", "--adapter", "spelling@3")
+    assert "--task spelling --task hard" in " ".join(named.stderr.split())
+    assert "is not a registry" in manylora(*kept, "--task", "other").stderr
+
+
 def test_a_registry_without_record_is_wrong_usage(write_suite: WriteSuite, tmp_path: Path) -> None:
     done = manylora("evaluate", write_suite([("a", "b")]), "--registry", tmp_path)
 
