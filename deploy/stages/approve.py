@@ -47,9 +47,11 @@ def approvers(registry: Registry, stage: Stage, version: Version, promoter: str)
 
 
 def _standing(registry: Registry, stage: Stage, version: Version) -> dict[str, Deployment]:
-    latest = {
-        record.actor: record
-        for record in registry.deployments(version.name, stage=stage.name)
-        if record.action == "approve" and record.digest == version.digest
-    }
+    latest: dict[str, Deployment] = {}
+    for record in registry.deployments(version.name, stage=stage.name):
+        if record.action == "rollback":
+            # What was known when they approved was not enough.
+            latest.clear()
+        elif record.action == "approve" and record.digest == version.digest:
+            latest[record.actor] = record
     return {actor: record for actor, record in latest.items() if record.outcome == GIVEN}

@@ -1,8 +1,9 @@
 """gates.yaml: what a version must show to enter a stage."""
 
 from pathlib import Path
+from typing import Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from manylora_evaluator.suite import Decision, Threshold
 from manylora_registry.config import ConfigModel
@@ -86,6 +87,24 @@ class Canary(ConfigModel):
         if not steps or steps[-1] != 100 or list(steps) != sorted(set(steps)) or steps[0] < 1:
             raise ValueError("must rise from 1 or more to 100, e.g. [5, 25, 100]")
         return steps
+
+    @model_validator(mode="after")
+    def _can_tell_what_is_bounded(self) -> Self:
+        bounds = self.bounds
+        if bounds.different is not None and not self.copies:
+            raise ValueError("bounds.different is about copies: set copies too")
+        beside = {
+            "first_token_ratio": bounds.first_token_ratio,
+            "tokens_ratio": bounds.tokens_ratio,
+            "different": bounds.different,
+        }
+        held = [name for name, bound in beside.items() if bound is not None]
+        if held and self.steps[0] == 100:
+            raise ValueError(
+                f"steps must begin below 100: bounds.{held[0]} sets the version beside the present "
+                "one, which then has no requests"
+            )
+        return self
 
 
 class Gates(ConfigModel):

@@ -23,6 +23,7 @@ from manylora_evaluator.records import record, record_name
 from manylora_evaluator.scoring import check, prepare
 from manylora_evaluator.suite import Suite, load_suite
 from manylora_registry import Registry, Version
+from manylora_registry.blobs import hash_file
 from manylora_registry.errors import ConfigError
 
 
@@ -49,14 +50,12 @@ def closed(asked: Asked, work: Work) -> list[str]:
     is kept on the version.
 
     Raises:
-        SettingsError: files that gates.yaml names are not there or have mistakes; nothing is asked.
         EvaluatorError: rows cannot be read, or a threshold names no score; nothing is asked.
         CheckError: it does not fit the target, or is not signed; nothing is asked.
         StatusError: the gateway it comes from is away.
     """
     version, gates = asked.version, asked.target.gates
     what = f"{version.name}@{version.number}"
-    check_files(asked.target)
     servable(asked.registry, asked.target, what)
     reasons: list[str] = []
     tasks = [
@@ -135,20 +134,36 @@ def planned(asked: Asked) -> Iterator[str]:
         yield f"send {gates.smoke.requests} requests through {asked.source.name}"
 
 
-def still_open(promotion: Promotion, target: Stage) -> bool:
-    """Whether gates that were passed count on: the same ones, and not too long ago."""
+def still_open(promotion: Promotion, target: Stage, name: str) -> bool:
+    """Whether gates that were passed count on: the same ones, and not too long ago.
+
+    Raises:
+        SettingsError: files that gates.yaml names are not there or have mistakes.
+    """
     age_h = (time.time() - promotion.passed_at) / 3600
-    if not promotion.gates or age_h > target.gates.evidence_hours:
+    # A moment to come is one of a clock that was wrong, and says nothing.
+    if not promotion.gates or not 0 <= age_h <= target.gates.evidence_hours:
         return False
-    return promotion.gates == fingerprint(target)
+    return promotion.gates == fingerprint(target, name)
 
 
-def fingerprint(target: Stage) -> str:
-    """Of the gates as they are now, their suites included."""
+def fingerprint(target: Stage, name: str) -> str:
+    """Of the gates as they are now, with their suites and what these ask an adapter.
+
+    Raises:
+        SettingsError: files that gates.yaml names are not there or have mistakes.
+    """
+    check_files(target)
     gates = target.gates
-    content = gates.model_dump_json(exclude={"canary", "approval", "evidence_hours"}).encode()
-    suites = b"".join(entry.path.read_bytes() for entry in gates.suites)
-    return hashlib.sha256(content + suites).hexdigest()
+    content = gates.model_dump_json(exclude={"canary", "approval", "evidence_hours"})
+    found = hashlib.sha256(content.encode())
+    for entry in gates.suites:
+        found.update(entry.path.read_bytes())
+        suite = load_suite(entry.path)
+        for task in suite.tasks:
+            if task.name in tasks_of(suite, name) and task.rows.file.is_file():
+                found.update(hash_file(task.rows.file).encode())
+    return found.hexdigest()
 
 
 def tasks_of(suite: Suite, name: str) -> list[str]:

@@ -1,5 +1,6 @@
 """deploy/history: what was done to stages."""
 
+import heapq
 from typing import Any
 
 from deploy.stages.errors import NoStageError
@@ -19,14 +20,15 @@ def records(name: str | None, stage: str | None, limit: int) -> Told:
     names = stage_names() if stage is None else [stage]
     if not names:
         raise NoStageError("there are no stages: see docs/deployment.md")
-    found: dict[str, Deployment] = {}
+    # Stages share a registry, as a rule.
+    kept: dict[object, list[Deployment]] = {}
     for one in names:
         loaded = load_stage(one)
-        with loaded.open_registry() as registry:
-            for record in registry.deployments(name, stage=stage and loaded.name, limit=limit):
-                # Stages share a registry, as a rule.
-                found[record.key] = record
-    newest = sorted(found.values(), key=lambda record: record.at)[-limit:]
+        if loaded.registry not in kept:
+            with loaded.open_registry() as registry:
+                kept[loaded.registry] = registry.deployments(name, stage=stage, limit=limit)
+    # By their moments only between registries: one keeps its order whatever clocks said.
+    newest = list(heapq.merge(*kept.values(), key=lambda record: record.at))[-limit:]
     return [(record, _json(record)) for record in newest]
 
 

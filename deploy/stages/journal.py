@@ -7,7 +7,7 @@ is looked up again by whoever goes on.
 import os
 import signal
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -134,6 +134,8 @@ class Journal:
                 f"{holder['action']} of {self._what} is under way in process {holder['pid']}: wait "
                 "for it, or end it"
             )
-        os.kill(holder["pid"], signal.SIGTERM)
+        # Gone already, where it was about to end by itself.
+        with suppress(ProcessLookupError):
+            os.kill(holder["pid"], signal.SIGTERM)
         # It takes its version back first.
         files.lock(descriptor)

@@ -87,7 +87,7 @@ class _Promoting:
         target, present = self.target, self.alias
         if present is not None and present.version == self.version.number:
             return self._done("serves")
-        if begun is None or not gates.still_open(begun, target):
+        if begun is None or not gates.still_open(begun, target, self.name):
             for step in gates.planned(self._asked(Promotion("plan", 0, "", "", None, 0))):
                 self.work.step(step)
         if target.gates.approval.required:
@@ -189,9 +189,11 @@ class _Promoting:
         )
 
     def _pass_gates(self, promotion: Promotion) -> Promotion:
-        if gates.still_open(promotion, self.target):
+        if gates.still_open(promotion, self.target, self.name):
             self.work.say(f"{self.what} has passed the gates already")
             return promotion
+        # Before they are asked: whoever changes one meanwhile has it asked again.
+        asked = gates.fingerprint(self.target, self.name)
         try:
             reasons = gates.closed(self._asked(promotion), self.work)
         except CheckError as error:
@@ -204,9 +206,7 @@ class _Promoting:
             )
         self._audit(promotion, "passed", step="gates")
         unprotected(self.registry, self.target, self.version)
-        return self.journal.update(
-            promotion, gates=gates.fingerprint(self.target), passed_at=time.time()
-        )
+        return self.journal.update(promotion, gates=asked, passed_at=time.time())
 
     def _require_operator(self) -> None:
         """The canary needs the target's gateway; the gates before it take minutes."""
@@ -269,6 +269,10 @@ class _Promoting:
         except AliasConflictError as error:
             self._abandon(promotion, str(error))
             raise MovedError(str(error)) from error
+        except Exception:
+            if self.target.gates.canary is not None and promotion.present is not None:
+                self.work.say(self._send_back(promotion))
+            raise
 
     def _finish(self, promotion: Promotion) -> Outcome:
         running = Hosting(self.target).find()

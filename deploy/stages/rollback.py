@@ -16,6 +16,7 @@ from deploy.stages.operator import Operator
 from deploy.stages.settings import Stage
 from deploy.stages.work import Outcome, Work, audit
 from manylora_registry import Alias, AliasMove, Registry, Version
+from manylora_registry.aliases import way
 from manylora_registry.errors import AliasNotFoundError
 
 
@@ -148,20 +149,10 @@ def _intention(
 def version_before(moves: Sequence[AliasMove], alias: str) -> int | None:
     """The version an alias meant before the present one came; None: it was moved back already.
 
-    Moving to a version that the alias meant before undoes everything since.
-
     Raises:
         NothingBeforeError: it never meant another version.
     """
-    came: list[int] = []
-    back = False
-    for move in moves:
-        if move.alias != alias:
-            continue
-        if came and came[-1] == move.version:
-            continue
-        back = move.version in came
-        came = came[: came.index(move.version) + 1] if back else [*came, move.version]
+    came, back = way(move.version for move in moves if move.alias == alias)
     if back:
         return None
     if len(came) < 2:

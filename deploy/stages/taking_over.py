@@ -122,16 +122,20 @@ class _Step:
                 f"{self._alias} was moved or divided otherwise meanwhile ({_told(rollout)}); this "
                 "promotion is over"
             )
-        now = rollout.figures(place.version.number)
-        if canary.restarted(now, promotion.began):
+        now, present_now = rollout.figures(place.version.number), rollout.figures(place.present)
+        shared = place.present in rollout.division
+        # The new version may have begun with nothing: what it has done since tells nothing then.
+        if canary.restarted(now, promotion.began) or (
+            shared and canary.restarted(present_now, promotion.present_began)
+        ):
             self._watching_since = time.monotonic()
             self._work.say("the gateway was restarted and counts anew: so does this step")
             promotion = place.journal.update(
                 promotion, began_at=time.time(), began=Figures(), present_began=Figures()
             )
         present = promotion.present_did
-        if place.present in rollout.division:
-            present = canary.did(rollout.figures(place.present), promotion.present_began)
+        if shared:
+            present = canary.did(present_now, promotion.present_began)
         assert promotion.began_at is not None, "the step was begun"
         seen = canary.did(now, promotion.began)
         # What the gateway calls the client's doing, a deadline that passed, is the version's.

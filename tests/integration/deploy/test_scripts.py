@@ -2,7 +2,8 @@
 
 import json
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -11,18 +12,33 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, PrivateFormat, PublicFormat
 
+from manylora_gateway.figures import Figures
 from tests.integration.deploy.conftest import GATES, World
 
 
 @contextmanager
 def breaking(world: World, name: str, number: int) -> Iterator[None]:
     """Has a version fail once it has a share of production's requests."""
+
+    def breaks() -> None:
+        world.gateways["production"].engine.broken.add(f"{name}@{number}")
+
+    with on_a_share(world, name, number, breaks):
+        yield
+
+
+@contextmanager
+def on_a_share(
+    world: World, name: str, number: int, act: Callable[[], None], percent: int = 1
+) -> Iterator[None]:
+    """Has `act` done once, when a version has a share of production's requests."""
     stop = threading.Event()
 
     def watch() -> None:
         while not stop.wait(0.005):
-            if number in world.division(name):
-                world.gateways["production"].engine.broken.add(f"{name}@{number}")
+            if world.division(name).get(number, 0) >= percent:
+                act()
+                break
 
     thread = threading.Thread(target=watch)
     thread.start()
@@ -123,6 +139,53 @@ def test_whatever_ends_a_canary_sends_everybody_back(world: World) -> None:
         assert world.scripts.good("promote", name) == f"production serves {name}@2\n"
 
 
+def test_a_gateway_that_counts_anew_is_noticed_by_what_the_present_version_did(
+    world: World,
+) -> None:
+    name = world.adapter()
+    world.scripts.good("candidate", f"{name}@2")
+    metrics = world.gateways["production"].metrics
+    new = world.registry.resolve(f"{name}@2").digest
+
+    def restart() -> None:
+        while not metrics.figures.of(new).requests:
+            time.sleep(0.005)
+        # What a gateway that was restarted knows.
+        metrics.figures = Figures()
+
+    canary = GATES["canary"]
+    world.gates(canary={**canary, "steps": [10, 100], "window_s": 1})
+    try:
+        with world.client(name) as asked:
+            while asked() < 40:
+                time.sleep(0.005)
+            with on_a_share(world, name, 2, restart):
+                ended = world.scripts.run("promote", name)
+    finally:
+        world.gates(canary=canary)
+    assert ended.status == 0, ended.err
+    assert "the gateway was restarted and counts anew" in ended.err
+
+
+def test_an_alias_that_may_not_move_any_more_sends_everybody_back(world: World) -> None:
+    name = world.adapter()
+    world.scripts.good("candidate", f"{name}@2")
+
+    def protect() -> None:
+        world.registry.protect(name, "production", suite="nightly")
+
+    with on_a_share(world, name, 2, protect, percent=100), world.client(name):
+        ended = world.scripts.run("promote", name)
+
+    assert ended.status == 1
+    said = ended.err.strip().splitlines()
+    assert said[-2] == "· everybody is back on version 1"
+    assert "production is protected, and version 2 has no record of nightly" in said[-1]
+    assert (world.serving(name), world.division(name)) == (1, {})
+    world.registry.record_evaluation(f"{name}@2", "nightly", {}, passed=True)
+    assert world.scripts.good("promote", name) == f"production serves {name}@2\n"
+
+
 def test_mistakes_in_what_gates_name_are_told_before_anything_is_asked(world: World) -> None:
     name = world.adapter()
     world.scripts.good("candidate", f"{name}@2")
@@ -217,6 +280,33 @@ def test_a_version_needs_the_approval_of_another(world: World) -> None:
         assert ended.status == 0, ended.err
         assert "has passed the gates already" in ended.err
         assert world.serving(name) == 2
+        world.scripts.good("rollback", name, "--stage", "production", "--actor", "bob")
+        assert "needs approval" in world.scripts.refused("promote", name, "--actor", "bob")
+        assert world.serving(name) == 1
+        world.scripts.good("approve", f"{name}@2", "--actor", "ann")
+        world.scripts.good("promote", name, "--actor", "bob")
+        assert world.serving(name) == 2
+    finally:
+        world.gates(approval={})
+
+
+def test_gates_are_asked_again_when_their_rows_have_changed(world: World) -> None:
+    name = world.adapter()
+    rows = world.stages / "production/suites/rows.jsonl"
+    world.gates(approval={"required": True})
+    try:
+        world.scripts.good("candidate", f"{name}@2")
+        for changed, already, evaluations in (
+            (False, False, 1),
+            (False, True, 1),
+            (True, False, 2),
+        ):
+            if changed:
+                rows.write_text(rows.read_text().replace("?", "!"))
+            ended = world.scripts.run("promote", name)
+            assert "needs approval" in ended.err
+            assert ("has passed the gates already" in ended.err) == already
+            assert len(world.registry.evaluations(f"{name}@2")) == evaluations
     finally:
         world.gates(approval={})
 

@@ -69,6 +69,19 @@ class TestEveryStore:
             assert hashlib.file_digest(file, "sha256").hexdigest() == digest_of(CONTENT)[7:]
             assert file.tell() == len(CONTENT)
 
+    def test_leaves_alone_what_others_put_beside_its_blobs(self, store, tmp_path):
+        digest = put(store, os.urandom(100))
+        name = f"blobs/sha256/{digest[7:9]}/{digest[7:]}.part"
+        if (tmp_path / "a store").is_dir():
+            (tmp_path / "a store" / name).write_bytes(b"theirs")
+        else:
+            client = boto3.client("s3")
+            keys = [each["Key"] for each in client.list_objects_v2(Bucket=BUCKET)["Contents"]]
+            (key,) = (key for key in keys if key.endswith(digest[7:]))
+            client.put_object(Bucket=BUCKET, Key=f"{key}.part", Body=b"theirs")
+
+        assert [*store.digests()] == [digest]
+
     def test_takes_the_same_blob_twice(self, store):
         assert put(store, CONTENT) == put(store, CONTENT)
         assert [*store.digests()] == [digest_of(CONTENT)]

@@ -102,6 +102,19 @@ def test_rollback_goes_to_the_version_before(registry, publish):
     assert registry.resolve("spelling").number == 1
 
 
+def test_a_rollback_never_swings_forward_to_what_was_rolled_back(registry, publish):
+    for seed in (1, 2, 3):
+        version = publish(seed).number
+        registry.set_alias("spelling", "production", version)
+
+    assert registry.rollback("spelling", "production").version == 2
+    with pytest.raises(VersionNotFoundError, match="moved back to version 2 already"):
+        registry.rollback("spelling", "production")
+    assert registry.resolve("spelling").number == 2
+    registry.set_alias("spelling", "production", 3)
+    assert registry.rollback("spelling", "production").version == 2
+
+
 def test_tags_and_metrics_change_and_every_reader_sees_it(registry, publish, place):
     publish(1, tags={"lang": "en", "team": "a"}, metrics={"loss": 0.5})
     with place.open() as other:

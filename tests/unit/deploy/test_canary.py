@@ -10,6 +10,7 @@ CANARY = Canary(
     window_s=100,
     look_s=5,
     requests=50,
+    copies=10,
     bounds=Bounds(
         errors=0.02,
         first_token_p95_s=1.0,

@@ -1,13 +1,18 @@
 """What is under way is whole or absent, and has one holder."""
 
+import json
 import os
 import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from deploy.stages.errors import BusyError
 from deploy.stages.gate_settings import Gates
+from deploy.stages.gates import fingerprint, still_open
 from deploy.stages.journal import Journal, Promotion, Rollback
 from deploy.stages.operator import Figures
 from deploy.stages.rollback import version_before
@@ -37,6 +42,19 @@ def test_an_entry_comes_back_as_it_was(journal: Journal) -> None:
     journal.end()
     journal.end()
     assert journal.read() is None
+
+
+@pytest.mark.parametrize(
+    ("hours_ago", "counts"), [(0.1, True), (23, True), (25, False), (-0.1, False)]
+)
+def test_passed_gates_count_for_a_day_and_not_from_a_clock_that_was_wrong(
+    tmp_path: Path, hours_ago: float, counts: bool
+) -> None:
+    config = StageConfig(alias="blue", state=tmp_path / "state")
+    stage = Stage("blue", tmp_path, config, GatewayConfig(base=tmp_path), Gates())
+    passed_at = time.time() - hours_ago * 3600
+    passed = replace(PROMOTION, gates=fingerprint(stage, "red"), passed_at=passed_at)
+    assert still_open(passed, stage, "red") == counts
 
 
 def in_child(act) -> int:
@@ -80,6 +98,23 @@ def test_a_rollback_ends_a_promotion_and_no_other_rollback(journal: Journal) -> 
     ):
         pass
     os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+
+
+def test_a_promotion_that_ends_by_itself_just_then_is_waited_for(
+    journal: Journal, tmp_path: Path
+) -> None:
+    child = in_child(lambda: journal.alone("promote"))
+    gone = os.fork()
+    if gone == 0:
+        os._exit(0)
+    os.waitpid(gone, 0)
+    holder = tmp_path / "state/promotions/red.holder"
+    holder.write_text(json.dumps({"pid": gone, "action": "promote"}))
+    with ThreadPoolExecutor(1) as thread:
+        ending = thread.submit(os.kill, child, signal.SIGKILL)
+        with journal.alone("rollback", instead_of="promote"):
+            ending.result()
     os.waitpid(child, 0)
 
 

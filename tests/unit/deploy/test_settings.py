@@ -1,14 +1,18 @@
 """The files of a stage, read and found wrong."""
 
+import contextlib
 import os
 import shutil
+import sqlite3
 import subprocess
 from pathlib import Path
 
 import pytest
 
 from deploy.stages.errors import NoStageError, SettingsError
+from deploy.stages.history import records
 from deploy.stages.settings import load_stage, stage_names
+from manylora_registry import Registry
 
 SHIPPED = Path(__file__).parents[3] / "deploy"
 FILES = ("gates.yaml", "gateway.yaml", "stage.yaml", "tenants.yaml")
@@ -49,6 +53,27 @@ def test_every_mistake_of_every_file_is_told_at_once(stages: Path) -> None:
         assert said in str(caught.value)
     for said in ("canary.steps: must rise", "smoke.errors", "neither tokens nor certificates"):
         assert said in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("canary", "said"),
+    [
+        ("{bounds: {different: 0.5}}", "bounds.different is about copies"),
+        ("{copies: 5, steps: [100], bounds: {different: 0.5}}", "steps must begin below 100"),
+        ("{steps: [100], bounds: {tokens_ratio: 2}}", "bounds.tokens_ratio sets the version"),
+        ("{steps: [100], bounds: {first_token_ratio: 2}}", "bounds.first_token_ratio sets"),
+        ("{steps: [100], bounds: {first_token_p95_s: 2}}", ""),
+    ],
+)
+def test_a_bound_that_nothing_would_be_held_to_is_refused(
+    stages: Path, canary: str, said: str
+) -> None:
+    (stages / "gates.yaml").write_text(f"canary: {canary}\n")
+    if not said:
+        assert load_stage("blue").gates.canary is not None
+        return
+    with pytest.raises(SettingsError, match=said):
+        load_stage("blue")
 
 
 def test_files_that_contradict_each_other_are_refused(stages: Path) -> None:
@@ -108,6 +133,22 @@ def test_a_gateway_elsewhere_that_is_not_reached_is_not_said_to_serve(stages: Pa
     assert done.stdout.startswith("blue: not reached at localhost:1, not healthy: ")
     assert "/r is not a registry" in done.stdout
     assert "no manylora server answers at localhost:1" in done.stdout
+
+
+def test_history_is_in_the_order_it_happened_in_whatever_the_clock_said(
+    stages: Path, tmp_path: Path
+) -> None:
+    with Registry.open(tmp_path / "registry") as registry:
+        for action in ("first", "second", "third"):
+            registry.record_deployment("blue", action, "done")
+    with contextlib.closing(sqlite3.connect(tmp_path / "registry/registry.sqlite")) as database:
+        # An hour back, as after a clock was set right.
+        database.execute("UPDATE deployments SET at = at - 3600000000 WHERE action = 'third'")
+        database.commit()
+    gateway = stages / "gateway.yaml"
+    gateway.write_text(gateway.read_text().replace("/r", str(tmp_path / "registry")))
+
+    assert [record.action for record, _ in records(None, None, 2)] == ["second", "third"]
 
 
 def test_a_status_tells_what_it_can_of_each_stage(stages: Path, tmp_path: Path) -> None:

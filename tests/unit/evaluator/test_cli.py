@@ -50,6 +50,17 @@ def test_it_prints_the_table_and_writes_the_report(
     assert (out / "results.json").is_file()
 
 
+def test_a_pipe_gets_every_figure_and_name_whole(serve: Serve, write_suite: WriteSuite) -> None:
+    target = serve(lambda request: Answer("yes" if request.adapter else "no")).target
+    name = "a_score_with_a_name_as_long_as_people_give_them_when_nobody_counts_letters"
+    suite = write_suite([("a", "yes")], scorers=f"[{{kind: exact_match, name: {name}}}]")
+
+    done = manylora("evaluate", suite, "--server", target)
+
+    (line,) = (line for line in done.stdout.splitlines() if name in line)
+    assert line.split() == [name, "0.0", "(0", "to", "79)", "100.0", "(21", "to", "100)", "+100.0"]
+
+
 def test_json_is_all_there_is_on_standard_output(serve: Serve, write_suite: WriteSuite) -> None:
     suite = write_suite([("a", "yes"), ("b", "yes")])
     target = serve(lambda _: Answer("yes")).target
@@ -124,6 +135,25 @@ def test_what_cannot_be_recorded_is_told_before_anything_is_asked(
     assert "nowhere is not a registry" in refused("small")
     assert "'小さい' cannot name a record" in refused("小さい")
     assert server.service.received == []
+
+
+def test_a_part_of_a_suite_is_not_recorded_as_the_suite(
+    write_suite: WriteSuite, tmp_path: Path
+) -> None:
+    suite = write_suite([("a", "b")])
+    rows, scorers = "rows: rows.jsonl", "scorers: [exact_match]"
+    for name, adapter in (("hard", "spelling@2"), ("other", "dates")):
+        more = f"  - {{name: {name}, adapter: {adapter}, {rows}, {scorers}}}\n"
+        suite.write_text(suite.read_text() + more)
+    kept = ("evaluate", suite, "--record", "--registry", tmp_path / "nowhere")
+
+    assert "leave out --limit" in manylora(*kept, "--limit", "1").stderr
+    part = manylora(*kept, "--task", "spelling")
+    assert part.returncode == 2
+    assert "add --task hard" in " ".join(part.stderr.split())
+    named = manylora(*kept, "--task", "other", "--adapter", "spelling@3")
+    assert "--task spelling --task hard" in " ".join(named.stderr.split())
+    assert "is not a registry" in manylora(*kept, "--task", "other").stderr
 
 
 def test_a_registry_without_record_is_wrong_usage(write_suite: WriteSuite, tmp_path: Path) -> None:

@@ -217,6 +217,26 @@ def test_nobody_passes_with_failed_requests(
     assert gate(raised.value.result, "spelling").reasons == ("spelling: 1 of 2 requests failed",)
 
 
+def test_a_baseline_that_was_not_heard_is_not_beaten(
+    serve: Callable[..., ScriptedServer], write_suite: Callable[..., Path]
+) -> None:
+    def answer(request: pb.GenerateRequest) -> Reply:
+        early = int(request.chat.messages[-1].content) < ROWS // 2
+        if request.adapter in ("spelling@2", f"spelling@{versioned(2)}"):
+            return Answer("yes" if early else "no", version=2)
+        if request.sampling.max_tokens > 1 and early:
+            return Failure(grpc.StatusCode.INTERNAL, "incident 123")
+        return Answer("yes" if request.sampling.max_tokens == 1 else "no", version=1)
+
+    suite = write_suite([(str(n), "yes") for n in range(ROWS)])
+    with pytest.raises(EvaluationFailedError) as raised:
+        evaluate(suite, serve(answer).target, ["spelling@2"], baseline="spelling@1", only=True)
+
+    (decided,) = raised.value.result.gates
+    assert decided.comparison is not None
+    assert decided.reasons == ("spelling: 60 of 120 requests of the baseline failed",)
+
+
 def test_slices_are_scored_apart(evaluated: Evaluate) -> None:
     result = evaluated({"spelling@1": range(0, ROWS, 2)}, task="slices: [parity]")
 

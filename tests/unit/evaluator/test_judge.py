@@ -6,22 +6,25 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 
 import manylora.inference.v1.inference_pb2 as pb
 from manylora_client import NotFoundError
 from manylora_evaluator import (
+    Decision,
     EvaluationFailedError,
     EvaluationResult,
     JudgeError,
     RowsError,
     SuiteError,
     evaluate,
+    gate,
 )
 from manylora_evaluator.judgements import Judgement
 from manylora_evaluator.suite import load_suite
 from manylora_registry.errors import ConfigError
-from tests.unit.client.scripted import Answer, ScriptedServer, version
+from tests.unit.client.scripted import Answer, Failure, ScriptedServer, version
 from tests.unit.evaluator.scripted_judge import (
     HangUp,
     Raw,
@@ -133,6 +136,20 @@ def test_words_without_a_verdict_fail_and_are_counted(
     assert result.judges[0].unreadable == 4
     assert [one.unreadable for one in judgements(result, 1)] == [1, 1]
     assert result.judge_failures == 0, "it did answer"
+
+
+@pytest.mark.parametrize("mumbled", [0, 1, 2])
+def test_a_judge_that_seldom_says_a_verdict_opens_no_gate(
+    mumbled: int, judge: Callable[..., ScriptedJudge], judged: Callable[..., EvaluationResult]
+) -> None:
+    said = [*[Words("I would rather not say.")] * mumbled, *[verdict(correct=False)] * 4]
+
+    result = judged(judge(lambda _: said.pop(0)).url)
+
+    decided = gate(result, "spelling", decision=Decision(difference=0.25))
+    assert decided.reasons == (
+        ("2 of 4 answers of the judge j held no verdict",) if mumbled == 2 else ()
+    )
 
 
 @pytest.mark.parametrize(
@@ -375,6 +392,26 @@ def test_pairs_are_judged_in_both_orders(
     assert result.score("spelling", "spelling", "pairwise").mean == share
     assert result.score("spelling", "", "pairwise").mean == 0.5, "itself against itself"
     assert len(server.asked) == 2
+
+
+def test_nobody_wins_by_a_failure_of_the_other(
+    judge: Callable[..., ScriptedJudge],
+    serve: Callable[..., ScriptedServer],
+    write_suite: Callable[..., Path],
+) -> None:
+    def answer(request: pb.GenerateRequest) -> Answer | Failure:
+        if request.adapter or request.sampling.max_tokens == 1:
+            return Answer("4")
+        return Failure(grpc.StatusCode.INTERNAL, "incident 123")
+
+    path = write_suite([("2 + 2", "4")], scorers="[{kind: pairwise, by: j, against: ''}]")
+    url = judge(lambda _: Words("never asked")).url
+    path.write_text(f"{path.read_text()}judges: {{j: {{kind: openai, url: '{url}', model: m}}}}\n")
+
+    with pytest.raises(EvaluationFailedError) as raised:
+        evaluate(path, serve(answer).target)
+
+    assert raised.value.result.score("spelling", "spelling", "pairwise").mean == 0
 
 
 def test_labels_and_scorers_measure_the_judge(

@@ -1,6 +1,7 @@
 """Evaluations that are broken off: nothing answered is lost, and only the rest is asked again."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -89,6 +90,24 @@ def test_failed_requests_alone_are_asked_again(
     assert len(script.rows) == 3
     assert result.failures == 0
     assert result.score("spelling", "spelling", "exact_match").mean == 1
+
+
+def test_answers_in_any_script_are_kept_whatever_the_locale(
+    serve: Serve, write_suite: WriteSuite, tmp_path: Path
+) -> None:
+    target = serve(lambda _: Answer("привет")).target
+    command = [sys.executable, "-m", "manylora_cli", "evaluate", str(write_suite(ROWS))]
+
+    done = subprocess.run(
+        [*command, "--server", target, "--out", str(tmp_path / "out")],
+        env=dict(os.environ, LC_ALL="C", PYTHONCOERCECLOCALE="0", PYTHONUTF8="0"),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out/results.json").is_file()
 
 
 def test_without_resume_everything_is_asked(

@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 import manylora.inference.v1.inference_pb2 as pb
-from manylora_client import NotFoundError, UnreachableError
+from manylora_client import DeadlineExceededError, NotFoundError, UnreachableError
 from manylora_evaluator import (
     EvaluationFailedError,
     EvaluationResult,
@@ -152,6 +152,17 @@ def test_an_unknown_adapter_ends_the_run_before_any_row(
     assert asked == [("", 1), ("spelling", 1), ("speling", 1)]
 
 
+def test_an_adapter_that_is_not_loaded_in_time_is_named(
+    serve: Serve, write_suite: WriteSuite
+) -> None:
+    server = serve({"": Answer(), "spelling": Answer(hold_after=0)})
+    suite = write_suite(ROWS)
+    suite.write_text(f"timeout: 0.5\n{suite.read_text()}")
+
+    with pytest.raises(DeadlineExceededError, match=f"^spelling: {server.target} did not answer"):
+        evaluate(suite, server.target)
+
+
 def test_a_server_that_is_away_is_named(serve: Serve, write_suite: WriteSuite) -> None:
     server = serve({})
     server.close()
@@ -218,6 +229,9 @@ def test_progress_and_table_tell_each_column(serve: Serve, write_suite: WriteSui
     )
     console.print(table(result))
 
+    narrow = io.StringIO()
+    Console(file=narrow, width=50).print(table(result))
+    assert "+75.0" in narrow.getvalue(), "names are folded before a figure is cut"
     text = shown.getvalue()
     assert "spelling · bare base" in text
     assert "4/4" in text

@@ -7,6 +7,8 @@ import os
 import subprocess
 import sys
 import tarfile
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import yaml
@@ -134,6 +136,26 @@ def test_an_export_leaves_alone_what_another_is_writing(
 
     assert b"Directory not empty" in said
     assert not [*tmp_path.glob(".*.partial")]
+
+
+def test_of_exports_that_begin_together_one_is_there_and_the_others_say_so(
+    registry, version, tmp_path
+):
+    together = threading.Barrier(4)
+
+    def export(out):
+        together.wait()
+        try:
+            export_version(registry, version, out)
+        except DestinationError as error:
+            return str(error.__cause__)
+        return ""
+
+    with ThreadPoolExecutor(4) as threads:
+        for number in range(25):
+            said = sorted(threads.map(export, [tmp_path / f"out{number}"] * 4))
+            assert said[0] == ""
+            assert all("Directory not empty" in each for each in said[1:]), said
 
 
 def test_the_hub_understands_the_card(registry, version, tmp_path):

@@ -59,6 +59,7 @@ def test_what_nobody_writes_to_is_read(registry, place, make_adapter, base):
         assert [move.version for move in read.history("spelling")] == [1]
         assert read.verify().ok
         export_version(read, version, out / "spelling")
+        assert [change.change for change in read.diff(version, version).modules] == [0, 0]
         with pytest.raises(DatabaseUnavailableError, match="must be writable"):
             read.set_alias("spelling", "production", 1)
     assert {path.name for path in (out / "spelling").iterdir()} == {

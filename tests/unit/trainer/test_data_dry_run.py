@@ -83,7 +83,7 @@ def test_an_example_shows_what_trains(recipe):
     ]
     shown = dry_run(recipe)
     assert "⟦one<|im_end|>⟧" in shown
-    assert "first" in shown
+    assert shown.splitlines()[0] == "\tfirst\tsecond", "as all tables in a pipe"
     assert "\x1b[" not in shown
 
 

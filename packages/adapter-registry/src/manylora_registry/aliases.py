@@ -7,6 +7,7 @@ Protections are rows that are only added to, so that lifting one leaves a trace 
 import getpass
 import os
 import socket
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,25 +81,29 @@ class Aliases:
 
         Raises:
             AliasNotFoundError: there is no such alias.
-            VersionNotFoundError: it never pointed at another version.
+            VersionNotFoundError: it never pointed at another version, or was moved back already.
             AliasConflictError, AliasProtectedError, YankedError: as for `move`.
         """
         with self._database.write() as connection:
             adapter = adapter_id(connection, name)
-            newest_first = connection.scalars(
+            moved = connection.scalars(
                 sa.select(alias_moves.c.version)
                 .where(alias_moves.c.adapter_id == adapter, alias_moves.c.alias == alias)
-                .order_by(alias_moves.c.generation.desc())
+                .order_by(alias_moves.c.generation)
             ).all()
-            if not newest_first:
+            if not moved:
                 raise AliasNotFoundError(f"{name} has no alias {alias!r}")
-            current = newest_first[0]
-            earlier = next((number for number in newest_first if number != current), None)
-            if earlier is None:
+            came, back = way(moved)
+            if back:
                 raise VersionNotFoundError(
-                    f"{name}@{alias} never pointed at another version than {current}"
+                    f"{name}@{alias} was moved back to version {came[-1]} already: to move it "
+                    f"further name a version, `manylora registry alias {name} {alias} VERSION`"
                 )
-            version = find_row(connection, AdapterReference(name, str(earlier)))
+            if len(came) < 2:
+                raise VersionNotFoundError(
+                    f"{name}@{alias} never pointed at another version than {came[-1]}"
+                )
+            version = find_row(connection, AdapterReference(name, str(came[-2])))
             return _move(connection, _Alias(name, adapter, alias), version, reason, expect)
 
     def history(self, name: str) -> list[AliasMove]:
@@ -166,6 +171,24 @@ class Aliases:
             return [
                 Protection(row.alias, row.suite, row.actor, row.why, time(row.at)) for row in rows
             ]
+
+
+def way(moved: Iterable[int]) -> tuple[list[int], bool]:
+    """The versions an alias came by to the present one, and whether its last move went back.
+
+    Moving to a version that it meant before undoes everything since.
+
+    Args:
+        moved: where it was moved, oldest first.
+    """
+    came: list[int] = []
+    back = False
+    for version in moved:
+        if came and came[-1] == version:
+            continue
+        back = version in came
+        came = came[: came.index(version) + 1] if back else [*came, version]
+    return came, back
 
 
 @dataclass(frozen=True)

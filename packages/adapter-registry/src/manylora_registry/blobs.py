@@ -4,12 +4,15 @@
 whole, and a blob that was acknowledged survives a power cut.
 """
 
+import contextlib
 import errno
 import hashlib
 import io
 import os
+import re
 import stat
-from collections.abc import Callable, Iterator, Mapping
+import tempfile
+from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -19,11 +22,13 @@ from pathlib import Path
 from typing import Protocol
 from urllib.parse import unquote, urlsplit
 
-from manylora_registry.errors import CorruptBlobError, RegistryLocationError
+from manylora_registry.errors import BlobStoreError, CorruptBlobError, RegistryLocationError
 
 Progress = Callable[[str, int, int], None]
 """Is told what is being done with blobs, with how many it is done, and of how many."""
 CHUNK_BYTES = 1 << 20
+DIGITS = re.compile(r"[0-9a-f]{64}")
+"""How a store names a blob."""
 READ_ATTEMPTS = 3
 """How often bytes that do not match their digest are read again: a wire may err once, a disk that
 errs always is told from it by the last attempt."""
@@ -133,6 +138,22 @@ def open_blob_store(url: str) -> BlobStore:
     raise RegistryLocationError(
         "the URL of the registry's blobs must be file:///DIRECTORY or s3://BUCKET/PREFIX"
     )
+
+
+@contextlib.contextmanager
+def temporary_directory() -> Generator[Path]:
+    """A private directory of this machine's, removed at the end.
+
+    Raises:
+        BlobStoreError: what the block writes finds no room there, or may not be written.
+    """
+    try:
+        with tempfile.TemporaryDirectory(prefix="manylora-") as directory:
+            yield Path(directory)
+    except OSError as error:
+        raise BlobStoreError(
+            f"{tempfile.gettempdir()} cannot be written: {error.strerror}; set TMPDIR"
+        ) from error
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from manylora_registry.adapter_config import AdapterConfig, read_config
-from manylora_registry.blobs import BlobStore, copy_verified
+from manylora_registry.blobs import BlobStore, copy_verified, temporary_directory
 from manylora_registry.errors import CorruptBlobError
 from manylora_registry.manifest import CONFIG_FILE, WEIGHTS_FILE, load_manifest
 from manylora_registry.staging import module_of
@@ -62,15 +62,16 @@ class VersionDiff:
 def diff(blobs: BlobStore, before: Version, after: Version) -> VersionDiff:
     """Compares two versions, of one adapter or of two.
 
-    Memory is that of one module.
+    Memory is that of one module; both versions are copied into the directory for temporary files.
 
     Raises:
         CorruptBlobError: a stored blob is damaged.
         BlobStoreError: one cannot be read.
     """
-    with blobs.staging() as staging:
-        first = _Weights.load(blobs, before.digest, staging.directory / "before")
-        second = _Weights.load(blobs, after.digest, staging.directory / "after")
+    # Not in the store's own staging: nothing is changed, and the store may be one to read only.
+    with temporary_directory() as directory:
+        first = _Weights.load(blobs, before.digest, directory / "before")
+        second = _Weights.load(blobs, after.digest, directory / "after")
         modules = sorted({*first.modules, *second.modules})
         changes = tuple(_compare(module, first, second) for module in modules)
     return VersionDiff(

@@ -101,11 +101,14 @@ def _destination(destination: Path) -> Generator[Path]:
     partial = destination.parent / f"{ours}-{uuid.uuid4().hex}.partial"
     try:
         destination.parent.mkdir(parents=True, exist_ok=True)
-        for left in destination.parent.glob(f"{ours}-*.partial"):
-            with contextlib.suppress(OSError), _locked(left):
-                shutil.rmtree(left, ignore_errors=True)
-        partial.mkdir()
-        with _locked(partial):
+        with contextlib.ExitStack() as held:
+            # Alone here, no other export is between making its directory and locking it.
+            with _locked(destination.parent, wait=True):
+                for left in destination.parent.glob(f"{ours}-*.partial"):
+                    with contextlib.suppress(OSError), _locked(left):
+                        shutil.rmtree(left, ignore_errors=True)
+                partial.mkdir()
+                held.enter_context(_locked(partial))
             yield partial
     except OSError as error:
         raise DestinationError(
@@ -116,15 +119,15 @@ def _destination(destination: Path) -> Generator[Path]:
 
 
 @contextlib.contextmanager
-def _locked(directory: Path) -> Generator[None]:
+def _locked(directory: Path, *, wait: bool = False) -> Generator[None]:
     """Holds the lock of a directory; the kernel drops it when the process dies.
 
     Raises:
-        OSError: somebody else has it, or the file system knows no locks.
+        OSError: somebody else has it, without `wait`; or the file system knows no locks.
     """
     handle = os.open(directory, os.O_RDONLY)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
     finally:
         os.close(handle)

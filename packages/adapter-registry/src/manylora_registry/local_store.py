@@ -9,7 +9,6 @@ import contextlib
 import fcntl
 import io
 import os
-import re
 import shutil
 import stat
 import time
@@ -21,11 +20,9 @@ from io import BufferedIOBase
 from pathlib import Path
 from typing import Any
 
-from manylora_registry.blobs import Staging
+from manylora_registry.blobs import DIGITS, Staging
 from manylora_registry.errors import BlobStoreError, CorruptBlobError
 from manylora_registry.syncs import Syncs, sync
-
-_DIGITS = re.compile(r"[0-9a-f]{64}")
 
 
 class LocalBlobStore:
@@ -87,7 +84,7 @@ class LocalBlobStore:
         """See `BlobStore`."""
         for path in self._blobs.glob("??/*"):
             # What others have put there is none of ours: to count, to hash or to delete.
-            if _DIGITS.fullmatch(path.name):
+            if DIGITS.fullmatch(path.name):
                 yield f"sha256:{path.name}"
 
     def size(self, digest: str) -> int:

@@ -142,8 +142,10 @@ class Registry(Reading):
     ) -> AliasMove:
         """Points an alias at the version it pointed at before the present one; a move like others.
 
+        Done twice it never swings forward again to what was rolled back.
+
         Raises:
-            VersionNotFoundError: it never pointed at another version.
+            VersionNotFoundError: it never pointed at another version, or was moved back already.
             RegistryError: as `set_alias` does.
         """
         check_adapter_name(name)

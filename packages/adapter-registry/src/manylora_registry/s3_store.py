@@ -8,7 +8,6 @@ was read is held against the digest by the caller, as with every store.
 import base64
 import contextlib
 import io
-import tempfile
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +23,7 @@ from botocore.config import Config  # pyright: ignore[reportMissingTypeStubs]
 from botocore.exceptions import BotoCoreError, ClientError  # pyright: ignore[reportMissingTypeStubs]
 from urllib3.exceptions import HTTPError
 
-from manylora_registry.blobs import Staging
+from manylora_registry.blobs import DIGITS, Staging, temporary_directory
 from manylora_registry.errors import BlobStoreError, CorruptBlobError
 
 PART_BYTES = 16 << 20
@@ -82,13 +81,8 @@ class S3BlobStore:
     @contextlib.contextmanager
     def staging(self) -> Generator[Staging]:
         """See `BlobStore`; on this machine, in the directory for temporary files."""
-        try:
-            with tempfile.TemporaryDirectory(prefix="manylora-") as directory:
-                yield _S3Staging(Path(directory), self._put)
-        except OSError as error:
-            raise BlobStoreError(
-                f"{tempfile.gettempdir()} cannot be written: {error.strerror}; set TMPDIR"
-            ) from error
+        with temporary_directory() as directory:
+            yield _S3Staging(directory, self._put)
 
     def _put(self, digest: str, file: Path) -> None:
         """Sends a blob, unless one of the right size and digest is there.
@@ -124,7 +118,10 @@ class S3BlobStore:
             )
             for page in pages:
                 for entry in page.get("Contents", ()):
-                    yield f"sha256:{entry['Key'].rpartition('/')[2]}"
+                    name = entry["Key"].rpartition("/")[2]
+                    # What others have put there is none of ours: to count, to hash or to delete.
+                    if DIGITS.fullmatch(name):
+                        yield f"sha256:{name}"
 
     def size(self, digest: str) -> int:
         """See `BlobStore`."""

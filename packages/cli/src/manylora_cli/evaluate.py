@@ -7,10 +7,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from manylora_evaluator.results import EvaluationResult
 
 INTERRUPTED = 130
 """Exit status after a SIGINT, as shells have it."""
+PIPE_WIDTH = 10_000
 
 
 def evaluate(
@@ -75,6 +78,8 @@ def evaluate(
 
     if registry is not None and not record:
         raise typer.BadParameter("--registry is where --record keeps results")
+    if record and limit is not None:
+        raise typer.BadParameter("--record keeps what all rows of the suite say: leave out --limit")
     if resume and out is None:
         raise typer.BadParameter("--resume goes on with the answers in --out, which is not given")
 
@@ -87,12 +92,16 @@ def evaluate(
         if as_json:
             print(result.to_json())
         else:
-            Console().print(summary(result))
+            console = Console()
+            if not console.is_terminal:
+                # A pipe has no edge to cut figures off at, or to wrap reasons at.
+                console.width = PIPE_WIDTH
+            console.print(summary(result))
             if out is not None and written:
                 print(f"report: {out / 'report.html'}")
 
     if record:
-        _check_record(suite, registry)
+        _check_record(suite, registry, task or (), adapter or ())
     try:
         result = run(
             suite,
@@ -122,13 +131,27 @@ def evaluate(
         raise GateError(f"the gate is closed to {reasons}", result)
 
 
-def _check_record(suite: Path, registry: str | None) -> None:
-    """Sees that the results can be kept, before they are paid for."""
+def _check_record(
+    file: Path, registry: str | None, chosen: "Sequence[str]", adapters: "Sequence[str]"
+) -> None:
+    """Sees that the results can be kept, before they are paid for.
+
+    A gate goes by the record, so it is of every task that the suite has for an adapter.
+    """
     from manylora_evaluator.records import record_name
     from manylora_evaluator.suite import load_suite
     from manylora_registry import Registry
 
-    record_name(load_suite(suite).name)
+    suite = load_suite(file)
+    record_name(suite.name)
+    left_out = [task for task in suite.tasks if chosen and task.name not in chosen]
+    asked = [*adapters, *(task.adapter for task in suite.tasks if task not in left_out)]
+    names = {reference.partition("@")[0] for reference in asked}
+    if missed := [task.name for task in left_out if task.adapter.partition("@")[0] in names]:
+        raise typer.BadParameter(
+            "--record keeps what every task of the suite says of an adapter: add --task "
+            + " --task ".join(missed)
+        )
     Registry.open(registry, create=False).close()
 
 

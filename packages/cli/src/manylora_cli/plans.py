@@ -3,6 +3,8 @@
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
+from manylora_cli.output import print_table
+
 if TYPE_CHECKING:
     from manylora_trainer.dry_run import Plan, Segment, TaskPlan
 
@@ -13,16 +15,13 @@ MARKS = ("⟦", "⟧")
 def show_plan(plan: "Plan") -> None:
     """Prints a plan to standard output, with colours on a terminal only."""
     from rich.console import Console
-    from rich.table import Table
     from rich.text import Text
 
     console = Console(soft_wrap=True)
-    if not console.is_terminal:
-        console.width = 40 + 24 * len(plan.tasks)
-    table = Table("", *(entry.task for entry in plan.tasks))
-    for title, cells in _table(plan):
-        table.add_row(title, *cells)
-    console.print(table)
+    print_table(
+        ("", *(entry.task for entry in plan.tasks)),
+        [(title, *cells) for title, cells in _table(plan)],
+    )
     console.print(_memory(plan), highlight=False)
     console.print(_time(plan), highlight=False)
     how = "highlighted" if console.is_terminal else f"between {MARKS[0]} and {MARKS[1]}"

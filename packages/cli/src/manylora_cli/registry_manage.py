@@ -45,7 +45,11 @@ def rollback(
     registry: Location = None,
     as_json: AsJson = False,
 ) -> None:
-    """Point an alias at the version it pointed at before; doing it twice goes there and back."""
+    """Point an alias at the version it pointed at before the present one came.
+
+    Done again, by you or by somebody else, it is refused: it never swings forward to what was
+    rolled back. `alias` moves it anywhere.
+    """
     with open_registry(registry) as opened:
         move = opened.rollback(name, alias, expect=expect, why=why, override=override)
     print_move(move, as_json)

@@ -9,7 +9,14 @@ from typing import TypeVar
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from manylora_client import AdapterVersion, AsyncClient, ClientError, Generation, Usage
+from manylora_client import (
+    AdapterVersion,
+    AsyncClient,
+    ClientError,
+    DeadlineExceededError,
+    Generation,
+    Usage,
+)
 from manylora_evaluator.judge.cache import content_key
 from manylora_evaluator.kept import KeptAnswer, KeptAnswers
 from manylora_evaluator.rows import Row
@@ -56,7 +63,12 @@ async def resolve(client: AsyncClient, reference: str, row: Row) -> AdapterVersi
     Raises:
         StatusError: the server is away or cannot serve the reference.
     """
-    return (await client.generate(_prompt(row), reference, max_tokens=1)).adapter
+    try:
+        return (await client.generate(_prompt(row), reference, max_tokens=1)).adapter
+    except DeadlineExceededError as error:
+        # All others that are about a reference name it; this one comes of loading it.
+        message = f"{reference or 'the bare base'}: {error}"
+        raise DeadlineExceededError(message, code=error.code, reason=error.reason) from error
 
 
 async def ask_rows(

@@ -10,7 +10,7 @@
 Pure functions of results: nothing is asked and nothing is read.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from manylora_evaluator.errors import ResultsError
@@ -34,6 +34,11 @@ class _Answers:
     task: TaskResult
     index: int
     """Of the column."""
+
+    @property
+    def column(self) -> Column:
+        """The column itself."""
+        return self.task.columns[self.index]
 
     @property
     def rows(self) -> Mapping[str, RowResult]:
@@ -106,7 +111,11 @@ def gate(
     *,
     decision: Decision | None = None,
 ) -> Gate:
-    """Whether `candidate` met every threshold, without a failed request, and is not worse.
+    """Whether `candidate` met every threshold and is not worse, by answers that were all there.
+
+    A failed request of either version closes the gate, as it counts as a wrong answer: a
+    baseline that was not heard would be easy to beat. So does a judge of whose answers more
+    held no verdict than `decision.difference`, which is what two versions may not differ by.
 
     Args:
         results: as for `compare`.
@@ -118,24 +127,17 @@ def gate(
         ResultsError: `candidate` was not evaluated, or shares no row with `baseline`.
     """
     results = [results] if isinstance(results, EvaluationResult) else list(results)
-    columns = {
-        task: answers.task.columns[answers.index]
-        for task, answers in _columns(results, candidate).items()
-    }
+    columns = _columns(results, candidate)
     if not columns:
         raise ResultsError(f"{candidate or 'the bare base'} was not evaluated")
-    reasons = [
-        f"{task}: {column.failures} of {column.requests} requests failed"
-        for task, column in columns.items()
-        if column.failures
-    ]
-    unheard = sum(result.judge_failures for result in results)
-    if unheard:
-        reasons.append(f"the judge did not answer {unheard} questions")
+    reasons = [*_failed(columns, "")]
+    if baseline is not None:
+        reasons += _failed(_columns(results, baseline), " of the baseline")
+    reasons += _unheard(results, decision or results[0].decision)
     reasons += [
         f"{task}: {check.reason}"
-        for task, column in columns.items()
-        for check in column.thresholds
+        for task, answers in columns.items()
+        for check in answers.column.thresholds
         if not check.passed
     ]
     comparison = None
@@ -148,6 +150,23 @@ def gate(
                 if entry.verdict in ("worse", "too_few_rows")
             ]
     return Gate(candidate, not reasons, tuple(reasons), comparison)
+
+
+def _failed(columns: Mapping[str, _Answers], whose: str) -> Iterator[str]:
+    for task, answers in columns.items():
+        column = answers.column
+        if column.failures:
+            yield f"{task}: {column.failures} of {column.requests} requests{whose} failed"
+
+
+def _unheard(results: Sequence[EvaluationResult], decision: Decision) -> Iterator[str]:
+    unanswered = sum(result.judge_failures for result in results)
+    if unanswered:
+        yield f"the judge did not answer {unanswered} questions"
+    for judge in (judge for result in results for judge in result.judges):
+        asked, lost = judge.requests + judge.cached, judge.unreadable
+        if lost > decision.difference * asked:
+            yield f"{lost} of {asked} answers of the judge {judge.judge} held no verdict"
 
 
 def _columns(results: Sequence[EvaluationResult], reference: str) -> dict[str, _Answers]:

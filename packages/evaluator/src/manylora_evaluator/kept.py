@@ -49,7 +49,8 @@ class KeptAnswers:
             if resume and self.path.exists():
                 self._read(self.path.read_bytes())
             # What follows a line that was cut off begins a line of its own.
-            self._file: TextIO | None = self.path.open("a" if self._answers else "w")
+            mode = "a" if self._answers else "w"
+            self._file: TextIO | None = self.path.open(mode, encoding="utf-8")
             self._file.write("\n" if self._answers else "")
         except OSError as error:
             raise ResultsError(f"{directory} cannot be written: {error.strerror}") from error

@@ -59,7 +59,8 @@ def table(result: EvaluationResult) -> Table:
         pad_edge=False,
         padding=(0, 1),
     )
-    shown.add_column("task and score", no_wrap=True)
+    # Of what is too wide the names give way, never a figure.
+    shown.add_column("task and score", overflow="fold")
     shown.add_column(beside, justify="right", no_wrap=True)
     shown.add_column("adapter", justify="right", no_wrap=True)
     shown.add_column("gain", justify="right", no_wrap=True)

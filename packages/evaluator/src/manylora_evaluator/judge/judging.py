@@ -113,7 +113,8 @@ class Judge:
         settings = cast("PairwiseSettings", self.settings)
         row, answer, other = item
         if answer is None or other is None or answer == other:
-            share = 0.5 if answer == other else float(other is None)
+            # Nobody wins by a request of the other's that failed.
+            share = 0.5 if answer == other else 0.0
             return {settings.name: Judgement(share, "not asked", 0, 0, 0)}
         reference = row.expected if settings.reference and row.expected else None
         orders = (
