@@ -98,6 +98,8 @@ class Swaps:
                 await asyncio.sleep(self._config.poll_s)
 
     def _note(self, event: Event) -> None:
+        if event.kind in ("yanked", "deleted", "alias_moved"):
+            self._routes.registry_changed()
         if event.kind in ("yanked", "deleted"):
             self._routes.forget_fixed(event.name)
             for ended in self._routes.rollouts.end_with(event.name, event.version):
