@@ -234,6 +234,35 @@ async def test_a_change_during_the_first_look_at_an_alias_is_not_missed(
                     await asking
 
 
+async def test_a_full_disk_under_a_rollout_does_not_end_following(
+    gateway: RunningGateway, registry: Registry, published: Publish, tmp_path: Path
+) -> None:
+    for seed in (5, 6, 7):
+        published("red", seed)
+    shares = [admin_pb2.RolloutShare(version=2, percent=100)]
+    divided = admin_pb2.SetRolloutRequest(adapter="red", shares=shares)
+    await gateway.admin.SetRollout(divided)
+    state = tmp_path / "state"
+    (state / "rollouts.json").unlink()
+    state.rmdir()
+    state.write_text("in the place of the directory")
+    status = await refused(gateway.admin.SetRollout(divided))
+    assert told(status)[0] == "UNAVAILABLE"
+    assert str(tmp_path) not in status.message
+    for number in (3, 4):
+        registry.set_alias("red", "production", number)
+        await gateway.until_serving("red@production", number)
+        assert (await stream(gateway, "red"))[0] == number
+    state.unlink()
+    await gateway.admin.SetRollout(divided)
+    state.rename(state.with_name("away"))
+    state.write_text("again")
+    registry.yank("red@2")
+    registry.set_alias("red", "production", 3)
+    await gateway.until_serving("red@production", 3)
+    assert (await stream(gateway, "red"))[0] == 3
+
+
 async def test_a_version_another_alias_serves_is_kept(
     gateway: RunningGateway, served: dict[str, Version], registry: Registry, published: Publish
 ) -> None:
