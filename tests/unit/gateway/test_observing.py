@@ -90,6 +90,21 @@ def test_labels_are_bounded_and_given_back() -> None:
     assert 'adapter="one"' not in scraped(metrics)
 
 
+async def test_a_version_that_is_replaced_under_a_request_gives_its_label_back(
+    gateway: RunningGateway, served: dict[str, Version], registry: Registry, published: Publish
+) -> None:
+    gateway.engine.hold_answers()
+    running = gateway.inference.Generate(SAY)
+    await gateway.engine.until_running(1)
+    published("red", 5)
+    registry.set_alias("red", "production", 2)
+    await gateway.until_serving("red@production", 2)
+    gateway.engine.let_answer()
+    assert (await running).adapter.number == 1
+    await gateway.engine.until_gone(served["red"].engine_name)
+    assert 'adapter="red",code="OK",version="1"' not in scraped(gateway.metrics)
+
+
 def scraped_names() -> set[str]:
     """Every name that Prometheus gets a metric of the gateway under."""
     return {

@@ -195,6 +195,8 @@ class Swaps:
     async def _retire_drained(self) -> None:
         while True:
             version = await self._routes.drained.get()
+            # Its last requests were counted after it was displaced.
+            self._metrics.forget(version)
             await self._retire(version)
 
     async def _retire(self, version: Version) -> None:
