@@ -144,7 +144,7 @@ class Swaps:
         try:
             target = await self._routes.look_up(AdapterReference(*key))
         except Exception as error:
-            logger.warning("%s cannot be resolved: %s", label, error)
+            logger.warning("%s cannot be resolved: %s", label, _why(error))
             return False
         if abandoned is not None and abandoned.digest != target.digest:
             await self._retire_unserved(abandoned)
@@ -167,7 +167,7 @@ class Swaps:
                     label,
                     target.number,
                     still,
-                    error,
+                    _why(error),
                     exc_info=None if known else error,
                 )
             self._metrics.swaps.labels("failed").inc()
@@ -210,3 +210,8 @@ class Swaps:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+
+def _why(error: Exception) -> object:
+    """For the log; it has what no client is told."""
+    return getattr(error, "detail", "") or error

@@ -222,7 +222,6 @@ class Worker:
         try:
             return held.enter_context(self._registry.hold(version, self._cache))
         except RegistryError as error:
-            logger.warning("no copy of %s: %s", version.engine_name, error)
             raise from_registry(error) from error
 
     async def _try(self, version: Version) -> None:
