@@ -1,7 +1,10 @@
 """A gateway that ends while it answers."""
 
+import os
+import signal
 from pathlib import Path
 
+import psutil
 import pytest
 
 from manylora_client import UnavailableError
@@ -35,3 +38,23 @@ def test_an_answer_that_outlasts_the_drain_says_so(
     assert ended.value.reason == "DRAINING"
     assert ended.value.retry_after
     assert "1 requests still running after 0.1 s are cut off" in (tmp_path / "log").read_text()
+
+
+def test_a_terminal_that_closes_lets_answers_end(
+    tmp_path: Path, base_directory: Path, location: Path, registry: Registry
+) -> None:
+    config = tmp_path / "gateway.yaml"
+    text = CONFIG.format(base=base_directory, registry=location)
+    config.write_text(text.replace("drain_s: 0.1", "drain_s: 60"))
+    running = start_gateway(config, tmp_path / "log", ["benchmarks.synthetic"])
+    try:
+        below = psutil.Process(running.process.pid).children(recursive=True)
+        with running.client() as client, client.stream([1], "red", max_tokens=900) as answer:
+            next(answer)
+            # As the kernel does: to all of the terminal's group.
+            os.killpg(running.process.pid, signal.SIGHUP)
+            assert answer.result().usage.completion_tokens == 900
+        assert running.process.wait(90) == 0
+        assert psutil.wait_procs(below, timeout=10)[1] == []
+    finally:
+        stop(running.process)

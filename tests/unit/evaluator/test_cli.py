@@ -77,18 +77,21 @@ def test_json_is_all_there_is_on_standard_output(serve: Serve, write_suite: Writ
 
 
 def test_failed_requests_exit_1_with_the_table_and_one_line(
-    serve: Serve, write_suite: WriteSuite
+    serve: Serve, write_suite: WriteSuite, tmp_path: Path
 ) -> None:
     def fail(request: pb.GenerateRequest) -> Reply:
         warm_up = request.sampling.max_tokens == 1
         return Answer() if warm_up else Failure(grpc.StatusCode.INTERNAL, "incident 123")
 
-    done = manylora("evaluate", write_suite([("a", "yes")]), "--server", serve(fail).target)
+    asked = ("evaluate", write_suite([("a", "yes")]), "--server", serve(fail).target)
+    done, kept = manylora(*asked), manylora(*asked, "--out", tmp_path / "out")
 
-    assert done.returncode == 1
+    assert done.returncode == kept.returncode == 1
     assert "2 failed" in done.stdout
     assert "manylora: 2 of 2 requests failed" in done.stderr
     assert "Traceback" not in done.stderr
+    assert "--resume" not in done.stderr, "nothing is kept"
+    assert "the same command with --resume asks what failed again" in kept.stderr
 
 
 def test_a_missing_server_exits_1_with_one_line(serve: Serve, write_suite: WriteSuite) -> None:

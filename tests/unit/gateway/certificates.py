@@ -10,6 +10,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.x509.oid import NameOID
 
+HOUR = datetime.timedelta(hours=1)
 SIGNS_CERTIFICATES = x509.KeyUsage(
     digital_signature=False,
     content_commitment=False,
@@ -43,12 +44,16 @@ class Authority:
         self.certificate.write_bytes(self._signed.public_bytes(serialization.Encoding.PEM))
 
     def issue(
-        self, name: str, *names: x509.GeneralName, key: rsa.RSAPrivateKey | None = None
+        self,
+        name: str,
+        *names: x509.GeneralName,
+        key: rsa.RSAPrivateKey | None = None,
+        begins: datetime.timedelta = -HOUR,
     ) -> Pair:
-        """A certificate for `name`, with alternative names beside it."""
+        """A certificate for `name`, with alternative names beside it, valid for two hours."""
         own = key or ec.generate_private_key(ec.SECP256R1())
         subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
-        signed = self._sign(subject, own.public_key(), names=names)
+        signed = self._sign(subject, own.public_key(), names=names, begins=begins)
         pair = Pair(self._directory / f"{name}.pem", self._directory / f"{name}.key")
         pair.certificate.write_bytes(signed.public_bytes(serialization.Encoding.PEM))
         pair.key.write_bytes(
@@ -72,6 +77,7 @@ class Authority:
         *,
         names: tuple[x509.GeneralName, ...] = (),
         authority: bool = False,
+        begins: datetime.timedelta = -HOUR,
     ) -> x509.Certificate:
         now = datetime.datetime.now(datetime.UTC)
         builder = (
@@ -80,8 +86,8 @@ class Authority:
             .issuer_name(self._name)
             .public_key(key)
             .serial_number(x509.random_serial_number())
-            .not_valid_before(now - datetime.timedelta(hours=1))
-            .not_valid_after(now + datetime.timedelta(hours=1))
+            .not_valid_before(now + begins)
+            .not_valid_after(now + begins + 2 * HOUR)
             .add_extension(x509.BasicConstraints(ca=authority, path_length=None), critical=True)
             # Python 3.13 and later take none without these (RFC 5280, 4.2.1.1 to 4.2.1.3).
             .add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)

@@ -72,6 +72,12 @@ WRONG_FIELDS = {
     "sampling.max_tokens": pb.GenerateRequest(text="hi", sampling=pb.Sampling(max_tokens=0)),
     "sampling.temperature": pb.GenerateRequest(text="hi", sampling=pb.Sampling(temperature=-0.1)),
     "sampling.top_p": pb.GenerateRequest(text="hi", sampling=pb.Sampling(top_p=math.nan)),
+    "sampling.ignore_eos": pb.GenerateRequest(
+        text="hi",
+        sampling=pb.Sampling(
+            ignore_eos=True, structured_output=pb.StructuredOutput(regex="[0-9]+")
+        ),
+    ),
     "sampling.stop": pb.GenerateRequest(text="hi", sampling=pb.Sampling(stop=["x"] * 17)),
     "sampling.stop[0]": pb.GenerateRequest(text="hi", sampling=pb.Sampling(stop=[""])),
     "sampling.logprobs": pb.GenerateRequest(text="hi", sampling=pb.Sampling(logprobs=21)),

@@ -19,8 +19,8 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from manylora.admin.v1 import admin_pb2
 from manylora.inference.v1 import inference_pb2 as pb
 from manylora_gateway import tracing
-from manylora_gateway.config import TracingConfig
-from manylora_gateway.logs import log_to_stderr
+from manylora_gateway.config import AdapterLimits, LimitsConfig, TracingConfig
+from manylora_gateway.logs import log_to_stderr, requests_logger
 from manylora_gateway.metrics import Metrics
 from manylora_registry import Registry, Version
 from tests.unit.gateway.conftest import Publish, Start
@@ -88,6 +88,41 @@ def test_labels_are_bounded_and_given_back() -> None:
     metrics.forget(one)
     assert metrics.labels(three) == ("three", "1")
     assert 'adapter="one"' not in scraped(metrics)
+
+
+async def test_a_client_that_leaves_has_used_its_prompt_too(
+    served: dict[str, Version], start: Start
+) -> None:
+    limits = LimitsConfig(each_adapter=AdapterLimits(tokens_per_second=0.5))
+    asked = pb.GenerateRequest(adapter="red", text="x" * 50, sampling=pb.Sampling(max_tokens=10))
+    async with start(limits=limits) as gateway:
+        gateway.engine.hold_answers()
+        call = gateway.inference.GenerateStream(asked)
+        async for event in call:
+            if event.HasField("delta"):
+                break
+        call.cancel()
+        await until(lambda: not gateway.admission.inside)
+        # More than the burst of ten seconds.
+        status = await refused(gateway.inference.Generate(asked))
+        assert told(status) == ("RESOURCE_EXHAUSTED", "TOKEN_RATE_LIMIT")
+        line = 'manylora_prompt_tokens_total{adapter="red",version="1"} 50.0'
+        assert line in scraped(gateway.metrics).splitlines()
+
+
+async def test_a_version_that_is_replaced_under_a_request_gives_its_label_back(
+    gateway: RunningGateway, served: dict[str, Version], registry: Registry, published: Publish
+) -> None:
+    gateway.engine.hold_answers()
+    running = gateway.inference.Generate(SAY)
+    await gateway.engine.until_running(1)
+    published("red", 5)
+    registry.set_alias("red", "production", 2)
+    await gateway.until_serving("red@production", 2)
+    gateway.engine.let_answer()
+    assert (await running).adapter.number == 1
+    await gateway.engine.until_gone(served["red"].engine_name)
+    assert 'adapter="red",code="OK",version="1"' not in scraped(gateway.metrics)
 
 
 def scraped_names() -> set[str]:
@@ -226,6 +261,7 @@ async def test_a_request_is_one_json_line_that_keeps_its_text_to_itself(
         lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
     finally:
         logging.getLogger().removeHandler(logging.getLogger().handlers[-1])
+        requests_logger.setLevel(logging.WARNING)
     assert "the collector does not answer" in [line["message"] for line in lines]
     (line,) = [line for line in lines if line["message"] == "request ended"]
     assert line["request_id"] == reply.request_id

@@ -12,10 +12,20 @@ import pytest
 from openai import AsyncOpenAI, OpenAI
 
 from manylora_gateway.config import LimitsConfig
-from manylora_gateway.engine import Grammar, JsonObject, JsonSchema, OneOf, Regex, Sampling
+from manylora_gateway.engine import (
+    Delta,
+    Grammar,
+    JsonObject,
+    JsonSchema,
+    OneOf,
+    Regex,
+    Sampling,
+)
+from manylora_gateway.generation import Started
+from manylora_gateway.openai_http.replies import Replies
 from manylora_registry import Registry, Version
 from tests.unit.gateway.conftest import Publish, Start
-from tests.unit.gateway.fake_engine import IMPOSSIBLE
+from tests.unit.gateway.fake_engine import IMPOSSIBLE, scores
 from tests.unit.gateway.in_process import BASE_NAME, RunningGateway
 
 ASK: Any = [{"role": "user", "content": "hi"}]
@@ -218,6 +228,20 @@ async def test_log_probabilities_have_their_tokens(client: AsyncOpenAI) -> None:
     assert told.tokens is not None
     assert "".join(told.tokens) == text.choices[0].text
     assert told.text_offset == [0, len(told.tokens[0])]
+
+
+def test_offsets_of_a_stream_are_of_its_tokens_where_text_is_held_back() -> None:
+    sampling = Sampling(max_tokens=3, logprobs=1)
+    words = ("The ", "end", ".")
+    # The engine holds back what may be the beginning of a stop string.
+    texts = ("", "The ", "end.")
+    chunks = Replies("text", "tiny", "one", 1).stream(1, include_usage=False)
+    parts = list(chunks.of(0, Started("one", None)))
+    for index, (text, word) in enumerate(zip(texts, words, strict=True)):
+        parts += chunks.of(0, Delta(text, (index,), (scores(index, word, sampling),)))
+    events = [json.loads(part.removeprefix(b"data: ")) for part in parts]
+    offsets = [event["choices"][0]["logprobs"]["text_offset"] for event in events]
+    assert offsets == [[0], [4], [7]]
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -125,6 +125,24 @@ async def test_a_version_that_cannot_be_loaded_takes_no_share(
         assert [share.percent for share in (await told_of(gateway)).shares] == [100]
 
 
+async def test_a_version_that_is_withdrawn_while_it_loads_takes_no_share(
+    gateway: RunningGateway, registry: Registry, published: Publish
+) -> None:
+    published("red", 5)
+    gateway.engine.hold_loads()
+    already = len(gateway.engine.loads)
+    dividing = asyncio.create_task(divide(gateway, (2, 100)))
+    await gateway.engine.until_loads(already + 1)
+    registry.yank("red@2")
+    # Events come in order: once this one is told, the withdrawal was seen too.
+    registry.yank("green@1")
+    await gateway.until_failed("green@production")
+    gateway.engine.let_load()
+    with pytest.raises(grpc.aio.AioRpcError, match="yanked"):
+        await dividing
+    assert await ask(gateway, "any") == 1
+
+
 async def test_a_version_that_is_no_number_is_named(gateway: RunningGateway) -> None:
     request = admin_pb2.SetRolloutRequest(
         adapter="red",

@@ -3,8 +3,10 @@
 import asyncio
 import logging
 import os
+import re
 import ssl
 import sys
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, cast
 
@@ -32,7 +34,7 @@ from manylora_gateway.config import TlsConfig
 from manylora_gateway.errors import StartError
 from manylora_gateway.tls import ServerTls
 from manylora_registry import Version
-from tests.unit.gateway.certificates import Authority
+from tests.unit.gateway.certificates import HOUR, Authority
 from tests.unit.gateway.conftest import Start
 from tests.unit.gateway.in_process import BASE_NAME, RunningGateway
 from tests.unit.gateway.test_errors import SAY, refused, told
@@ -384,6 +386,28 @@ def test_tls_files_that_cannot_be_used_are_named(tmp_path: Path) -> None:
             ServerTls(TlsConfig(certificate=certificate, key=key, client_ca=ca))
         with pytest.raises(InvalidInputError, match=said):
             tls_credentials(ca, certificate, key)
+
+
+@pytest.mark.parametrize(
+    ("begins", "told_of"),
+    [
+        (-3 * HOUR, "clients refuse .*gateway.pem: certificate has expired"),
+        (HOUR, "clients refuse .*gateway.pem: certificate is not yet valid"),
+        (-HOUR, "gateway.pem is valid until .* GMT"),
+    ],
+)
+def test_the_log_says_how_long_a_certificate_is_valid(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, begins: timedelta, told_of: str
+) -> None:
+    caplog.set_level(logging.INFO, "manylora_gateway")
+    authority = Authority(tmp_path)
+    pair = authority.issue("gateway", begins=begins)
+    ServerTls(
+        TlsConfig(certificate=pair.certificate, key=pair.key, client_ca=authority.certificate)
+    )
+    (said,) = caplog.records
+    assert re.search(told_of, said.getMessage())
+    assert (said.levelno == logging.WARNING) == ("refuse" in told_of)
 
 
 def encrypted(key: Path) -> bytes:

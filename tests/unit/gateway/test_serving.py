@@ -254,13 +254,15 @@ async def test_a_cache_that_cannot_be_written_is_not_taken_for_the_registry(
 
 
 async def test_a_registry_that_is_away_is_not_taken_for_damage(
-    gateway: RunningGateway, published: Publish
+    gateway: RunningGateway, published: Publish, caplog: pytest.LogCaptureFixture
 ) -> None:
     published("blue", 7)
     blue = pb.GenerateRequest(adapter="blue@1", text="hi")
     away = gateway.registry_location.rename(gateway.registry_location.with_name("away"))
     status = await refused(gateway.inference.Generate(blue))
     assert told(status) == ("UNAVAILABLE", "REGISTRY_UNAVAILABLE")
+    assert str(gateway.registry_location) not in status.message, "no path is for clients"
+    assert str(gateway.registry_location) in caplog.text
     away.rename(gateway.registry_location)
     assert (await gateway.inference.Generate(blue)).text
 

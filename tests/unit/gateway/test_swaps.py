@@ -1,15 +1,17 @@
 """Promise 6: a swap drops nothing, mixes nothing, and leaves no old weights behind."""
 
 import asyncio
+import threading
+from pathlib import Path
 
 import grpc
 import pytest
 
 from manylora.admin.v1 import admin_pb2
 from manylora.inference.v1 import inference_pb2 as pb
-from manylora_registry import Registry, Version
+from manylora_registry import AdapterReference, Registry, Version
 from tests.unit.gateway.conftest import Publish, Start
-from tests.unit.gateway.in_process import OTHER_BASE, RunningGateway
+from tests.unit.gateway.in_process import OTHER_BASE, RunningGateway, publish, running_gateway
 from tests.unit.gateway.test_errors import refused, told
 
 
@@ -187,6 +189,78 @@ async def test_an_alias_is_followed_from_its_first_request(
     await gateway.until_serving("red@canary", 2)
     assert version.engine_name in gateway.engine.loaded
     assert (await stream(gateway, "red"))[0] == 1, "production has not moved"
+
+
+class SlowRegistry(Registry):
+    """One whose first answer about `canary` is long on its way."""
+
+    def find(self, reference: str | AdapterReference) -> Version:
+        version = super().find(reference)
+        if isinstance(reference, AdapterReference) and reference.alias == "canary":
+            READ.set()
+            assert ARRIVES.wait(20)
+        return version
+
+
+READ, ARRIVES = threading.Event(), threading.Event()
+
+
+@pytest.mark.parametrize("change", ["moved", "yanked"])
+async def test_a_change_during_the_first_look_at_an_alias_is_not_missed(
+    tmp_path: Path, change: str
+) -> None:
+    READ.clear()
+    ARRIVES.clear()
+    with SlowRegistry.open(tmp_path / "registry") as registry:
+        for seed in (1, 2):
+            publish(registry, tmp_path, "red", seed)
+        registry.set_alias("red", "production", 1)
+        registry.set_alias("red", "canary", 1)
+        async with running_gateway(registry, tmp_path) as gateway:
+            asking = asyncio.create_task(stream(gateway, "red@canary"))
+            assert await asyncio.to_thread(READ.wait, 20)
+            if change == "moved":
+                registry.set_alias("red", "canary", 2)
+            else:
+                registry.yank("red@1")
+            # Events come in order: what is followed has moved, so the other change was seen too.
+            registry.set_alias("red", "production", 2)
+            await gateway.until_serving("red@production", 2)
+            ARRIVES.set()
+            if change == "moved":
+                assert (await asking)[0] == 2
+            else:
+                with pytest.raises(grpc.aio.AioRpcError, match="yanked"):
+                    await asking
+
+
+async def test_a_full_disk_under_a_rollout_does_not_end_following(
+    gateway: RunningGateway, registry: Registry, published: Publish, tmp_path: Path
+) -> None:
+    for seed in (5, 6, 7):
+        published("red", seed)
+    shares = [admin_pb2.RolloutShare(version=2, percent=100)]
+    divided = admin_pb2.SetRolloutRequest(adapter="red", shares=shares)
+    await gateway.admin.SetRollout(divided)
+    state = tmp_path / "state"
+    (state / "rollouts.json").unlink()
+    state.rmdir()
+    state.write_text("in the place of the directory")
+    status = await refused(gateway.admin.SetRollout(divided))
+    assert told(status)[0] == "UNAVAILABLE"
+    assert str(tmp_path) not in status.message
+    for number in (3, 4):
+        registry.set_alias("red", "production", number)
+        await gateway.until_serving("red@production", number)
+        assert (await stream(gateway, "red"))[0] == number
+    state.unlink()
+    await gateway.admin.SetRollout(divided)
+    state.rename(state.with_name("away"))
+    state.write_text("again")
+    registry.yank("red@2")
+    registry.set_alias("red", "production", 3)
+    await gateway.until_serving("red@production", 3)
+    assert (await stream(gateway, "red"))[0] == 3
 
 
 async def test_a_version_another_alias_serves_is_kept(

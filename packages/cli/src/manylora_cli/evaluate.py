@@ -114,9 +114,15 @@ def evaluate(
             resume=resume,
             console=Console(stderr=True),
         )
-    except (EvaluationFailedError, ReportError) as error:
-        show(error.result, written=not isinstance(error, ReportError))
+    except ReportError as error:
+        show(error.result, written=False)
         raise
+    except EvaluationFailedError as error:
+        show(error.result)
+        if out is None:
+            raise
+        go_on = "the same command with --resume asks what failed again"
+        raise EvaluationFailedError(f"{error}; {go_on}", error.result) from error
     except KeyboardInterrupt:
         kept = "no answers are kept without --out" if out is None else f"answers are kept in {out}"
         go_on = "" if out is None else "; the same command with --resume asks the others"

@@ -17,7 +17,7 @@ def serve(
         ),
     ] = None,
 ) -> None:
-    """Serve all adapters over one base model until SIGINT or SIGTERM."""
+    """Serve all adapters over one base model until SIGINT, SIGTERM or SIGHUP."""
     from manylora_gateway.serve import serve as run
 
     run(config, set_ or ())

@@ -8,6 +8,7 @@ import asyncio
 import logging
 import os
 import re
+import signal
 import time
 from collections.abc import AsyncGenerator, Generator
 from contextlib import contextmanager
@@ -197,6 +198,9 @@ def start_ray(config: GatewayConfig, scratch: Path) -> None:
         "include_dashboard": False,
         "_temp_dir": str(scratch),
     }
+    # A terminal that closes tells every process of it; Ray's, which inherit this, must outlive the
+    # drain. Of SIGINT Ray sees to it itself.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
     for last in (False, True):
         try:
             ray.init(

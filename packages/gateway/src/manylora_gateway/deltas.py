@@ -100,6 +100,7 @@ def joined(deltas: list[Delta]) -> list[Delta]:
             text="".join(part.text for part in parts),
             token_ids=tuple(token for part in parts for token in part.token_ids),
             logprobs=tuple(entry for part in parts for entry in part.logprobs),
+            prompt_tokens=sum(part.prompt_tokens for part in parts),
         )
         for parts in choices.values()
     ]

@@ -177,6 +177,8 @@ class Delta:
     """Index of the answer, below `Sampling.n`."""
     timing: Timing | None = None
     """With the last delta of all."""
+    prompt_tokens: int = 0
+    """With the first delta of all, which proves that the prompt was read; else 0."""
 
 
 class Engine(Protocol):

@@ -43,6 +43,8 @@ class GatewayError(Exception):
     """For google.rpc.ErrorInfo, in UPPER_SNAKE."""
     retry_after_s: float | None = None
     """Seconds after which another try makes sense; None where it never does."""
+    detail = ""
+    """For the operator's log: what is no client's business, e.g. a path or a database's URL."""
 
 
 @dataclass(frozen=True)
@@ -264,9 +266,10 @@ def from_registry(error: Exception) -> GatewayError:
         case registry_errors.CorruptBlobError():
             return CorruptAdapterError(text)
         case registry_errors.DestinationError():
-            # Its text names a directory of this machine, which is nothing for clients.
             why = getattr(error.__cause__, "strerror", None) or "it cannot be written"
-            return CacheError(f"There is no place here for a copy of the version: {why}.")
+            no_place = CacheError(f"There is no place here for a copy of the version: {why}.")
+            no_place.detail = text
+            return no_place
         case registry_errors.UnsignedError():
             unsigned = UnservableError(text)
             unsigned.reason = error.reason
@@ -274,4 +277,6 @@ def from_registry(error: Exception) -> GatewayError:
         case registry_errors.InvalidAdapterError():
             return AdapterLoadError(text)
         case _:
-            return RegistryLostError(f"The registry cannot be read: {text}")
+            lost = RegistryLostError("The registry cannot be read.")
+            lost.detail = text
+            return lost

@@ -47,7 +47,7 @@ async def run(
     scratch: Path,
     make_engine: MakeEngine,
 ) -> bool:
-    """Serves until SIGINT or SIGTERM, then drains; a second signal ends it at once.
+    """Serves until SIGINT, SIGTERM or SIGHUP, then drains; a second signal ends it at once.
 
     Ray's own files go below `scratch`. Says False where a signal came before it served.
 
@@ -213,7 +213,9 @@ def _tell(*words: str) -> None:
 
 
 def _listen_for_signals(stop: asyncio.Event) -> None:
-    """SIGINT and SIGTERM set `stop`; another one ends everything at once.
+    """SIGINT, SIGTERM and SIGHUP set `stop`; another one ends everything at once.
+
+    SIGHUP, a terminal that closes, stays ignored where it is, e.g. under `nohup`.
 
     Called again once Ray runs, which puts handlers of its own in their place.
     """
@@ -225,5 +227,7 @@ def _listen_for_signals(stop: asyncio.Event) -> None:
             os._exit(1)
         stop.set()
 
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+            continue
         asyncio.get_running_loop().add_signal_handler(number, on_signal)

@@ -161,9 +161,7 @@ class Inference:
             try:
                 async with aclosing(deltas):
                     async for delta in deltas:
-                        ticket.used += len(delta.token_ids)
-                        if delta.finish is not None and not delta.choice:
-                            ticket.used += delta.finish.prompt_tokens
+                        ticket.used += delta.prompt_tokens + len(delta.token_ids)
                         seen.delta(delta)
                         if whole:
                             held.append(delta)
@@ -174,6 +172,7 @@ class Inference:
                 if left or attempt == 2:
                     raise
                 self.metrics.retries.inc()
+                ticket.used = 0
                 continue
             for delta in held:
                 yield delta

@@ -61,6 +61,10 @@ class Limits:
         if sampling.logprobs is not None and not 0 <= sampling.logprobs <= limits.max_logprobs:
             say("logprobs", f"must be from 0 to {limits.max_logprobs}")
         if sampling.constraint is not None:
+            if sampling.ignore_eos:
+                say(
+                    "ignore_eos", "must be false where the answer is held to a form: its end is one"
+                )
             for problem in constraints.problems(sampling.constraint, limits):
                 say("constraint", problem)
 

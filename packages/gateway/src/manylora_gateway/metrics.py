@@ -78,8 +78,7 @@ class Observation:
             self._metrics.inter_token.observe((now - self._last) / tokens)
         self._last = now
         self.tokens += tokens
-        if delta.finish is not None:
-            self.prompt_tokens = delta.finish.prompt_tokens
+        self.prompt_tokens = delta.prompt_tokens or self.prompt_tokens
         self.timing = delta.timing or self.timing
 
     def failure(self, error: BaseException) -> tuple[str, str]:

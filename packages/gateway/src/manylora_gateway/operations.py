@@ -145,6 +145,9 @@ class Operations:
             )
             for version in rollout.versions:
                 await self._replicas.prepare(version)
+            # Rollouts end with their versions, but this one was not among them while it loaded.
+            for version in rollout.versions:
+                await self._routes.resolve(f"{version.name}@{version.number}")
             state = await self.rollout(key)
             if state.serving.digest != serving.digest:
                 text = "moved while the versions were loaded: look at it and set it again"

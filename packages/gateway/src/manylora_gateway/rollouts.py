@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from manylora_gateway.errors import InvalidRequestError, Violation
+from manylora_gateway.errors import InvalidRequestError, UnavailableError, Violation
 from manylora_gateway.figures import ShadowFigures
 from manylora_registry import Version
 
@@ -118,20 +118,36 @@ class Rollouts:
         return rollout if holds else None
 
     def put(self, key: AliasKey, rollout: Rollout) -> Rollout | None:
-        """Replaces the rollout of an alias, on disk first; returns the one before."""
+        """Replaces the rollout of an alias, on disk first; returns the one before.
+
+        Raises:
+            UnavailableError: it cannot be written; nothing has changed.
+        """
         before = self._rollouts.get(key)
         entries = {**self._rollouts, key: rollout}
         if not rollout.versions:
             del entries[key]
-        self._write(entries)
+        try:
+            self._write(entries)
+        except OSError as error:
+            logger.error("a rollout cannot be written: %s", error)
+            raise UnavailableError(
+                f"The rollout cannot be written ({error.strerror}); nothing has changed."
+            ) from error
         self._rollouts = entries
         return before
 
     def end(self, key: AliasKey) -> Rollout | None:
-        """Ends the rollout of an alias that moved; returns it."""
+        """Ends the rollout of an alias that moved, whether that can be written or not.
+
+        One that the file still has is not set again: its alias has moved, or its version is gone.
+        """
         ended = self._rollouts.pop(key, None)
         if ended is not None:
-            self._write(self._rollouts)
+            try:
+                self._write(self._rollouts)
+            except OSError as error:
+                logger.error("the end of a rollout cannot be written: %s", error)
         return ended
 
     def end_with(self, name: str, number: int) -> list[Rollout]:

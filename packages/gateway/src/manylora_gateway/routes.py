@@ -58,7 +58,7 @@ class Routes:
         self._displaced: dict[str, Version] = {}
         # Numbers and digests never change their meaning; a busy client costs one look-up.
         self._fixed: OrderedDict[str, Version] = OrderedDict()
-        self._withdrawals = 0
+        self._changes = 0
 
     @property
     def registry_age_s(self) -> float:
@@ -124,11 +124,13 @@ class Routes:
         Raises:
             GatewayError: it is not there, or what it points at cannot be served.
         """
-        route = self._routes.get(key)
-        if route is None:
+        while (route := self._routes.get(key)) is None:
+            changes = self._changes
             version = await self._ask_registry(AdapterReference(*key))
-            # A move may have been quicker, and its version is the newer one.
-            route = self._routes.setdefault(key, Route(serving=version))
+            # What was read before a change and arrives after it is asked again: nobody follows
+            # the alias yet, so nobody else would.
+            if changes == self._changes:
+                self._routes.setdefault(key, Route(serving=version))
         if route.serving is not None:
             return route.serving
         if route.pending_error is not None:
@@ -163,10 +165,10 @@ class Routes:
         text = str(reference)
         version = self._fixed.get(text)
         if version is None:
-            withdrawals = self._withdrawals
+            changes = self._changes
             version = await self._ask_registry(reference)
             # What was read before a withdrawal and arrives after it must not be kept.
-            if withdrawals == self._withdrawals:
+            if changes == self._changes:
                 self._fixed[text] = version
             if len(self._fixed) > FIXED_REFERENCES_KEPT:
                 self._fixed.popitem(last=False)
@@ -192,9 +194,12 @@ class Routes:
         """Raises UnservableError where `version` must not reach an engine."""
         self._servable.check(version)
 
+    def registry_changed(self) -> None:
+        """An alias moved or a version was withdrawn: what is being read may be old."""
+        self._changes += 1
+
     def forget_fixed(self, name: str) -> None:
         """Drops what numbers and digests of `name` resolved to: one of them was withdrawn."""
-        self._withdrawals += 1
         for text in [text for text in self._fixed if text.startswith(f"{name}@")]:
             del self._fixed[text]
 

@@ -26,7 +26,7 @@ KILL_GRACE_S = 2.0
 def serve(
     config_path: Path, overrides: Sequence[str] = (), make_engine: "MakeEngine | None" = None
 ) -> None:
-    """Serves until SIGINT or SIGTERM, then drains; a second signal ends it at once.
+    """Serves until SIGINT, SIGTERM or SIGHUP, then drains; a second signal ends it at once.
 
     Prints one `ready grpc=HOST:PORT admin=HOST:PORT http=HOST:PORT` line on stdout once it answers.
     Without `make_engine` the engine is vLLM.

@@ -26,13 +26,8 @@ logger = logging.getLogger(__name__)
 
 
 def to_status(error: Exception) -> status_pb2.Status:
-    """The google.rpc.Status of `error`.
-
-    What is not one of ours is logged with its trace and becomes INTERNAL with an opaque id: its
-    text may hold paths or a neighbour's data.
-    """
-    if not isinstance(error, GatewayError):
-        error = opaque(error)
+    """The google.rpc.Status of `error`."""
+    error = stated(error)
     details: list[Message] = [error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN)]
     if isinstance(error, InvalidRequestError):
         details.append(
@@ -67,8 +62,16 @@ async def abort(
     raise AssertionError("abort raises")
 
 
-def opaque(error: Exception) -> GatewayError:
-    """What a client is told of an error nobody foresaw: an id, under which the log has it all."""
+def stated(error: Exception) -> GatewayError:
+    """`error` as a client may be told it; the log has the rest.
+
+    What is not one of ours is logged with its trace and becomes INTERNAL with an opaque id: its
+    text may hold paths or a neighbour's data.
+    """
+    if isinstance(error, GatewayError):
+        if error.detail:
+            logger.warning("%s: %s", error.reason, error.detail)
+        return error
     incident = uuid.uuid4().hex[:12]
     logger.error("incident %s", incident, exc_info=error)
     return GatewayError(f"Internal error {incident}; the gateway's log has the cause.")

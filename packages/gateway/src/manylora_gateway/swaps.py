@@ -98,6 +98,8 @@ class Swaps:
                 await asyncio.sleep(self._config.poll_s)
 
     def _note(self, event: Event) -> None:
+        if event.kind in ("yanked", "deleted", "alias_moved"):
+            self._routes.registry_changed()
         if event.kind in ("yanked", "deleted"):
             self._routes.forget_fixed(event.name)
             for ended in self._routes.rollouts.end_with(event.name, event.version):
@@ -142,7 +144,7 @@ class Swaps:
         try:
             target = await self._routes.look_up(AdapterReference(*key))
         except Exception as error:
-            logger.warning("%s cannot be resolved: %s", label, error)
+            logger.warning("%s cannot be resolved: %s", label, _why(error))
             return False
         if abandoned is not None and abandoned.digest != target.digest:
             await self._retire_unserved(abandoned)
@@ -165,7 +167,7 @@ class Swaps:
                     label,
                     target.number,
                     still,
-                    error,
+                    _why(error),
                     exc_info=None if known else error,
                 )
             self._metrics.swaps.labels("failed").inc()
@@ -193,6 +195,8 @@ class Swaps:
     async def _retire_drained(self) -> None:
         while True:
             version = await self._routes.drained.get()
+            # Its last requests were counted after it was displaced.
+            self._metrics.forget(version)
             await self._retire(version)
 
     async def _retire(self, version: Version) -> None:
@@ -206,3 +210,8 @@ class Swaps:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+
+def _why(error: Exception) -> object:
+    """For the log; it has what no client is told."""
+    return getattr(error, "detail", "") or error

@@ -4,6 +4,7 @@ import logging
 import ssl
 import threading
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -102,6 +103,7 @@ class ServerTls:
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         context.set_alpn_protocols(["http/1.1"])
         _load_pair(context, config.certificate, config.key)
+        _say_how_long(context, config.certificate)
         authority = None
         if config.client_ca is not None:
             _load_certificates(context, config.client_ca)
@@ -136,7 +138,7 @@ def _load_pair(context: ssl.SSLContext, certificate: Path, key: Path) -> None:
     except ssl.SSLError as error:
         if error.reason in ("KEY_VALUES_MISMATCH", "KEY_TYPE_MISMATCH"):
             text = f"is not the key of {certificate}"
-        elif error.reason is None:
+        elif not error.reason:
             text = "holds no plain private key"
         else:
             text = f"and {certificate} cannot be used: {error.reason.replace('_', ' ').lower()}"
@@ -144,6 +146,31 @@ def _load_pair(context: ssl.SSLContext, certificate: Path, key: Path) -> None:
     except OSError as error:
         error.filename = key
         raise _unreadable(error) from error
+
+
+def _say_how_long(context: ssl.SSLContext, certificate: Path) -> None:
+    """Logs until when clients take the certificate, or that they do not.
+
+    It is no reason not to serve: this machine's clock may be the one that is wrong. A client that
+    trusts the certificate itself shakes hands here, as Python reads dates of no other.
+    """
+    trusting = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    trusting.check_hostname = False
+    trusting.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
+    _load_certificates(trusting, certificate)
+    to_client, to_server = ssl.MemoryBIO(), ssl.MemoryBIO()
+    client = trusting.wrap_bio(to_client, to_server)
+    server = context.wrap_bio(to_server, to_client, server_side=True)
+    try:
+        for side in (client, server, client):
+            with suppress(ssl.SSLWantReadError):
+                side.do_handshake()
+    except ssl.SSLError as error:
+        why = getattr(error, "verify_message", None) or error.reason
+        logger.warning("tls: clients refuse %s: %s", certificate, why)
+    else:
+        shown = client.getpeercert() or {}
+        logger.info("tls: %s is valid until %s", certificate, shown.get("notAfter"))
 
 
 def _unreadable(error: OSError) -> StartError:

@@ -59,8 +59,9 @@ GIB = 1 << 30
 MAX_LOGPROBS = 1000
 CODE_PLACE = re.compile(r"\[[0-9:]+\] \S+:\d+: ")
 """Where in its own source xgrammar found what it complains of."""
-SEED_MASK = (1 << 63) - 1
-"""torch seeds are signed."""
+SEED_MASK = (1 << 62) - 1
+"""Seeds are signed in 64 bits, and vLLM adds the index of the answer: one that is too big ends the
+engine of a GPU for everybody."""
 
 logger = logging.getLogger(__name__)
 
@@ -137,7 +138,7 @@ class VllmEngine:
         """Generates; a stream that is faster than the configured interval gets a delta each."""
         outputs = self._llm.generate(
             tokens_input(token_ids),
-            self._parameters(sampling, len(token_ids)),
+            sampling_params(sampling, self._max_context - len(token_ids), self._vocabulary),
             request_id,
             lora_request=None if adapter is None else self._requests[adapter],
         )
@@ -193,27 +194,6 @@ class VllmEngine:
         # The template writes the special tokens itself.
         return self._tokenizer.encode(text, add_special_tokens=False)
 
-    def _parameters(self, sampling: Sampling, prompt_tokens: int) -> SamplingParams:
-        return SamplingParams(
-            max_tokens=min(sampling.max_tokens, self._max_context - prompt_tokens),
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            top_k=min(sampling.top_k, self._vocabulary),
-            min_p=sampling.min_p,
-            presence_penalty=sampling.presence_penalty,
-            frequency_penalty=sampling.frequency_penalty,
-            repetition_penalty=sampling.repetition_penalty,
-            n=sampling.n,
-            seed=None if sampling.seed is None else sampling.seed & SEED_MASK,
-            stop=list(sampling.stop),
-            ignore_eos=sampling.ignore_eos,
-            logprobs=sampling.logprobs,
-            structured_outputs=(
-                None if sampling.constraint is None else _structured(sampling.constraint)
-            ),
-            output_kind=RequestOutputKind.DELTA,
-        )
-
 
 def _arguments(base: Path, config: EngineConfig, gpus: int) -> AsyncEngineArgs:
     cpu = gpus == 0
@@ -240,6 +220,29 @@ def _arguments(base: Path, config: EngineConfig, gpus: int) -> AsyncEngineArgs:
         structured_outputs_config=StructuredOutputsConfig(backend="xgrammar"),
         disable_log_stats=True,
         enable_log_requests=False,
+    )
+
+
+def sampling_params(sampling: Sampling, room: int, vocabulary: int) -> SamplingParams:
+    """What vLLM calls `sampling`, where `room` tokens are left for an answer."""
+    return SamplingParams(
+        max_tokens=min(sampling.max_tokens, room),
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=min(sampling.top_k, vocabulary),
+        min_p=sampling.min_p,
+        presence_penalty=sampling.presence_penalty,
+        frequency_penalty=sampling.frequency_penalty,
+        repetition_penalty=sampling.repetition_penalty,
+        n=sampling.n,
+        seed=None if sampling.seed is None else sampling.seed & SEED_MASK,
+        stop=list(sampling.stop),
+        ignore_eos=sampling.ignore_eos,
+        logprobs=sampling.logprobs,
+        structured_outputs=(
+            None if sampling.constraint is None else _structured(sampling.constraint)
+        ),
+        output_kind=RequestOutputKind.DELTA,
     )
 
 

@@ -6,7 +6,7 @@ import time
 from collections.abc import AsyncGenerator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -131,10 +131,13 @@ class Worker:
             seat.used = len(token_ids)
             name = None if version is None else self._names[version.digest]
             generation = self._engine.generate(request_id, token_ids, sampling, name)
+            unsaid = len(token_ids)
             async with aclosing(generation) as deltas:
                 async for delta in deltas:
                     seat.used += len(delta.token_ids)
-                    yield stopwatch.timed(delta)
+                    timed = stopwatch.timed(delta)
+                    yield replace(timed, prompt_tokens=unsaid) if unsaid else timed
+                    unsaid = 0
 
     async def count_tokens(self, prompt: Prompt) -> int:
         """Tokens of `prompt` as the engine reads it."""
@@ -222,7 +225,6 @@ class Worker:
         try:
             return held.enter_context(self._registry.hold(version, self._cache))
         except RegistryError as error:
-            logger.warning("no copy of %s: %s", version.engine_name, error)
             raise from_registry(error) from error
 
     async def _try(self, version: Version) -> None:

@@ -4,8 +4,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from manylora_gateway.errors import GatewayError, InvalidRequestError, Violation
-from manylora_gateway.status import opaque
+from manylora_gateway.errors import InvalidRequestError, Violation
+from manylora_gateway.status import stated
 
 HTTP_STATUS: Mapping[str, tuple[int, str]] = {
     "INVALID_ARGUMENT": (400, "invalid_request_error"),
@@ -83,8 +83,7 @@ class BodyEncodedError(InvalidRequestError):
 
 def problem_of(error: Exception) -> Problem:
     """What a client is told of `error`; of one that is not ours no more than an id in the log."""
-    if not isinstance(error, GatewayError):
-        error = opaque(error)
+    error = stated(error)
     status, kind = HTTP_STATUS[error.status]
     message, param = str(error), None
     if isinstance(error, BodyTooBigError):

@@ -138,7 +138,8 @@ class Chunks:
         if event.text or event.token_ids:
             offset = self._offsets.get(index, 0)
             yield self._event(prompt, [self._replies.piece(index, event, offset)])
-            self._offsets[index] = offset + len(event.text)
+            # Of tokens, as in a whole reply: text that may become a stop string comes later.
+            self._offsets[index] = offset + sum(len(one.chosen.text) for one in event.logprobs)
         if event.finish is not None:
             yield self._event(prompt, [self._replies.end(index, event.finish.reason)])
 
