@@ -96,6 +96,22 @@ def test_a_dataset_gives_plain_values_whatever_it_was_formatted_for(tmp_path, fo
     assert [r.columns for r in rows(kind="datasets", path=str(tmp_path / "saved"))] == plain
 
 
+@pytest.mark.parametrize("builder", [None, "parquet"])
+def test_narrow_floats_of_a_dataset_are_the_numbers_they_were_written_from(tmp_path, builder):
+    datasets = pytest.importorskip("datasets")
+    narrow = datasets.Value("float32")
+    features = datasets.Features({"price": narrow, "all": datasets.List(narrow)})
+    saved = datasets.Dataset.from_dict({"price": [0.1, 0.7], "all": [[0.3], []]}, features)
+    if builder is None:
+        saved.save_to_disk(tmp_path / "saved")
+    else:
+        saved.to_parquet(tmp_path / "saved")
+    found = [
+        r.columns for r in rows(kind="datasets", path=str(tmp_path / "saved"), builder=builder)
+    ]
+    assert found == [{"price": 0.1, "all": [0.3]}, {"price": 0.7, "all": []}]
+
+
 def test_what_the_datasets_library_cannot_read_is_said_in_our_words(tmp_path, capfd):
     datasets = pytest.importorskip("datasets")
     datasets.Dataset.from_list([{"a": 1}]).select([]).save_to_disk(tmp_path / "empty")

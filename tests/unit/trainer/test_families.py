@@ -55,7 +55,12 @@ def recipe_over(base: Path, recipe: Path) -> manylora_trainer.Recipe:
 
 @pytest.mark.parametrize(
     ("family", "changes"),
-    [("qwen3", {"head_dim": 16}), ("gemma", {"head_dim": 8}), ("phi3", {})],
+    [
+        ("qwen2", {}),
+        ("qwen3", {"head_dim": 16}),
+        ("gemma", {"head_dim": 8}),
+        ("phi3", {"partial_rotary_factor": 0.5}),
+    ],
 )
 def test_what_is_trained_is_what_peft_computes(
     base_of, make_task, write_recipe, tmp_path, family, changes
@@ -110,3 +115,34 @@ def test_soft_capped_attention_is_refused(base_of, make_task, write_recipe, tmp_
     recipe = recipe_over(base, write_recipe(make_task("one")))
     with pytest.raises(UnsupportedBaseError, match="soft-capped"):
         manylora_trainer.train(recipe, tmp_path / "run")
+
+
+def test_sinks_are_refused(base_of, make_task, write_recipe, tmp_path):
+    base = base_of("gpt_oss", head_dim=8, num_local_experts=4)
+    recipe = recipe_over(base, write_recipe(make_task("one")))
+    with pytest.raises(UnsupportedBaseError, match="sink"):
+        manylora_trainer.train(recipe, tmp_path / "run")
+
+
+def test_experts_are_refused_and_the_layers_beside_them_train(
+    base_of, make_task, write_recipe, tmp_path
+):
+    base = base_of("mixtral", num_local_experts=4)
+    recipe = recipe_over(base, write_recipe(make_task("one")))
+    with pytest.raises(UnsupportedBaseError, match=r"by lora\.target_modules"):
+        manylora_trainer.train(recipe, tmp_path / "run")
+    task = make_task("one", steps=2, lora={"rank": 4, "target_modules": ["q_proj", "v_proj"]})
+    result = manylora_trainer.train(recipe_over(base, write_recipe(task)), tmp_path / "beside")
+    assert result.tasks["one"].adapter is not None
+
+
+def test_an_example_that_would_move_the_positions_of_others_is_refused(
+    base_of, make_task, write_recipe, tmp_path
+):
+    rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
+    base = base_of("llama", rope_parameters=rope, max_position_embeddings=90)
+    recipe = recipe_over(base, write_recipe(make_task("one")))
+    manylora_trainer.train(recipe, tmp_path / "run")
+    base = base_of("llama", rope_parameters=rope, max_position_embeddings=60)
+    with pytest.raises(UnsupportedBaseError, match=r"beyond 60 tokens .* lower max_length"):
+        manylora_trainer.train(recipe, tmp_path / "other")

@@ -38,6 +38,21 @@ def test_a_task_that_is_named_twice_is_published_once(run, registry):
     assert registry.aliases("first")["production"].generation == 1
 
 
+def test_what_is_refused_midway_tells_what_is_published(
+    make_task, write_recipe, tmp_path, registry
+):
+    recipe = write_recipe(make_task("first", steps=1), make_task("second", steps=1))
+    manylora_trainer.train(recipe, tmp_path / "run")
+    weights = tmp_path / "run" / "adapters" / "second" / "adapter_model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1])
+    with pytest.raises(NotPublishableError, match=r"published before .*: first@1\)"):
+        publish_run(tmp_path / "run", registry)
+
+    weights.write_bytes(whole)
+    assert [v.number for v in publish_run(tmp_path / "run", registry)] == [1, 1]
+
+
 @pytest.mark.parametrize("file", ["run.json", "base.json", "environment.json"])
 def test_files_of_other_tools_make_no_run(run, registry, file):
     for content in ([], {"of": "another tool"}):

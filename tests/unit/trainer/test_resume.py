@@ -477,6 +477,23 @@ def test_resume_refuses_other_rows(make_task, write_recipe, tmp_path):
         manylora_trainer.train(recipe, tmp_path / "run", resume=True)
 
 
+def test_resume_tells_of_files_with_other_rows_behind_those_looked_through(
+    make_task, write_recipe, tmp_path, capsys
+):
+    task = make_task("a", split={"validation": 0.1, "held_out": 0.1, "scan_rows": 20})
+    recipe = write_recipe(task)
+    for again in range(2):
+        with pytest.raises(RunInterruptedError):
+            manylora_trainer.train(
+                recipe, tmp_path / "run", True, progress=StopAt(2 + again, signal.SIGTERM)
+            )
+    assert "changed since" not in capsys.readouterr().err
+    with (tmp_path / "a.jsonl").open("a") as rows:
+        rows.write('{"wrong": "nwe", "right": "new"}\n')
+    manylora_trainer.train(recipe, tmp_path / "run", resume=True)
+    assert "a: its files have changed since the run began. The first 20 " in capsys.readouterr().err
+
+
 def test_a_directory_that_is_no_run_is_not_touched(recipe, tmp_path):
     other = tmp_path / "photos"
     other.mkdir()

@@ -1,6 +1,7 @@
 """Sweeps: trials packed into runs equal each alone, losers leave, a killed sweep goes on."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -228,6 +229,23 @@ def test_ctrl_c_between_two_runs_says_how_to_go_on(write_sweep):
     assert states == ["finished", "running"]
     resumed = run_sweep(sweep, resume=True)
     assert [trial.state for trial in resumed.trials] == ["finished", "finished"]
+
+
+def test_trials_on_other_rows_are_not_compared(write_sweep, tmp_path):
+    path = write_sweep(space={RATE: [0.01, 0.02]}, trials_per_run=1)
+    rows = tmp_path / "words.jsonl"
+    before = rows.read_text()
+
+    def changes_after_the_first_run(text: str) -> None:
+        if "trials 1 to 1" in text:
+            rows.write_text(before + '{"wrong": "nwe", "right": "new"}\n')
+
+    with pytest.raises(SweepError, match=r"runs/001: the rows have changed"):
+        run_sweep(load_sweep(path), say=changes_after_the_first_run)
+    rows.write_text(before)
+    shutil.rmtree(tmp_path / "sweeps" / "sweep" / "runs" / "001")
+    result = run_sweep(load_sweep(path), resume=True)
+    assert [trial.state for trial in result.trials] == ["finished", "finished"]
 
 
 def test_a_directory_is_taken_up_only_when_asked_and_unchanged(write_sweep, tmp_path):

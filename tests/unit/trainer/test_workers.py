@@ -124,30 +124,32 @@ def test_interrupted_workers_leave_a_checkpoint_that_one_worker_goes_on_from(
     assert going_on.first > 3
 
 
-HANG_UP = """
+TELL_THE_GROUP = """
 import os, pathlib, signal, sys
 import manylora_trainer
 from manylora_trainer.progress import Progress
 
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup may have started the tests.
+number = signal.Signals[sys.argv[3]]
 
-class HangsUp(Progress):
+class Tells(Progress):
     def step(self, step, losses, tokens_per_s):
         if step == 3:
-            os.killpg(0, signal.SIGHUP)
+            os.killpg(0, number)
 
-recipe, run = map(pathlib.Path, sys.argv[1:])
+recipe, run = map(pathlib.Path, sys.argv[1:3])
 recipe = manylora_trainer.load_recipe(recipe, ["workers.count=2"])
-manylora_trainer.train(recipe, run, progress=HangsUp())
+manylora_trainer.train(recipe, run, progress=Tells())
 """
 
 
-def test_a_closed_terminal_leaves_a_checkpoint(make_task, write_recipe, tmp_path):
+@pytest.mark.parametrize("name", ["SIGHUP", "SIGTERM"])
+def test_what_tells_the_whole_group_leaves_a_checkpoint(make_task, write_recipe, tmp_path, name):
     recipe = write_recipe(make_task("one", steps=300), checkpoint_every=10_000)
-    # Tells the whole group, as a terminal does: the processes of the run's own Ray too.
+    # As a terminal that closes does, and `timeout`: the processes of the run's own Ray hear it too.
     done = subprocess.run(
-        [sys.executable, "-c", HANG_UP, recipe, tmp_path / "run"],
+        [sys.executable, "-c", TELL_THE_GROUP, recipe, tmp_path / "run", name],
         start_new_session=True, capture_output=True, text=True, check=False,
     )  # fmt: skip
-    assert "RunInterruptedError: stopped by SIGHUP" in done.stderr
+    assert f"RunInterruptedError: stopped by {name}" in done.stderr
     assert any((tmp_path / "run" / "checkpoints").iterdir())

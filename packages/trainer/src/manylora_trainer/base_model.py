@@ -108,7 +108,17 @@ class BaseModel:
 
     @contextmanager
     def reading(self, pack: Pack) -> Generator[None]:
-        """Attention follows this pack inside the block; forward and backward both belong there."""
+        """Attention follows this pack inside the block; forward and backward both belong there.
+
+        Raises:
+            UnsupportedBaseError: one of its examples would move the others' positions.
+        """
+        steady = _steady_positions(self.model.config)
+        if steady is not None and pack.positions.max() >= steady:
+            raise UnsupportedBaseError(
+                f"beyond {steady} tokens the base's positions depend on the longest example of a "
+                "pack, so examples would change their neighbours; lower max_length to that"
+            )
         with attending(plan_attention(pack, self.device, self.dtype, self._head_dim)):
             yield
 
@@ -141,7 +151,7 @@ class BaseModel:
     @torch.no_grad()
     def _stock_logits(self, tokens: NDArray[np.int64]) -> Tensor:
         """As transformers computes them, [examples, tokens, vocabulary]."""
-        self.model.set_attn_implementation("sdpa")
+        self.model.set_attn_implementation("eager")
         try:
             return self.model(input_ids=torch.from_numpy(tokens).to(self.device)).logits
         finally:
@@ -166,6 +176,19 @@ class BaseModel:
                 f"{directory}: packed examples do not give this model's own logits, so it cannot "
                 "be trained here (it does more than causal attention and a linear head)"
             )
+
+
+def _steady_positions(config: Any) -> int | None:
+    """Tokens up to which each position is the same whatever stands beside it; None: always."""
+    config = config.get_text_config()
+    rope = getattr(config, "rope_parameters", None) or {}
+    match rope.get("rope_type"):
+        case "dynamic":
+            return config.max_position_embeddings
+        case "longrope":
+            return rope["original_max_position_embeddings"]
+        case _:
+            return None
 
 
 def head_loss(states: Tensor, head: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:

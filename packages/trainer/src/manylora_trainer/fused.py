@@ -190,17 +190,24 @@ def _rotation_of(rotate: Any) -> Any:
         expected = rotate(query, key, cos, sin)
     except (TypeError, ValueError, RuntimeError, IndexError):
         return rotate  # It takes something else.
-    found = _rotated(query, key, cos, sin)
+    found = _rotated(rotate, query, key, cos, sin)
     alike = (
         torch.allclose(one, other, rtol=ALIKE, atol=ALIKE)
         for one, other in zip(found, expected, strict=True)
     )
-    return _rotated if all(alike) else rotate
+    return functools.partial(_rotated, rotate) if all(alike) else rotate
 
 
 def _rotated(
-    query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1
+    stock: Callable[..., tuple[Tensor, Tensor]],
+    query: Tensor,
+    key: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    unsqueeze_dim: int = 1,
 ) -> tuple[Tensor, Tensor]:
+    if cos.shape[-1] != query.shape[-1]:  # Only a part of each head turns.
+        return stock(query, key, cos, sin, unsqueeze_dim)
     cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
     turned = (_Rotation.apply(states, cos, sin) for states in (query, key))
     return cast("tuple[Tensor, Tensor]", tuple(turned))

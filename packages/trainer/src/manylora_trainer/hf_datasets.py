@@ -8,10 +8,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from manylora_trainer.arrow import rows_of
 from manylora_trainer.errors import SourceError
 from manylora_trainer.files import why
 from manylora_trainer.source_settings import DatasetsSource
-from manylora_trainer.sources import Place, Row, row_of
+from manylora_trainer.sources import Place, Row
+
+BATCH_ROWS = 1024
+"""Rows decoded at once."""
 
 
 @dataclass(frozen=True)
@@ -35,9 +39,11 @@ class SavedDataset:
             dataset = self._load()
             if number and getattr(dataset, "num_rows", None) == number:
                 return  # The library refuses to skip all rows.
-            for value in dataset.skip(number):
-                number += 1
-                yield row_of(self.name, number, value, {"row": number})
+            for table in dataset.skip(number).iter(BATCH_ROWS):
+                for batch in table.to_batches():
+                    for row in rows_of(batch, self.name, number, {}):
+                        number = row.number
+                        yield row
         except (GeneratorExit, SourceError):
             raise
         except Exception as error:
@@ -64,10 +70,9 @@ class SavedDataset:
             _require_packaged(settings.builder)
             return datasets.load_dataset(
                 settings.builder, data_files=settings.path, split=settings.split, streaming=True
-            )
-        loaded = datasets.load_from_disk(settings.path)
-        # Rows are plain values, whatever the dataset was last formatted for.
-        loaded = loaded.with_format(None)
+            ).with_format("arrow")
+        # Whatever it was last formatted for.
+        loaded = datasets.load_from_disk(settings.path).with_format("arrow")
         if not isinstance(loaded, datasets.DatasetDict):
             return loaded
         if settings.split not in loaded:

@@ -126,7 +126,7 @@ def train_run(
             )
     if writes:
         with stating_storage_faults(path, how_to_resume):
-            begin_run(directory, recipe, identity, data, torch.get_num_threads())
+            begin_run(directory, recipe, identity, data, torch.get_num_threads(), watch.say)
     workers.wait()
     run = directory.read_run() or {}
     checkpoint = load_checkpoint(directory.checkpoints, watch.say)

@@ -338,10 +338,14 @@ def attach(model: nn.Module, adapters: Sequence[Adapter], routing: Routing) -> N
             parent = model.get_submodule(parent_name)
             linear = model.get_submodule(name)
         except AttributeError as error:
-            raise UnsupportedBaseError(f"the base has no module {name}") from error
+            raise UnsupportedBaseError(
+                f"the base has no module {name}, only such a weight: name the linear layers to "
+                "adapt by lora.target_modules"
+            ) from error
         if not isinstance(linear, nn.Linear):
             raise UnsupportedBaseError(
-                f"{name} is a {type(linear).__name__}, and adapters are made for linear layers"
+                f"{name} is a {type(linear).__name__}, and adapters are made for linear layers: "
+                "name those to adapt by lora.target_modules"
             )
         matrices = [adapter.matrices.get(name) for adapter in adapters]
         setattr(parent, child, MultiLoraLinear(name, linear, matrices, routing))

@@ -1,11 +1,13 @@
 """From a finished run to versions in the registry. Needs neither torch nor the base."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
 from manylora_registry import BaseModelIdentity, Registry, Version
+from manylora_registry.errors import RegistryError
 from manylora_registry.reference import check_alias_name
 from manylora_trainer.errors import NotPublishableError
 from manylora_trainer.sweep import STATE_FILE, read_sweep
@@ -29,9 +31,10 @@ def publish_run(
         alias: also point this alias of each adapter at the new version.
 
     Raises:
-        NotPublishableError: no run is there, or a task did not finish.
+        NotPublishableError: no run is there, or a task did not finish; or the registry refuses an
+            adapter or an alias after it took others, which are named.
         InvalidNameError: nothing can be called `alias`; nothing was published.
-        RegistryError: the registry refuses an adapter.
+        RegistryError: the registry refuses the first adapter.
     """
     if alias is not None:
         check_alias_name(alias)
@@ -50,18 +53,19 @@ def publish_run(
         problems.append("every adapter stopped early")
     if problems:
         raise NotPublishableError(f"{run_dir}: {'; '.join(problems)}")
-    versions = [
-        registry.publish(
-            name,
-            run_dir / "adapters" / name,
-            base=base,
-            metrics=trained[name]["metrics"],
-            lineage=_lineage(run_dir, run, name),
-            parent=_parent(registry, run, name),
-        )
-        for name in chosen
-    ]
-    _point(registry, versions, alias, f"published from run {run['id'][:12]}")
+    versions: list[Version] = []
+    with _telling(versions):
+        for name in chosen:
+            version = registry.publish(
+                name,
+                run_dir / "adapters" / name,
+                base=base,
+                metrics=trained[name]["metrics"],
+                lineage=_lineage(run_dir, run, name),
+                parent=_parent(registry, run, name),
+            )
+            versions.append(version)
+        _point(registry, versions, alias, f"published from run {run['id'][:12]}")
     return versions
 
 
@@ -80,7 +84,8 @@ def publish_best_trial(directory: Path, registry: Registry, alias: str | None = 
 
     Raises:
         SweepError: no sweep is there.
-        NotPublishableError: no trial of it came to its end.
+        NotPublishableError: no trial of it came to its end; or it was published, and the registry
+            refuses the alias.
         InvalidNameError: nothing can be called `alias`; nothing was published.
         RegistryError: the registry refuses the adapter.
     """
@@ -102,7 +107,8 @@ def publish_best_trial(directory: Path, registry: Registry, alias: str | None = 
         lineage={**_lineage(run_dir, run, best.name), "trial": best.name},
         parent=_parent(registry, run, best.name),
     )
-    _point(registry, [version], alias, f"best of {len(sweep.trials)} trials")
+    with _telling([version]):
+        _point(registry, [version], alias, f"best of {len(sweep.trials)} trials")
     return version
 
 
@@ -131,6 +137,20 @@ def _parent(registry: Registry, run: Mapping[str, Any], task: str) -> str | None
     # The same weights may have been published under several names.
     own = [version for version in found if version.name == task]
     return next((f"{version.name}@{version.number}" for version in [*own, *found]), None)
+
+
+@contextmanager
+def _telling(published: Sequence[Version]) -> Generator[None]:
+    """Says what is published by now, when the registry refuses what comes next."""
+    try:
+        yield
+    except RegistryError as error:
+        if not published:
+            raise
+        names = ", ".join(f"{version.name}@{version.number}" for version in published)
+        raise NotPublishableError(
+            f"{error} (published before this, and there to stay: {names})"
+        ) from error
 
 
 def _point(registry: Registry, versions: Sequence[Version], alias: str | None, why: str) -> None:

@@ -129,9 +129,10 @@ def _connect(address: str | None, workers: int, cpus: float) -> None:
         return
     # Ray starts workers at nice 15: whatever else the machine does would come first.
     os.environ.setdefault("RAY_worker_niceness", "0")
-    # A terminal that closes tells all its processes. Ray's have what is blocked from this one, as
-    # Ray itself sees to with SIGINT; else they would be gone before a checkpoint is written.
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
+    # A terminal that closes tells all its processes, and so do systemd and `timeout`. Ray's have
+    # what is blocked from this one, as Ray itself sees to with SIGINT; else they would be gone
+    # before a checkpoint is written. Where Ray itself ends them by SIGTERM it goes on to SIGKILL.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP, signal.SIGTERM})
     try:
         ray.init(
             # As many as asked for: cores are the machine's to share out, and a laptop has few.

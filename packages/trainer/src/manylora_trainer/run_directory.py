@@ -6,7 +6,7 @@ import os
 import platform
 import time
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -176,8 +176,12 @@ def begin_run(
     base: BaseModelIdentity,
     data: Mapping[str, TaskData[Any, Any]],
     threads: int,
+    say: Callable[[str], None],
 ) -> dict[str, Any]:
     """Writes run.json and the held-out rows, or checks them against what is there.
+
+    `say` is told of files that have changed where the rows behind those looked through may be
+    others.
 
     Raises:
         RecipeChangedError: the rows have changed since the run was started.
@@ -194,8 +198,16 @@ def begin_run(
                 f"{directory.path}: the rows of {', '.join(changed)} have changed since the run "
                 "was started; resuming would mix the two"
             )
-        for name, task in data.items():
-            run["tasks"][name]["steps"] = task.steps
+        for task in recipe.tasks:
+            run["tasks"][task.name]["steps"] = data[task.name].steps
+            looked_through = data[task.name].rows_read
+            before = run["tasks"][task.name].get("files")
+            # Mending a row that the run broke off at is a change too, so it is not refused.
+            if looked_through == task.split.scan_rows and before != source_files(task.source):
+                say(
+                    f"{task.name}: its files have changed since the run began. The first "
+                    f"{looked_through:,} rows are the same; those behind them train as they are now"
+                )
         _record_start(directory, threads)
         return run
     held_out = directory.path / "held_out"

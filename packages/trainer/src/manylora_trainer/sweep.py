@@ -40,6 +40,8 @@ class Trial:
     """Loss at the steps where trials are compared."""
     why: str | None = None
     """Why it stopped, or why its settings are no valid recipe."""
+    data: str | None = None
+    """Fingerprint of the rows it was trained and measured on."""
 
     @property
     def name(self) -> str:
@@ -135,6 +137,7 @@ def _run(sweep: Sweep, resume: bool, how_to_resume: str, say: Callable[[str], No
             )
             run = read_run(directory)
             pack = [_judged(trial, run, rungs) for trial in pack]
+            _require_same_rows(directory, [*trials, *pack])
         for trial in pack:
             rungs.add(trial.name, trial.rungs)
             finished = trial.loss if trial.state == "finished" else None
@@ -214,7 +217,16 @@ def _judged(trial: Trial, run: SavedRun, rungs: Rungs) -> Trial:
         saved.step,
         rungs.at(losses, saved.steps),
         saved.stopped,
+        saved.data_fingerprint,
     )
+
+
+def _require_same_rows(run: Path, trials: list[Trial]) -> None:
+    if len({trial.data for trial in trials if trial.data is not None}) > 1:
+        raise SweepError(
+            f"{run}: the rows have changed since the runs before it, so losses would not compare. "
+            "Put them back, remove this run and go on by --resume, or give another --sweep-dir."
+        )
 
 
 def _open(sweep: Sweep, recipe: Recipe, *, resume: bool) -> list[Trial]:
