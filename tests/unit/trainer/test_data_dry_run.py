@@ -95,6 +95,16 @@ def test_weights_are_reckoned_as_they_are(recipe, tiny_base):
     assert memory.adapters == memory.optimizers / 2 * 3  # Weights, a sound copy, gradients.
 
 
+def test_four_bits_are_reckoned_as_such(make_task, write_recipe, tiny_base):
+    base = BaseModel(tiny_base, torch.float32, torch.device("cpu"))
+    sizes = {name: p.numel() for name, p in base.model.named_parameters()}
+    linear = sum(size for name, size in sizes.items() if "proj" in name)
+    reckoned = plan(load_recipe(write_recipe(make_task("a"), quantization="nf4"))).memory
+    # 0.127 bits of scales beside the four.
+    expected = linear * 4.127 / 8 + (sum(sizes.values()) - linear) * 4
+    assert reckoned.base_weights == pytest.approx(expected, rel=1e-3)
+
+
 def test_activations_are_reckoned_as_they_are(make_task, write_recipe, tmp_path):
     """Counts what autograd keeps of a step, each storage once, beside the estimate."""
     rows = [{"wrong": f"{i}" + "w" * 60, "right": "x" * 60} for i in range(16)]

@@ -25,13 +25,10 @@ from manylora_trainer.device import on_device
 from manylora_trainer.errors import UnsupportedBaseError
 from manylora_trainer.frozen import keep_activations_in_float32
 from manylora_trainer.fused import fuse_small_operations, fused
+from manylora_trainer.memory import logits_chunk
 from manylora_trainer.packing import Batch, Pack, pack_batches
 from manylora_trainer.tokenization import Example
 
-LOGITS_CHUNK = 256
-"""Predictions whose logits exist at one time."""
-LOGITS_CHUNK_ON_GPU = 1024
-"""There fewer would not fill it; 0.6 GB at a time for a vocabulary of 150,000."""
 PROBE_TOLERANCE = 1e-3
 
 
@@ -209,7 +206,8 @@ def _trainable_head_loss(states: Tensor, head: nn.Linear, targets: Tensor) -> Te
     def chunk_loss(rows: Tensor, wanted: Tensor) -> Tensor:
         return F.cross_entropy(head(rows).float(), wanted, reduction="none")
 
-    chunks = zip(states.split(LOGITS_CHUNK), targets.split(LOGITS_CHUNK), strict=True)
+    rows = logits_chunk(states.device)
+    chunks = zip(states.split(rows), targets.split(rows), strict=True)
     losses = [
         cast("Tensor", checkpoint(chunk_loss, *chunk, use_reentrant=False)) for chunk in chunks
     ]
@@ -260,7 +258,7 @@ class _HeadLoss(torch.autograd.Function):
         losses = torch.empty(len(targets), device=states.device)
         needs_gradient: bool = ctx.needs_input_grad[0]
         gradient = torch.empty_like(states) if needs_gradient else None
-        rows = LOGITS_CHUNK_ON_GPU if states.is_cuda else LOGITS_CHUNK
+        rows = logits_chunk(states.device)
         for start in range(0, len(targets), rows):
             chunk = slice(start, start + rows)
             wanted = targets[chunk, None]

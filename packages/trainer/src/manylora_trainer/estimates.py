@@ -20,16 +20,16 @@ from manylora_trainer.memory import (
     Architecture,
     activation_dtype_of,
     architecture_of,
+    base_bytes,
     dtype_of,
     kept_bytes,
     largest_pack,
+    logits_chunk,
     recomputes,
 )
 from manylora_trainer.recipe import Recipe
 from manylora_trainer.targets import linears_of, targets_of, trainable_parameters
 
-LOGITS_CHUNK = 256
-"""Predictions whose logits exist at one time, as in `base_model`."""
 MEASURED_SECONDS = 0.5
 FLOAT32 = 4
 
@@ -93,7 +93,7 @@ def estimate_memory(
     tokens = math.ceil(min(largest_pack(recipe), step_tokens))
     recomputed = recomputes(recipe, shapes, device)
     return MemoryEstimate(
-        base_weights=shapes.weights * dtype.itemsize,
+        base_weights=base_bytes(recipe, shapes, device),
         # With the gradients a copy of the last weights that gave a finite loss.
         adapters=(2 if trained else 3) * parameters * FLOAT32,
         optimizers=2 * parameters * FLOAT32,
@@ -101,7 +101,7 @@ def estimate_memory(
             shapes, tokens, activation_dtype_of(recipe, device), recomputed=recomputed
         ),
         # Logits in float32, once more in the base's own type for the product with the head.
-        logits=min(tokens, LOGITS_CHUNK)
+        logits=min(tokens, logits_chunk(device))
         * shapes.vocabulary
         * (FLOAT32 + (0 if dtype == torch.float32 else dtype.itemsize)),
         recomputed=recomputed,

@@ -22,6 +22,13 @@ ACTIVATION_SHARE = 0.4
 """Of a machine's memory, which is for other things too."""
 ACTIVATION_SHARE_ON_GPU = 0.8
 """Of what a GPU has beside the base; adapters and the logits need some."""
+LOGITS_CHUNK = 256
+"""Predictions whose logits exist at one time."""
+LOGITS_CHUNK_ON_GPU = 1024
+"""There fewer would not fill it; 0.6 GB at a time for a vocabulary of 150,000."""
+NF4_BYTES = (4 + 8 / 64 + 32 / (64 * 256)) / 8
+"""Of a weight: its bits, its share of a block's scale, and of the scale of 256 of those (section 3
+of https://arxiv.org/abs/2305.14314)."""
 CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
@@ -98,6 +105,20 @@ def activation_dtype_of(recipe: Recipe, device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "cpu" else dtype_of(recipe, device)
 
 
+def base_bytes(recipe: Recipe, shapes: Architecture, device: torch.device) -> int:
+    """What the base's weights take on a device."""
+    wide = dtype_of(recipe, device).itemsize
+    if recipe.training.quantization == "none":
+        return shapes.weights * wide
+    others = shapes.weights - shapes.linear_weights
+    return round(shapes.linear_weights * NF4_BYTES) + others * wide
+
+
+def logits_chunk(device: torch.device) -> int:
+    """Predictions whose logits exist at one time on a device."""
+    return LOGITS_CHUNK_ON_GPU if device.type == "cuda" else LOGITS_CHUNK
+
+
 def largest_pack(recipe: Recipe) -> int:
     """Tokens of the largest forward that the recipe's limits allow."""
     return max(recipe.training.pack_tokens, *(task.max_length for task in recipe.tasks))
@@ -108,8 +129,7 @@ def recomputes(recipe: Recipe, shapes: Architecture, device: torch.device) -> bo
     if recipe.training.gradient_checkpointing != "auto":
         return recipe.training.gradient_checkpointing == "on"
     kept = kept_bytes(shapes, largest_pack(recipe), activation_dtype_of(recipe, device))
-    base = shapes.weights * dtype_of(recipe, device).itemsize
-    return kept > _memory_for_activations(device, base)
+    return kept > _memory_for_activations(device, base_bytes(recipe, shapes, device))
 
 
 def kept_bytes(
