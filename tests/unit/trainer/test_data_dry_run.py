@@ -95,6 +95,14 @@ def test_weights_are_reckoned_as_they_are(recipe, tiny_base):
     assert memory.adapters == memory.optimizers / 2 * 3  # Weights, a sound copy, gradients.
 
 
+def test_a_cpu_computes_512_tokens_at_once_unless_told_otherwise(make_task, write_recipe):
+    rows = [{"wrong": "w" * 100, "right": f"{i}"} for i in range(40)]
+    task = make_task("a", rows, batch_size=16)
+    for given, taken in ((None, 512), (256, 256)):
+        reckoned = plan(load_recipe(write_recipe(task, pack_tokens=given))).memory
+        assert reckoned.pack_tokens == taken
+
+
 def test_four_bits_are_reckoned_as_such(make_task, write_recipe, tiny_base):
     base = BaseModel(tiny_base, torch.float32, torch.device("cpu"))
     sizes = {name: p.numel() for name, p in base.model.named_parameters()}

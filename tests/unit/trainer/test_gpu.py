@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,12 +12,14 @@ from safetensors.numpy import load_file
 from torch import distributed
 
 import manylora_trainer
+from manylora_registry.base import identify_base
 from manylora_trainer.adapter_settings import Lora
 from manylora_trainer.base_model import BaseModel
 from manylora_trainer.errors import DeviceMemoryError, RunInterruptedError
 from manylora_trainer.interruption import Signals
 from manylora_trainer.loop import nobody, train_run
 from manylora_trainer.lora import Adapter, Routing, attach
+from manylora_trainer.memory import Footprint
 from manylora_trainer.objectives import MeanCrossEntropy, losses_by_adapter, sums_by_example
 from manylora_trainer.packing import Batch, pack_batches
 from manylora_trainer.progress import Progress
@@ -121,6 +124,15 @@ def test_an_adapter_that_diverges_stops_alone(make_task, write_recipe, tmp_path)
     assert both.tasks["hopeless"].stopped
     assert both.tasks["healthy"].stopped is None
     assert distance(tmp_path / "both", tmp_path / "alone", "healthy") < 0.05
+
+
+def test_packs_are_as_large_as_memory_allows(make_task, write_recipe, tiny_base):
+    recipe = load_recipe(write_recipe(make_task("a"), pack_tokens=None))
+    small = Footprint.of(recipe, identify_base(tiny_base), torch.device("cuda:0"))
+    assert (small.pack_tokens, small.recomputes) == (16384, False)
+    weights = torch.cuda.get_device_properties(0).total_memory // 2
+    filling = replace(small, shapes=replace(small.shapes, weights=weights))
+    assert (filling.pack_tokens, filling.recomputes) == (2048, True)
 
 
 def batches_with_prefixes():

@@ -64,7 +64,8 @@ def _memory(plan: "Plan") -> str:
         "base": memory.base_weights,
         "adapters with gradients": memory.adapters,
         "optimisers": memory.optimizers,
-        "activations of a pack" + (", recomputed" if memory.recomputed else ""): memory.activations,
+        f"activations of {memory.pack_tokens:,} tokens"
+        + (", recomputed" if memory.recomputed else ""): memory.activations,
         "logits": memory.logits,
     }
     listed = ", ".join(f"{name} {_bytes(size)}" for name, size in parts.items())

@@ -17,8 +17,8 @@ from manylora_trainer.estimates import (
     Work,
     estimate_memory,
     estimate_time,
-    trained_parameters,
 )
+from manylora_trainer.memory import trained_parameters
 from manylora_trainer.recipe import Recipe, Task
 from manylora_trainer.sources import open_source
 from manylora_trainer.targets import linears_of, targets_of

@@ -8,30 +8,14 @@ import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
-from transformers import AutoConfig
 
 from manylora_registry.base import BaseModelIdentity
-from manylora_trainer.errors import UnsupportedBaseError
-from manylora_trainer.memory import (
-    Architecture,
-    activation_dtype_of,
-    architecture_of,
-    base_bytes,
-    dtype_of,
-    kept_bytes,
-    largest_pack,
-    logits_chunk,
-    recomputes,
-)
+from manylora_trainer.memory import FLOAT32, Footprint, dtype_of, logits_chunk
 from manylora_trainer.recipe import Recipe
-from manylora_trainer.targets import linears_of, targets_of, trainable_parameters
 
 MEASURED_SECONDS = 0.5
-FLOAT32 = 4
 
 
 @dataclass(frozen=True)
@@ -46,6 +30,8 @@ class MemoryEstimate:
     activations: int
     """What the backward of one pack keeps."""
     logits: int
+    pack_tokens: int
+    """Of the largest pack."""
     recomputed: bool
     """Whether layers are computed again in the backward (gradient checkpointing)."""
 
@@ -85,25 +71,21 @@ def estimate_memory(
     recipe: Recipe, identity: BaseModelIdentity, step_tokens: float = math.inf
 ) -> MemoryEstimate:
     """Reckons the peak of a step, in which all tasks together have `step_tokens` tokens."""
-    shapes = _shapes_of(recipe.base, identity)
     device = _device()
+    footprint = Footprint.of(recipe, identity, device)
     dtype = dtype_of(recipe, device)
-    trained = shapes.weights if recipe.kind == "full" else 0
-    parameters = trained or sum(trained_parameters(recipe, identity).values())
-    tokens = math.ceil(min(largest_pack(recipe), step_tokens))
-    recomputed = recomputes(recipe, shapes, device)
+    tokens = math.ceil(min(footprint.largest_pack, step_tokens))
+    recomputed = footprint.recomputes
     return MemoryEstimate(
-        base_weights=base_bytes(recipe, shapes, device),
-        # With the gradients a copy of the last weights that gave a finite loss.
-        adapters=(2 if trained else 3) * parameters * FLOAT32,
-        optimizers=2 * parameters * FLOAT32,
-        activations=kept_bytes(
-            shapes, tokens, activation_dtype_of(recipe, device), recomputed=recomputed
-        ),
+        base_weights=footprint.base_bytes,
+        adapters=footprint.adapter_bytes,
+        optimizers=footprint.optimizer_bytes,
+        activations=footprint.activation_bytes(tokens, recomputed=recomputed),
         # Logits in float32, once more in the base's own type for the product with the head.
         logits=min(tokens, logits_chunk(device))
-        * shapes.vocabulary
+        * footprint.shapes.vocabulary
         * (FLOAT32 + (0 if dtype == torch.float32 else dtype.itemsize)),
+        pack_tokens=tokens,
         recomputed=recomputed,
     )
 
@@ -117,47 +99,30 @@ def estimate_time(
     weight gradient; an adapter's 2 and 4; the head 4 on tokens that train; attention 12 times the
     length and the hidden width in every layer.
     """
-    shapes = _shapes_of(recipe.base, identity)
-    parameters = trained_parameters(recipe, identity)
+    footprint = Footprint.of(recipe, identity, _device())
+    shapes, parameters = footprint.shapes, footprint.parameters
     flops = 0.0
     for name, task in work.items():
         per_token = 4 * shapes.linear_weights + 6 * parameters[name]
         per_token += 4 * shapes.vocabulary * shapes.hidden * task.trained_share
         per_token += 12 * shapes.layers * shapes.hidden * task.length
         flops += task.tokens * per_token
-    rate = _measure(recipe, shapes)
+    rate = _measure(footprint)
     tokens = math.ceil(sum(task.tokens for task in work.values()))
     return TimeEstimate(flops / rate, tokens, flops, rate)
-
-
-def trained_parameters(recipe: Recipe, identity: BaseModelIdentity) -> dict[str, int]:
-    """Weights of every task's adapter, by its name."""
-    linears = linears_of(identity)
-    return {
-        task.name: trainable_parameters(targets_of(task, linears), task.lora.rank)
-        for task in recipe.tasks
-    }
-
-
-def _shapes_of(base: Path, identity: BaseModelIdentity) -> Architecture:
-    try:
-        config: Any = AutoConfig.from_pretrained(base, local_files_only=True)
-        return architecture_of(config, identity)
-    except (OSError, ValueError, AttributeError) as error:
-        raise UnsupportedBaseError(f"{base}: its config.json cannot be used: {error}") from error
 
 
 def _device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _measure(recipe: Recipe, shapes: Architecture) -> float:
+def _measure(footprint: Footprint) -> float:
     """Floating-point operations a second of a product as large as those of a pack."""
-    device = _device()
+    recipe, shapes, device = footprint.recipe, footprint.shapes, footprint.device
     if device.type == "cpu":
         torch.set_num_threads(recipe.training.threads or os.cpu_count() or 1)
     kind = dtype_of(recipe, device)
-    rows = torch.rand(recipe.training.pack_tokens, shapes.hidden, dtype=kind, device=device)
+    rows = torch.rand(footprint.pack_tokens, shapes.hidden, dtype=kind, device=device)
     weight = torch.rand(shapes.hidden, shapes.inner, dtype=kind, device=device)
 
     product = rows @ weight

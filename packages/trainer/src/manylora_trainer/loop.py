@@ -30,12 +30,7 @@ from manylora_trainer.errors import (
 from manylora_trainer.formats import Rendered
 from manylora_trainer.full import BaseWeights
 from manylora_trainer.interruption import Interruption
-from manylora_trainer.memory import (
-    architecture_of,
-    dtype_of,
-    recomputes,
-    stating_memory_faults,
-)
+from manylora_trainer.memory import Footprint, dtype_of, stating_memory_faults
 from manylora_trainer.plots import plot_curves
 from manylora_trainer.progress import Watch
 from manylora_trainer.recipe import Recipe, Task
@@ -135,7 +130,11 @@ def train_run(
 
     watch.say(f"base {recipe.base.name} on {device}, steps {first + 1} to {last}")
     transformers.utils.logging.disable_progress_bar()
-    with stating_memory_faults(training.pack_tokens, how_to_resume):
+    footprint = Footprint.of(recipe, identity, device)
+    # Workers whose devices differ must all plan the same step.
+    agreed = workers.agreed(str(footprint.pack_tokens))
+    pack_tokens = footprint.pack_tokens if agreed is None else int(agreed)
+    with stating_memory_faults(pack_tokens, how_to_resume):
         base = BaseModel(
             recipe.base,
             dtype_of(recipe, device),
@@ -143,7 +142,7 @@ def train_run(
             four_bit=training.quantization == "nf4",
         )
     whole = BaseWeights(base.model) if recipe.kind == "full" else None
-    if recomputes(recipe, architecture_of(base.model.config, identity), device):
+    if footprint.recomputes:
         base.recompute_layers()
     trainees = Trainees(
         base,
@@ -158,7 +157,7 @@ def train_run(
             )
             for task in recipe.tasks
         ],
-        training.pack_tokens,
+        pack_tokens,
         workers,
     )
     for trainee in trainees:
@@ -174,7 +173,7 @@ def train_run(
                 "holds its weights yet"
             )
         else:
-            trainee.start(base, training.pack_tokens)
+            trainee.start(base, pack_tokens)
     run["kind"] = recipe.kind
     progress = {trainee.name: trainee.progress for trainee in trainees}
 
@@ -211,7 +210,7 @@ def train_run(
     metrics_bytes = 0 if checkpoint is None else checkpoint.metrics_bytes
     with (
         stating_storage_faults(path, how_to_resume),
-        stating_memory_faults(training.pack_tokens, how_to_resume),
+        stating_memory_faults(pack_tokens, how_to_resume),
         closing(
             MetricsFile(directory.metrics, metrics_bytes) if writes else NoMetrics()
         ) as metrics,

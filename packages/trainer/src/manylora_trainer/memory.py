@@ -5,23 +5,30 @@
 
 import math
 import os
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoConfig
 
 from manylora_registry.base import BaseModelIdentity
-from manylora_trainer.errors import DeviceMemoryError
+from manylora_trainer.errors import DeviceMemoryError, UnsupportedBaseError
 from manylora_trainer.recipe import Recipe
-from manylora_trainer.targets import linears_of
+from manylora_trainer.targets import linears_of, targets_of, trainable_parameters
 
 ACTIVATION_SHARE = 0.4
 """Of a machine's memory, which is for other things too."""
 ACTIVATION_SHARE_ON_GPU = 0.8
-"""Of what a GPU has beside the base; adapters and the logits need some."""
+"""Of what a GPU has beside base, adapters and optimisers; logits and the allocator need some."""
+PACK_TOKENS = 512
+"""Enough to fill a CPU."""
+PACK_TOKENS_ON_GPU = (16384, 8192, 4096, 2048)
+"""The first that fits is taken. Few are over before the processor has handed over the next."""
+FLOAT32 = torch.float32.itemsize
 LOGITS_CHUNK = 256
 """Predictions whose logits exist at one time."""
 LOGITS_CHUNK_ON_GPU = 1024
@@ -69,22 +76,30 @@ class Architecture:
     """Of everything."""
 
 
-def architecture_of(config: Any, identity: BaseModelIdentity) -> Architecture:
-    """Reads the shapes from a base's transformers configuration and its weight index."""
-    text = config.get_text_config()
-    hidden: int = text.hidden_size
-    heads: int = text.num_attention_heads
-    width: int = getattr(text, "head_dim", None) or hidden // heads
-    return Architecture(
-        layers=text.num_hidden_layers,
-        hidden=hidden,
-        queries=heads * width,
-        keys=(getattr(text, "num_key_value_heads", None) or heads) * width,
-        inner=getattr(text, "intermediate_size", None) or 4 * hidden,
-        vocabulary=text.vocab_size,
-        linear_weights=sum(out * into for out, into in linears_of(identity).values()),
-        weights=sum(math.prod(shape) for shape in identity.tensors.values()),
-    )
+def architecture_of(base: Path, identity: BaseModelIdentity) -> Architecture:
+    """Reads the shapes from a base's configuration and its weight index.
+
+    Raises:
+        UnsupportedBaseError: its configuration cannot be used.
+    """
+    try:
+        config: Any = AutoConfig.from_pretrained(base, local_files_only=True)
+        text = config.get_text_config()
+        hidden: int = text.hidden_size
+        heads: int = text.num_attention_heads
+        width: int = getattr(text, "head_dim", None) or hidden // heads
+        return Architecture(
+            layers=text.num_hidden_layers,
+            hidden=hidden,
+            queries=heads * width,
+            keys=(getattr(text, "num_key_value_heads", None) or heads) * width,
+            inner=getattr(text, "intermediate_size", None) or 4 * hidden,
+            vocabulary=text.vocab_size,
+            linear_weights=sum(out * into for out, into in linears_of(identity).values()),
+            weights=sum(math.prod(shape) for shape in identity.tensors.values()),
+        )
+    except (OSError, ValueError, AttributeError) as error:
+        raise UnsupportedBaseError(f"{base}: its config.json cannot be used: {error}") from error
 
 
 def dtype_of(recipe: Recipe, device: torch.device) -> torch.dtype:
@@ -105,31 +120,107 @@ def activation_dtype_of(recipe: Recipe, device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "cpu" else dtype_of(recipe, device)
 
 
-def base_bytes(recipe: Recipe, shapes: Architecture, device: torch.device) -> int:
-    """What the base's weights take on a device."""
-    wide = dtype_of(recipe, device).itemsize
-    if recipe.training.quantization == "none":
-        return shapes.weights * wide
-    others = shapes.weights - shapes.linear_weights
-    return round(shapes.linear_weights * NF4_BYTES) + others * wide
-
-
 def logits_chunk(device: torch.device) -> int:
     """Predictions whose logits exist at one time on a device."""
     return LOGITS_CHUNK_ON_GPU if device.type == "cuda" else LOGITS_CHUNK
 
 
-def largest_pack(recipe: Recipe) -> int:
-    """Tokens of the largest forward that the recipe's limits allow."""
-    return max(recipe.training.pack_tokens, *(task.max_length for task in recipe.tasks))
+def trained_parameters(recipe: Recipe, identity: BaseModelIdentity) -> dict[str, int]:
+    """Weights of every task's adapter, by its name."""
+    linears = linears_of(identity)
+    return {
+        task.name: trainable_parameters(targets_of(task, linears), task.lora.rank)
+        for task in recipe.tasks
+    }
 
 
-def recomputes(recipe: Recipe, shapes: Architecture, device: torch.device) -> bool:
-    """Whether a layer's activations are computed again in the backward instead of being kept."""
-    if recipe.training.gradient_checkpointing != "auto":
-        return recipe.training.gradient_checkpointing == "on"
-    kept = kept_bytes(shapes, largest_pack(recipe), activation_dtype_of(recipe, device))
-    return kept > _memory_for_activations(device, base_bytes(recipe, shapes, device))
+@dataclass(frozen=True)
+class Footprint:
+    """What a run takes on a device, and how much of a step it computes at once there."""
+
+    recipe: Recipe
+    shapes: Architecture
+    parameters: Mapping[str, int]
+    """`trained_parameters`; of no meaning where the base itself is trained."""
+    device: torch.device
+
+    @classmethod
+    def of(cls, recipe: Recipe, identity: BaseModelIdentity, device: torch.device) -> "Footprint":
+        """Of a recipe whose base has this identity.
+
+        Raises:
+            UnsupportedBaseError: the base's configuration cannot be used.
+        """
+        shapes = architecture_of(recipe.base, identity)
+        return cls(recipe, shapes, trained_parameters(recipe, identity), device)
+
+    @property
+    def base_bytes(self) -> int:
+        """The base's weights."""
+        wide = dtype_of(self.recipe, self.device).itemsize
+        if self.recipe.training.quantization == "none":
+            return self.shapes.weights * wide
+        others = self.shapes.weights - self.shapes.linear_weights
+        return round(self.shapes.linear_weights * NF4_BYTES) + others * wide
+
+    @property
+    def adapter_bytes(self) -> int:
+        """What is trained beside the base, its gradients, and the last weights that were sound."""
+        if self.recipe.kind == "full":
+            return 2 * self.shapes.weights * FLOAT32
+        return 3 * sum(self.parameters.values()) * FLOAT32
+
+    @property
+    def optimizer_bytes(self) -> int:
+        """Two running means of everything that is trained."""
+        full = self.recipe.kind == "full"
+        trained = self.shapes.weights if full else sum(self.parameters.values())
+        return 2 * trained * FLOAT32
+
+    @cached_property
+    def pack_tokens(self) -> int:
+        """Tokens in one forward: as the recipe says, or as many as suit the device."""
+        given = self.recipe.training.pack_tokens
+        if given is not None:
+            return given
+        if self.device.type == "cpu":
+            return PACK_TOKENS
+        recomputed = self.recipe.training.gradient_checkpointing != "off"
+        for tokens in PACK_TOKENS_ON_GPU:
+            if self.activation_bytes(tokens, recomputed=recomputed) <= self._room:
+                return tokens
+        return PACK_TOKENS_ON_GPU[-1]
+
+    @property
+    def largest_pack(self) -> int:
+        """Tokens of the largest forward that the recipe's limits allow."""
+        return max(self.pack_tokens, *(task.max_length for task in self.recipe.tasks))
+
+    @property
+    def recomputes(self) -> bool:
+        """Whether activations are computed again in the backward instead of being kept."""
+        if self.recipe.training.gradient_checkpointing != "auto":
+            return self.recipe.training.gradient_checkpointing == "on"
+        return self.activation_bytes(self.largest_pack, recomputed=False) > self._room
+
+    def activation_bytes(self, tokens: int, *, recomputed: bool) -> int:
+        """What the backward of a pack of `tokens` keeps."""
+        dtype = activation_dtype_of(self.recipe, self.device)
+        return kept_bytes(self.shapes, tokens, dtype, recomputed=recomputed)
+
+    @property
+    def _room(self) -> float:
+        """Bytes that activations may take; what needs more is computed again instead of kept."""
+        if self.device.type == "cuda":
+            total = torch.cuda.get_device_properties(self.device).total_memory
+            taken = self.base_bytes + self.adapter_bytes + self.optimizer_bytes
+            return ACTIVATION_SHARE_ON_GPU * (total - taken)
+        physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        try:
+            return ACTIVATION_SHARE * min(physical, int(CGROUP_LIMIT.read_text()))
+        except (OSError, ValueError):
+            # No control group, or one without a limit ("max").
+            return ACTIVATION_SHARE * physical
 
 
 def kept_bytes(
@@ -149,16 +240,3 @@ def kept_bytes(
     if not recomputed:
         return shapes.layers * layer
     return shapes.layers * tokens * shapes.hidden * dtype.itemsize + layer
-
-
-def _memory_for_activations(device: torch.device, base: int) -> float:
-    """Bytes they may take; what needs more is computed again instead of kept."""
-    if device.type == "cuda":
-        total = torch.cuda.get_device_properties(device).total_memory
-        return ACTIVATION_SHARE_ON_GPU * (total - base)
-    physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    try:
-        return ACTIVATION_SHARE * min(physical, int(CGROUP_LIMIT.read_text()))
-    except (OSError, ValueError):
-        # No control group, or one without a limit ("max").
-        return ACTIVATION_SHARE * physical
