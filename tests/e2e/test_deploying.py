@@ -60,7 +60,7 @@ GATES = {
     "max_tokens": 24,
     "smoke": {"requests": 6, "concurrency": 2, "timeout_s": 120, "answer_p95_s": 100},
     "canary": {
-        "steps": [5, 25, 100],
+        "steps": [20, 50, 100],
         "window_s": 2,
         "look_s": 0.5,
         "requests": 5,
@@ -201,7 +201,7 @@ def test_versions_earn_their_way_to_production(
             assert run("candidate", f"{NAME}@4")[0] == 0
             status, said = run("promote", NAME)
             assert status == 1
-            assert f"{NAME}@4 was taken back at canary 5 %" in said
+            assert f"{NAME}@4 was taken back at canary 20 %" in said
             assert "tokens, more than 2 times the present version's" in said
             assert (production(), division()) == (2, {2: 100})
 
