@@ -15,7 +15,7 @@ from deploy.stages.operator import Copies, Figures
 FEWEST_COMPARED = 10
 """Copies below which nothing is said about how many differ."""
 PATIENCE = 10
-"""Windows watched after which a version that has not had its requests is taken back."""
+"""Windows watched after which a version that nothing can be said about is taken back."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def judge(canary: Canary, reading: Reading) -> Verdict:
     missing = _missing(canary, reading)
     if not missing:
         return Verdict("passed")
-    if reading.watched_s > PATIENCE * canary.window_s and not enough:
+    if reading.watched_s > PATIENCE * canary.window_s:
         return Verdict("broken", (f"after {reading.watched_s:.0f} s: {missing[0]}",))
     return Verdict("watch", missing)
 
@@ -86,9 +86,14 @@ def _broken(bounds: Bounds, reading: Reading) -> tuple[str, ...]:
     new, old = reading.candidate, reading.present
     reasons: list[str] = []
     first, limit = new.first_token_p95_s, bounds.first_token_p95_s
+    ratio = bounds.first_token_ratio
+    told = [] if limit is None and ratio is None else [first]
+    told += [] if ratio is None or not old.requests else [old.first_token_p95_s]
+    # No comparison with a NaN is true: a figure that is none would keep every bound.
+    if not all(math.isfinite(seconds) and seconds > 0 for seconds in told):
+        reasons.append("the gateway tells no time to the first token of what it answered")
     if limit is not None and first > limit:
         reasons.append(f"the first token takes {first:.3f} s (95th percentile), {limit:g} s may be")
-    ratio = bounds.first_token_ratio
     if ratio is not None and old.requests and first > ratio * old.first_token_p95_s > 0:
         reasons.append(
             f"the first token takes {first:.3f} s (95th percentile), more than {ratio:g} times the "
@@ -121,6 +126,8 @@ def _missing(canary: Canary, reading: Reading) -> tuple[str, ...]:
         reasons.append(f"{reading.candidate.requests} of {canary.requests} requests")
     if reading.seconds < canary.window_s:
         reasons.append(f"{reading.seconds:.0f} of {canary.window_s:.0f} s")
+    if _lonely(canary, reading):
+        reasons.append("no request of the present version to compare with")
     if (
         reading.copies is not None
         and canary.bounds.different is not None
@@ -128,6 +135,12 @@ def _missing(canary: Canary, reading: Reading) -> tuple[str, ...]:
     ):
         reasons.append(f"{compared(reading.copies)} of {FEWEST_COMPARED} copies")
     return tuple(reasons)
+
+
+def _lonely(canary: Canary, reading: Reading) -> bool:
+    """Whether a bound is about a present version that did nothing."""
+    held = (canary.bounds.first_token_ratio, canary.bounds.tokens_ratio)
+    return held != (None, None) and not reading.present.requests
 
 
 def probes_due(canary: Canary, reading: Reading) -> int:
@@ -142,4 +155,4 @@ def probes_due(canary: Canary, reading: Reading) -> int:
         and compared(reading.copies) < FEWEST_COMPARED
     ):
         return FEWEST_COMPARED
-    return max(0, short)
+    return max(int(_lonely(canary, reading)), short)

@@ -74,6 +74,17 @@ def locked(file: Path) -> Generator[bool]:
         os.close(descriptor)
 
 
+@contextmanager
+def waited_for(file: Path) -> Generator[None]:
+    """Holds the lock of `file` while the block lasts, once nobody else has it."""
+    descriptor = open_lock(file)
+    try:
+        lock(descriptor)
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def is_locked(file: Path) -> bool:
     """Whether a living process holds the lock of `file`."""
     if not file.exists():

@@ -20,6 +20,7 @@ from deploy.stages.work import Work
 from manylora_evaluator import EvaluationFailedError, EvaluationResult, Gate, evaluate, gate
 from manylora_evaluator.errors import ResultsError
 from manylora_evaluator.records import record, record_name
+from manylora_evaluator.scorer_settings import JudgeSettings, SqlSettings
 from manylora_evaluator.scoring import check, prepare
 from manylora_evaluator.suite import Suite, load_suite
 from manylora_registry import Registry, Version
@@ -148,7 +149,7 @@ def still_open(promotion: Promotion, target: Stage, name: str) -> bool:
 
 
 def fingerprint(target: Stage, name: str) -> str:
-    """Of the gates as they are now, with their suites and what these ask an adapter.
+    """Of the gates as they are now, with every file that their answer about an adapter depends on.
 
     Raises:
         SettingsError: files that gates.yaml names are not there or have mistakes.
@@ -157,13 +158,28 @@ def fingerprint(target: Stage, name: str) -> str:
     gates = target.gates
     content = gates.model_dump_json(exclude={"canary", "approval", "evidence_hours"})
     found = hashlib.sha256(content.encode())
-    for entry in gates.suites:
-        found.update(entry.path.read_bytes())
+    for file in _files(target, name):
+        # What is not there is told when the gates are asked.
+        found.update(hash_file(file).encode() if file.is_file() else b"-")
+    return found.hexdigest()
+
+
+def _files(target: Stage, name: str) -> Iterator[Path]:
+    """Every file that the answer of the gates depends on."""
+    yield from target.gates.signatures
+    if target.gates.prompts is not None:
+        yield target.gates.prompts
+    for entry in target.gates.suites:
+        yield entry.path
         suite = load_suite(entry.path)
         for task in suite.tasks:
-            if task.name in tasks_of(suite, name) and task.rows.file.is_file():
-                found.update(hash_file(task.rows.file).encode())
-    return found.hexdigest()
+            if task.name in tasks_of(suite, name):
+                yield task.rows.file
+                for scorer in task.scorers:
+                    if isinstance(scorer, SqlSettings):
+                        yield scorer.fixture
+                    elif isinstance(scorer, JudgeSettings) and scorer.labels is not None:
+                        yield scorer.labels
 
 
 def tasks_of(suite: Suite, name: str) -> list[str]:

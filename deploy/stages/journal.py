@@ -116,9 +116,11 @@ class Journal:
         """
         descriptor = files.open_lock(self._lock)
         try:
-            if not files.try_lock(descriptor):
-                self._end_other(descriptor, instead_of)
-            files.write_json(self._holder, {"pid": os.getpid(), "action": action})
+            # Whoever has the lock has said so by the time another reads who has it.
+            with files.waited_for(self._file.with_suffix(".taking")):
+                if not files.try_lock(descriptor):
+                    self._end_other(descriptor, instead_of)
+                files.write_json(self._holder, {"pid": os.getpid(), "action": action})
             yield
         finally:
             os.close(descriptor)

@@ -1,5 +1,8 @@
 """When a canary's step passes and when it is broken."""
 
+import math
+from dataclasses import replace
+
 import pytest
 
 from deploy.stages.canary import Reading, judge, probes_due
@@ -82,8 +85,30 @@ def test_the_time_in_which_a_killed_script_watched_nothing_is_not_held_against_a
     assert judge(CANARY, Reading(1001, 0, GOOD, PRESENT, COPIES)).state == "passed"
 
 
-def test_nothing_is_compared_with_a_version_that_did_nothing() -> None:
-    assert judge(CANARY, Reading(100, 100, GOOD, Figures(), COPIES)).state == "passed"
+def test_a_version_is_set_beside_a_present_one_that_did_something() -> None:
+    lonely = Reading(100, 100, GOOD, Figures(), COPIES)
+    assert judge(CANARY, lonely).state == "watch"
+    assert probes_due(CANARY, lonely) == 1
+    assert judge(CANARY, Reading(1001, 1001, GOOD, Figures(), COPIES)).state == "broken"
+    alone = CANARY.model_copy(update={"bounds": Bounds(first_token_p95_s=1.0)})
+    assert judge(alone, lonely).state == "passed"
+    assert probes_due(alone, lonely) == 0
+
+
+@pytest.mark.parametrize("seconds", [0.0, math.nan, math.inf])
+def test_a_figure_that_is_none_keeps_no_bound(seconds: float) -> None:
+    absolute = CANARY.model_copy(update={"bounds": Bounds(first_token_p95_s=1.0)})
+    ratio = CANARY.model_copy(update={"bounds": Bounds(first_token_ratio=2.0)})
+    unbounded = CANARY.model_copy(update={"bounds": Bounds()})
+    unmeasured = Figures(60, 0, 600, seconds)
+    for canary, candidate, present, state in (
+        (absolute, unmeasured, PRESENT, "broken"),
+        (ratio, unmeasured, PRESENT, "broken"),
+        (ratio, GOOD, replace(PRESENT, first_token_p95_s=seconds), "broken"),
+        (absolute, GOOD, replace(PRESENT, first_token_p95_s=seconds), "passed"),
+        (unbounded, unmeasured, PRESENT, "passed"),
+    ):
+        assert judge(canary, Reading(100, 100, candidate, present)).state == state
 
 
 def test_probes_are_paced_over_the_window() -> None:

@@ -3,15 +3,18 @@
 import json
 import os
 import signal
+import subprocess
+import sys
+import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from deploy.stages.errors import BusyError
-from deploy.stages.gate_settings import Gates
+from deploy.stages.gate_settings import Gates, SuiteGate
 from deploy.stages.gates import fingerprint, still_open
 from deploy.stages.journal import Journal, Promotion, Rollback
 from deploy.stages.operator import Figures
@@ -55,6 +58,35 @@ def test_passed_gates_count_for_a_day_and_not_from_a_clock_that_was_wrong(
     passed_at = time.time() - hours_ago * 3600
     passed = replace(PROMOTION, gates=fingerprint(stage, "red"), passed_at=passed_at)
     assert still_open(passed, stage, "red") == counts
+
+
+def test_passed_gates_do_not_count_once_a_file_they_were_asked_with_has_changed(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "suite.yaml").write_text(
+        "name: s\ntasks:\n  - {name: t, adapter: red, rows: rows.jsonl, scorers: [\n"
+        "      {kind: sql, fixture: tables.sql},\n"
+        "      {kind: judge, by: j, criteria: {right: is right}, labels: labels.jsonl}]}\n"
+        "judges: {j: {kind: gateway}}\n"
+    )
+    names = ["suite.yaml", "rows.jsonl", "tables.sql", "labels.jsonl", "prompts.jsonl", "key.pub"]
+    for name in names[1:]:
+        (tmp_path / name).write_text("before")
+    gates = Gates(
+        signatures=(tmp_path / "key.pub",),
+        suites=(SuiteGate(path=tmp_path / "suite.yaml"),),
+        prompts=tmp_path / "prompts.jsonl",
+    )
+    config = StageConfig(alias="blue", state=tmp_path / "state")
+    stage = Stage("blue", tmp_path, config, GatewayConfig(base=tmp_path), gates)
+    asked = [fingerprint(stage, "red")]
+
+    for name in names:
+        with (tmp_path / name).open("a") as file:
+            file.write("\n")
+        asked.append(fingerprint(stage, "red"))
+
+    assert len(set(asked)) == 1 + len(names)
 
 
 def in_child(act) -> int:
@@ -116,6 +148,52 @@ def test_a_promotion_that_ends_by_itself_just_then_is_waited_for(
         with journal.alone("rollback", instead_of="promote"):
             ending.result()
     os.waitpid(child, 0)
+
+
+def test_a_rollback_ends_no_process_but_the_one_that_has_the_lock(
+    journal: Journal, tmp_path: Path
+) -> None:
+    other = subprocess.Popen(["sleep", "60"])
+    holder = tmp_path / "state/promotions/red.holder"
+    holder.parent.mkdir(parents=True)
+    holder.write_text(json.dumps({"pid": other.pid, "action": "promote"}))
+    here, go_on = os.pipe(), os.pipe()
+
+    def paused(event: str, arguments: tuple[object, ...]) -> None:
+        """Stops where a promotion has its lock and is about to say so."""
+        if event == "open" and str(arguments[0]).startswith(f"{holder}."):
+            os.write(here[1], b"1")
+            os.read(go_on[0], 1)
+
+    child = os.fork()
+    if child == 0:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        sys.addaudithook(paused)
+        with journal.alone("promote"):
+            signal.pause()
+        os._exit(1)
+    os.read(here[0], 1)
+    entered = threading.Event()
+
+    def roll_back() -> None:
+        entered.set()
+        with journal.alone("rollback", instead_of="promote"):
+            pass
+
+    with ThreadPoolExecutor(1) as thread:
+        done = thread.submit(roll_back)
+        entered.wait()
+        # Long enough for a rollback that would look at the holder of before.
+        wait([done], timeout=0.5)
+        spared = other.poll() is None
+        os.write(go_on[1], b"1")
+        if not spared:
+            os.kill(child, signal.SIGKILL)
+        done.result()
+    assert spared
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
+    other.kill()
+    other.wait()
 
 
 @pytest.mark.parametrize(

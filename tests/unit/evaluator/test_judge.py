@@ -284,6 +284,38 @@ def test_verdicts_are_kept_by_content(
     assert not list((tmp_path / "cache").rglob("*.tmp"))
 
 
+@pytest.mark.parametrize(
+    ("scorer", "good"),
+    [
+        ("[{kind: judge, by: j, criteria: {correct: is right}}]", verdict(correct=True)),
+        ("[{kind: pairwise, by: j}]", Words('{"reason": "because", "winner": "A"}')),
+    ],
+)
+def test_words_without_a_verdict_are_not_kept(
+    scorer: str,
+    good: Words,
+    judge: Callable[..., ScriptedJudge],
+    serve: Callable[..., ScriptedServer],
+    write_suite: Callable[..., Path],
+) -> None:
+    says = [Words("I would rather not say.")]
+    server = judge(lambda _: says[-1])
+    path = write_suite(ROWS, scorers=scorer)
+    path.write_text(
+        f"{path.read_text()}judges: {{j: {{kind: openai, url: {server.url}, model: m, "
+        "cache: kept}}\n"
+    )
+    first = evaluate(path, serve(arithmetic).target)
+    says.append(good)
+
+    again = evaluate(path, serve(arithmetic).target)
+    kept = evaluate(path, serve(arithmetic).target)
+
+    runs = [run.judges[0] for run in (first, again, kept)]
+    assert [run.requests for run in runs] == [4, 4, 0]
+    assert [run.unreadable for run in runs] == [4, 0, 0]
+
+
 def test_a_damaged_entry_is_asked_again(
     judge: Callable[..., ScriptedJudge], judged: Callable[..., EvaluationResult], tmp_path: Path
 ) -> None:

@@ -2,7 +2,7 @@
 
 import json
 import math
-from datetime import date
+from datetime import date, time
 from decimal import Decimal
 from pathlib import Path
 
@@ -235,8 +235,15 @@ def test_parquet_values_that_json_lacks(tmp_path: Path) -> None:
     (row,) = load_rows(source, Prompt(user="{day}", expected="{price}"))
 
     assert (row.messages[0].content, row.expected) == ("2024-02-29", "1.50")
-    with pytest.raises(RowsError, match="column 'raw' holds bytes"):
-        load_rows(source, Prompt(user="{raw}"))
+    deep = {
+        "raw": [b"\xff"],
+        "in": [{"raw": b"\xff"}],
+        "by_day": pa.array([[(day, 1)]], pa.map_(pa.date32(), pa.int32())),
+    }
+    pq.write_table(pa.table(deep), path)
+    for name in deep:
+        with pytest.raises(RowsError, match=f"column '{name}' holds bytes or keys"):
+            load_rows(source, Prompt(user=f"{{{name}}}"))
     pq.write_table(pa.table({"price": [Decimal("0E-8")]}), path)
     (row,) = load_rows(source, Prompt(user="{price}", expected_json=("price",)))
     assert (row.messages[0].content, row.expected) == ("0.00000000", '{"price": "0.00000000"}')
@@ -254,14 +261,16 @@ def test_parquet_values_are_asked_as_training_reads_them(tmp_path: Path) -> None
         "c": pa.array([{"x": 0.1}], pa.struct({"x": narrow})),
         "d": pa.array([[("x", 0.1)]], pa.map_(text, narrow)),
         "e": pa.array([[0.1, 2.5]], pa.list_(narrow, 2)),
+        "f": pa.array([time(9, 30)]),
     }
     pq.write_table(pa.table(columns), path)
 
     (row,) = load_rows(
-        ParquetRows(kind="parquet", path=path), Prompt(user="{a} {b} {c} {d} {e}", expected="{a}")
+        ParquetRows(kind="parquet", path=path),
+        Prompt(user="{a} {b} {c} {d} {e} {f}", expected="{a}"),
     )
 
-    assert row.messages[0].content == '0.1 [0.1] {"x": 0.1} {"x": 0.1} [0.1, 2.5]'
+    assert row.messages[0].content == '0.1 [0.1] {"x": 0.1} {"x": 0.1} [0.1, 2.5] 09:30:00'
 
 
 def test_a_mistake_in_a_message_is_no_lack_of_messages(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -294,11 +295,26 @@ class TestSignaturesTravel:
         self, registry, version, other, base, ours, tmp_path
     ):
         export_version(registry, version, tmp_path / "out", "oci")
+        registry.signatures.sign(version, ours[0])
+        export_version(registry, version, tmp_path / "stripped", "hf")
+        shutil.rmtree(tmp_path / "stripped" / "manylora")
         other.signatures.require([ours[1]])
 
-        with pytest.raises(UnsignedError):
-            import_version(other, "again", tmp_path / "out", base=base)
+        for source in ("out", "stripped"):
+            with pytest.raises(UnsignedError):
+                import_version(other, "again", tmp_path / source, base=base)
         assert other.adapters() == []
+
+    def test_what_is_unsigned_does_not_leave_where_signatures_are_required(
+        self, registry, version, ours, tmp_path
+    ):
+        registry.signatures.require([ours[1]])
+        with pytest.raises(UnsignedError):
+            export_version(registry, version, tmp_path / "out", "peft")
+        assert not (tmp_path / "out").exists()
+
+        registry.signatures.sign(version, ours[0])
+        export_version(registry, version, tmp_path / "out", "peft")
 
     @pytest.mark.parametrize("what", ["of another version", "no signature", "a link"])
     def test_what_is_no_signature_of_the_version_is_refused(

@@ -30,10 +30,12 @@ def export_version(
             layout; `tar`, that as one file.
 
     Raises:
+        UnsignedError: a signature is required, and it has none of a trusted key.
         CorruptBlobError: a stored blob is damaged; nothing is left behind.
         BlobStoreError: one cannot be read.
         DestinationError: `destination` is there already, or cannot be written.
     """
+    registry.signatures.check(version)
     signatures = registry.signatures.of(version)
     export(registry.blobs, version, destination, format, signatures)
 
@@ -57,8 +59,8 @@ def import_version(
         found = unpack(source, staging.directory, largest_adapter(base))
         if found.base_fingerprint not in (None, base.fingerprint):
             raise WrongBaseError(name, found.base_fingerprint, base.fingerprint)
-        if found.manifest is not None:
-            registry.signatures.check_arrival(str(source), found.manifest, found.signatures)
+        # A plain adapter has no manifest that anybody could have signed.
+        registry.signatures.check_arrival(str(source), found.manifest or b"", found.signatures)
         version = registry.publish(
             name,
             found.directory,

@@ -65,7 +65,7 @@ RowSource: TypeAlias = Annotated[
 class Prompt(ConfigModel):
     """What is asked and expected, written from a row's columns: `{column}` is replaced.
 
-    Text, dates and decimals stand as they are, other values as JSON; a null is refused.
+    Text, dates, times and decimals stand as they are, other values as JSON; a null is refused.
     """
 
     system: str | None = None

@@ -7,7 +7,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from datetime import date
+from datetime import date, time
 from decimal import Decimal
 from itertools import islice
 from pathlib import Path
@@ -227,10 +227,11 @@ def _written(path: Path, number: int, columns: Mapping[str, Any], prompt: Prompt
     def value(name: str) -> Any:
         if name not in columns:
             raise RowsError(path, f"has no column {name!r}", number)
-        if isinstance(columns[name], bytes):
-            raise RowsError(path, f"column {name!r} holds bytes, not text", number)
         try:
-            json.dumps(columns[name], allow_nan=False, default=_as_text)
+            json.dumps(columns[name], allow_nan=False, default=_form)
+        except TypeError as error:
+            problem = f"column {name!r} holds bytes or keys that no text can stand for"
+            raise RowsError(path, problem, number) from error
         except ValueError as error:
             raise RowsError(path, f"column {name!r} holds NaN or infinity", number) from error
         return columns[name]
@@ -247,12 +248,19 @@ def _written(path: Path, number: int, columns: Mapping[str, Any], prompt: Prompt
 
 
 def text_of(value: Any) -> str:
-    """A column's value as text: text, dates and decimals as they stand, all else as JSON."""
-    return _as_text(value) if isinstance(value, str | date | Decimal | UUID) else _json(value)
+    """A column's value as text: text, dates, times and decimals as they stand, else JSON."""
+    as_it_stands = isinstance(value, str | date | time | Decimal | UUID)
+    return _as_text(value) if as_it_stands else _json(value)
 
 
 def _json(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, sort_keys=True, default=_as_text)
+
+
+def _form(value: Any) -> str:
+    if isinstance(value, bytes):
+        raise TypeError("bytes have no form in JSON")
+    return _as_text(value)
 
 
 def _as_text(value: Any) -> str:

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -50,8 +50,10 @@ class Caller:
         self.concurrency = settings.concurrency
         self.counts = Counts()
 
-    async def ask(self, chat: Chat, schema: Mapping[str, Any], sample: int) -> str:
-        """The judge's words.
+    async def ask(
+        self, chat: Chat, schema: Mapping[str, Any], sample: int, readable: Callable[[str], bool]
+    ) -> str:
+        """The judge's words; only those that are `readable` are kept for other evaluations.
 
         Raises:
             NoVerdictError: there are none.
@@ -70,19 +72,26 @@ class Caller:
         if key in self._asked:
             self.counts.cached += 1
         else:
-            self._asked[key] = asyncio.create_task(self._complete(key, chat, schema, sample))
+            self._asked[key] = asyncio.create_task(
+                self._complete(key, chat, schema, sample, readable)
+            )
         return (await self._asked[key]).text
 
     async def _complete(
-        self, key: str, chat: Chat, schema: Mapping[str, Any], sample: int
+        self,
+        key: str,
+        chat: Chat,
+        schema: Mapping[str, Any],
+        sample: int,
+        readable: Callable[[str], bool],
     ) -> Completion:
         kept = None if self._cache is None else self._cache.get(key)
-        if kept is not None:
+        if kept is not None and readable(kept.text):
             self.counts.cached += 1
             return kept
         async with self._free:
             completion = await self._attempts(chat, schema, sample)
-        if self._cache is not None:
+        if self._cache is not None and readable(completion.text):
             try:
                 self._cache.put(key, completion)
             except OSError as error:

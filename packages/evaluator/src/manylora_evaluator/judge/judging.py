@@ -93,17 +93,23 @@ class Judge:
             )
         chat = verdict.criteria_chat(row, answer, expected, settings.criteria)
         schema = verdict.criteria_schema(settings.criteria)
+
+        def readable(reply: str) -> bool:
+            opinions = verdict.read_criteria(reply, settings.criteria)
+            return all(opinion.readable for opinion in opinions.values())
+
         try:
             replies = await asyncio.gather(
-                *(self.caller.ask(chat, schema, sample) for sample in range(settings.samples))
+                *(
+                    self.caller.ask(chat, schema, sample, readable)
+                    for sample in range(settings.samples)
+                )
             )
         except NoVerdictError as error:
             unheard = Judgement(0, "", 0, 0, 0, str(error))
             return _named(settings, dict.fromkeys(settings.criteria, unheard))
         read = [verdict.read_criteria(reply, settings.criteria) for reply in replies]
-        self.caller.counts.unreadable += sum(
-            not all(opinion.readable for opinion in opinions.values()) for opinions in read
-        )
+        self.caller.counts.unreadable += sum(not readable(reply) for reply in replies)
         return _named(
             settings, {name: _decided([one[name] for one in read]) for name in settings.criteria}
         )
@@ -124,7 +130,7 @@ class Judge:
         try:
             replies = await asyncio.gather(
                 *(
-                    self.caller.ask(chat, verdict.PAIR_SCHEMA, sample)
+                    self.caller.ask(chat, verdict.PAIR_SCHEMA, sample, _has_winner)
                     for sample in range(settings.samples)
                     for chat in orders
                 )
@@ -147,6 +153,10 @@ class Judge:
         return {
             settings.name: Judgement(share, reason, shares.count(1.0), settings.samples, unreadable)
         }
+
+
+def _has_winner(reply: str) -> bool:
+    return verdict.read_pair(reply)[0] is not None
 
 
 def tallies_of(judgements: Judgements) -> Mapping[str, Tallies]:
