@@ -90,6 +90,22 @@ def test_labels_are_bounded_and_given_back() -> None:
     assert 'adapter="one"' not in scraped(metrics)
 
 
+def test_a_label_of_an_idle_version_goes_to_one_that_needs_it() -> None:
+    now = 0.0
+    metrics = Metrics(max_versions=2, clock=lambda: now)
+    one, two, three, four = map(version, ("one", "two", "three", "four"))
+    metrics.requests.labels(*metrics.labels(one), "OK").inc()
+    metrics.labels(two)
+    now = 2000.0
+    metrics.requests.labels(*metrics.labels(two), "OK").inc()
+    assert metrics.labels(three) == ("other", "other")
+    now = 4000.0
+    assert metrics.labels(three) == ("three", "1")
+    assert metrics.labels(four) == ("other", "other")
+    assert 'adapter="one"' not in scraped(metrics)
+    assert 'adapter="two"' in scraped(metrics)
+
+
 async def test_a_client_that_leaves_has_used_its_prompt_too(
     served: dict[str, Version], start: Start
 ) -> None:
