@@ -4,6 +4,9 @@ import asyncio
 import json
 import logging
 import re
+import socket
+import subprocess
+import sys
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
@@ -264,6 +267,28 @@ async def test_a_span_has_the_callers_trace_and_the_version(gateway: RunningGate
     assert span.attributes["manylora.version"] == 1
     assert span.attributes["manylora.request_id"] == reply.request_id
     assert gateway.replicas.traceparents[-1].startswith(f"00-{parent[3:35]}")
+
+
+@pytest.mark.parametrize("collector", ["gone", "silent"])
+def test_spans_nobody_takes_do_not_hold_up_the_end(collector: str) -> None:
+    """Four batches of spans; the exporter would try each of them for ten seconds."""
+    work = """
+import asyncio, sys
+from manylora_gateway import tracing
+from manylora_gateway.config import TracingConfig
+
+tracing.configure(TracingConfig(endpoint=sys.argv[1]), "test")
+for _ in range(2000):
+    tracing.begin("span", "").end()
+asyncio.run(tracing.end())
+"""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        host, port = server.getsockname()
+        if collector == "gone":
+            server.close()
+        subprocess.run(
+            [sys.executable, "-c", work, f"http://{host}:{port}"], check=True, timeout=20
+        )
 
 
 async def test_a_request_is_one_json_line_that_keeps_its_text_to_itself(
