@@ -129,6 +129,8 @@ class Metrics:
         self.figures = Figures()
         self.replicas: Sequence[ReplicaState] = ()
         """As last seen."""
+        self.certificate_end: Callable[[], float] | None = None
+        """See `ServerTls.end`; None without TLS."""
         self._max_versions = max_versions
         self._clock = clock
         # By digest, with when each was asked for; the longest ago first.
@@ -193,6 +195,7 @@ class Metrics:
             "manylora_registry_age_seconds", "Since the registry was last read.", registry=own
         )
         self.registry.register(_Replicas(self))
+        self.registry.register(_Certificate(self))
 
     def labels(self, version: Version | None) -> Labels:
         """The label of a version, bounded in number."""
@@ -330,3 +333,19 @@ class _Replicas(Collector):
             ):
                 counts[metric].add_metric([name], value)
         return [up, requests, resident, pinned, *counts.values()]
+
+
+class _Certificate(Collector):
+    """Until when the gateway's own is good, as its file says now."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+
+    def collect(self) -> Iterable[Metric]:
+        end = GaugeMetricFamily(
+            "manylora_certificate_end_seconds",
+            "When the gateway's certificate ends, since the epoch; 0 where clients refuse it.",
+        )
+        if self._metrics.certificate_end is not None:
+            end.add_metric([], self._metrics.certificate_end())
+        return [end]
