@@ -4,13 +4,15 @@ import asyncio
 import random
 from collections import defaultdict
 from collections.abc import AsyncGenerator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from statistics import quantiles
 
 import pytest
 
+from manylora_gateway.errors import DisplacedError
 from manylora_gateway.fair import FairOrder, Flow, Share
 from manylora_gateway.pool import AdapterPool
+from manylora_gateway.shadow import SHARE
 from manylora_registry import Version
 from tests.unit.gateway.simulated import simulate
 from tests.unit.gateway.test_pool import version
@@ -91,7 +93,7 @@ def p95(samples: list[float]) -> float:
     return quantiles(samples, n=20)[-1]
 
 
-RED, GREEN = version("red"), version("green")
+RED, GREEN, BLUE = map(version, ("red", "green", "blue"))
 SECONDS = 120.0
 
 
@@ -110,6 +112,35 @@ def test_a_flood_hardly_moves_anothers_first_token(flooded: Version | None) -> N
     idle = simulate(green_with(flood=0))
     flooded_p95 = simulate(green_with(flood=10 * CAPACITY))
     assert flooded_p95 < 3 * idle
+
+
+def test_copies_hardly_move_a_clients_first_token() -> None:
+    """As many adapters are asked for as there are slots, and all answers of one are copied."""
+
+    async def answered(copied: bool) -> float:
+        engine = Engine()
+        chance, loop = random.Random(1), asyncio.get_running_loop()
+        tasks: set[asyncio.Task[None]] = set()
+
+        async def copy() -> None:
+            with suppress(DisplacedError):
+                await engine.ask("copies", BLUE, share=SHARE)
+
+        async def ask(adapter: Version) -> None:
+            await engine.ask("clients", adapter)
+            if copied and adapter is RED:
+                tasks.add(loop.create_task(copy()))
+
+        while loop.time() < SECONDS:
+            tasks.add(loop.create_task(ask(chance.choice((RED, GREEN)))))
+            await asyncio.sleep(chance.expovariate(0.3 * CAPACITY))
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        assert bool(engine.tokens["copies"]) == copied
+        return p95(engine.first["clients"])
+
+    assert simulate(answered(copied=True)) < 1.5 * simulate(answered(copied=False))
 
 
 def test_a_cold_adapter_is_served_within_the_bound() -> None:

@@ -4,6 +4,9 @@ import asyncio
 import json
 import logging
 import re
+import socket
+import subprocess
+import sys
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
@@ -88,6 +91,22 @@ def test_labels_are_bounded_and_given_back() -> None:
     metrics.forget(one)
     assert metrics.labels(three) == ("three", "1")
     assert 'adapter="one"' not in scraped(metrics)
+
+
+def test_a_label_of_an_idle_version_goes_to_one_that_needs_it() -> None:
+    now = 0.0
+    metrics = Metrics(max_versions=2, clock=lambda: now)
+    one, two, three, four = map(version, ("one", "two", "three", "four"))
+    metrics.requests.labels(*metrics.labels(one), "OK").inc()
+    metrics.labels(two)
+    now = 2000.0
+    metrics.requests.labels(*metrics.labels(two), "OK").inc()
+    assert metrics.labels(three) == ("other", "other")
+    now = 4000.0
+    assert metrics.labels(three) == ("three", "1")
+    assert metrics.labels(four) == ("other", "other")
+    assert 'adapter="one"' not in scraped(metrics)
+    assert 'adapter="two"' in scraped(metrics)
 
 
 async def test_a_client_that_leaves_has_used_its_prompt_too(
@@ -248,6 +267,28 @@ async def test_a_span_has_the_callers_trace_and_the_version(gateway: RunningGate
     assert span.attributes["manylora.version"] == 1
     assert span.attributes["manylora.request_id"] == reply.request_id
     assert gateway.replicas.traceparents[-1].startswith(f"00-{parent[3:35]}")
+
+
+@pytest.mark.parametrize("collector", ["gone", "silent"])
+def test_spans_nobody_takes_do_not_hold_up_the_end(collector: str) -> None:
+    """Four batches of spans; the exporter would try each of them for ten seconds."""
+    work = """
+import asyncio, sys
+from manylora_gateway import tracing
+from manylora_gateway.config import TracingConfig
+
+tracing.configure(TracingConfig(endpoint=sys.argv[1]), "test")
+for _ in range(2000):
+    tracing.begin("span", "").end()
+asyncio.run(tracing.end())
+"""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        host, port = server.getsockname()
+        if collector == "gone":
+            server.close()
+        subprocess.run(
+            [sys.executable, "-c", work, f"http://{host}:{port}"], check=True, timeout=20
+        )
 
 
 async def test_a_request_is_one_json_line_that_keeps_its_text_to_itself(

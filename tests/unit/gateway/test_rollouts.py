@@ -207,6 +207,34 @@ async def test_a_failing_shadow_hurts_nobody(gateway: RunningGateway, published:
     assert (await told_of(gateway)).shadow.failed == 1
 
 
+async def test_a_copy_gives_way_to_a_client_that_waits(
+    gateway: RunningGateway, published: Publish
+) -> None:
+    published("red", 5)
+    await divide(gateway, shadow=(2, 100))
+    red = pb.GenerateRequest(adapter="red", text="hi", sampling=pb.Sampling(max_tokens=1))
+    engine = gateway.engine
+    engine.hold_answers()
+    copied = gateway.inference.Generate(red)
+    await engine.until_running(1)
+    # Lets go of this answer, and of no other.
+    engine.let_answer()
+    engine.hold_answers()
+    await copied
+    await engine.until_running(1)
+    # The copy and a client have the two slots.
+    others = [gateway.inference.Generate(red)]
+    await engine.until_running(2)
+    others.append(gateway.inference.Generate(pb.GenerateRequest(adapter="green", text="hi")))
+    async with asyncio.timeout(10):
+        await gateway.core.shadows.settle()
+    shadow = (await told_of(gateway)).shadow
+    assert (shadow.skipped, shadow.failed) == (1, 0)
+    await engine.until_running(2)
+    engine.let_answer()
+    assert [(await other).adapter.name for other in others] == ["red", "green"]
+
+
 async def test_a_rollout_under_load_fails_nothing(
     gateway: RunningGateway, published: Publish
 ) -> None:

@@ -6,6 +6,7 @@ import os
 import re
 import ssl
 import sys
+import time
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, cast
@@ -38,6 +39,7 @@ from tests.unit.gateway.certificates import HOUR, Authority
 from tests.unit.gateway.conftest import Start
 from tests.unit.gateway.in_process import BASE_NAME, RunningGateway
 from tests.unit.gateway.test_errors import SAY, refused, told
+from tests.unit.gateway.test_observing import scraped
 
 TENANTS = f"""
 tenants:
@@ -402,12 +404,32 @@ def test_the_log_says_how_long_a_certificate_is_valid(
     caplog.set_level(logging.INFO, "manylora_gateway")
     authority = Authority(tmp_path)
     pair = authority.issue("gateway", begins=begins)
-    ServerTls(
+    tls = ServerTls(
         TlsConfig(certificate=pair.certificate, key=pair.key, client_ca=authority.certificate)
     )
+    assert bool(tls.end()) == ("until" in told_of)
     (said,) = caplog.records
     assert re.search(told_of, said.getMessage())
     assert (said.levelno == logging.WARNING) == ("refuse" in told_of)
+
+
+async def test_metrics_tell_when_the_certificate_ends(
+    served: dict[str, Version], start: Start, tmp_path: Path
+) -> None:
+    authority = Authority(tmp_path)
+    pair = authority.server()
+
+    def told_end(text: str) -> float:
+        (line,) = re.findall(r"^manylora_certificate_end_seconds (.+)$", text, re.MULTILINE)
+        return float(line)
+
+    async with start(tls=TlsConfig(certificate=pair.certificate, key=pair.key)) as gateway:
+        assert 0 < told_end(scraped(gateway.metrics)) - time.time() <= HOUR.total_seconds()
+        # Nobody need connect for what replaces it to be seen.
+        replaced = authority.issue("fresh", begins=-3 * HOUR)
+        replaced.key.replace(pair.key)
+        replaced.certificate.replace(pair.certificate)
+        assert told_end(scraped(gateway.metrics)) == 0
 
 
 def encrypted(key: Path) -> bytes:

@@ -115,7 +115,18 @@ def test_a_list_is_not_too_short_for_the_mistakes_in_it(write):
 
 
 @pytest.mark.parametrize(
-    "value", ["2026-13-45", "!!int many", "9" * 5000, "[}", "[" * 3000, "'\0'"]
+    "value",
+    [
+        "2026-13-45",
+        "!!int many",
+        "!!bool maybe",
+        "!!timestamp x",
+        "!!float ''",
+        "9" * 5000,
+        "[}",
+        "[" * 3000,
+        "'\0'",
+    ],
 )
 def test_what_yaml_cannot_read_is_one_line(value, write):
     for text, overrides in ((f"base: {value}\n", ()), (GOOD, [f"tasks.0.rank={value}"])):

@@ -74,13 +74,17 @@ def load_config(path: Path, model: type[Model], overrides: Sequence[str] = ()) -
 
 
 class _Loader(yaml.SafeLoader):
-    """Says where a scalar stands that has the form of a date or number and is none."""
+    """Says where a scalar stands that has the form or the tag of a date or number and is none."""
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         try:
             return super().construct_object(node, deep)  # pyright: ignore[reportUnknownMemberType]
         except ValueError as error:
             raise ConstructorError(None, None, str(error), node.start_mark) from error
+        except (KeyError, AttributeError, IndexError) as error:
+            # What PyYAML lets through where a tag promises what the text is not.
+            text = f"{node.value!r} is no {node.tag.rpartition(':')[2]}"
+            raise ConstructorError(None, None, text, node.start_mark) from error
 
 
 def _parse(text: str) -> Any:

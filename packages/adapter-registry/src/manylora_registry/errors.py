@@ -35,6 +35,7 @@ RegistryError
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 SHOWN_PROBLEMS = 20
 SHOWN_PATHS = 3
@@ -45,6 +46,11 @@ class RegistryError(Exception):
 
     reason = "REGISTRY"
     """For google.rpc.ErrorInfo, in UPPER_SNAKE."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # An exception by itself is made again from its text alone, and a pool of processes hangs
+        # on one that cannot be.
+        return Exception.__new__, (type(self), *self.args), vars(self)
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ A status without a class of its own (ABORTED, UNKNOWN ...) is a plain StatusErro
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 
 class ClientError(Exception):
@@ -31,6 +32,11 @@ class ClientError(Exception):
 
     reason = "CLIENT"
     """UPPER_SNAKE; of a StatusError the reason the server gave, where it gave one."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # An exception by itself is made again from its text alone, and a pool of processes hangs
+        # on one that cannot be.
+        return Exception.__new__, (type(self), *self.args), vars(self)
 
 
 class InvalidInputError(ClientError):

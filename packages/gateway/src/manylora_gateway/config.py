@@ -121,7 +121,8 @@ class LimitsConfig(ConfigModel):
     """Size of one gRPC message, thus of a whole batch. gRPC itself refuses a larger one, with
     RESOURCE_EXHAUSTED, before it is read."""
     max_batch: int = Field(default=256, ge=1)
-    """Requests of one BatchGenerate."""
+    """Requests of one BatchGenerate. Each takes a place of its own: of more than half of
+    `max_requests` for one adapter the rest fails with RESOURCE_EXHAUSTED, the others do not."""
     max_tokens: int | None = Field(default=None, ge=1)
     """Tokens one answer may ask for. Unset: as many as `engine.max_context`."""
     default_max_tokens: int = Field(default=256, ge=1)

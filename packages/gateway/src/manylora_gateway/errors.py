@@ -20,7 +20,8 @@ GatewayError
 │   ├── DrainingError        the gateway is shutting down
 │   ├── ReplicaLostError     the replica died under the request
 │   ├── RegistryLostError    the registry cannot be reached
-│   └── CacheError           a copy of the version cannot be written
+│   ├── CacheError           a copy of the version cannot be written
+│   └── DisplacedError       a copy of a request gave way to a client's (never sent to a client)
 ├── DeadlineError            the request's deadline passed                 DEADLINE_EXCEEDED
 │   └── StalledError         the client left its answer unread
 └── StartError               the gateway could not start (never sent to a client)
@@ -222,6 +223,12 @@ class RegistryLostError(UnavailableError):
     """The registry cannot be read."""
 
     reason = "REGISTRY_UNAVAILABLE"
+
+
+class DisplacedError(UnavailableError):
+    """A request that gives way ended because another one waited."""
+
+    reason = "DISPLACED"
 
 
 class CacheError(UnavailableError):

@@ -30,6 +30,8 @@ class Share:
     """Beside other tenants."""
     adapter_weight: float = 1.0
     """Of the request's adapter beside other adapters of the same tenant."""
+    gives_way: bool = False
+    """Runs only while nobody else waits, and ends when somebody does."""
 
 
 EVERYBODY = Share()

@@ -54,6 +54,7 @@ class Front:
         access: Access | None = None,
         max_message_bytes: int = DEFAULT_MESSAGE_BYTES,
     ) -> None:
+        self._tls = tls
         self._health = _Health()
         self._serving = False
         self._access = access
@@ -119,6 +120,8 @@ class Front:
         for server, service in ((self._inference, INFERENCE_SERVICE), (self._admin, ADMIN_SERVICE)):
             health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
             _reflect(server, (service, health.SERVICE_NAME, reflection.SERVICE_NAME))
+        if self._tls is not None:
+            inference.metrics.certificate_end = self._tls.end
         await self.announce(serving=True)
         await self._inference.start()
         await self._admin.start()

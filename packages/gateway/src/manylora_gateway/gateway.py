@@ -104,6 +104,7 @@ async def run(
         await fleet.close()
         await swaps.close()
         await front.stop()
+        await tracing.end()
     logger.info("stopped")
     return True
 

@@ -233,10 +233,11 @@ class Inference:
         route = self._routes.get((adapter.name, alias))
         if route is None:
             # Nobody asked for it yet: a request would get what the registry says.
+            number = adapter.aliases[alias].version
+            if number == adapter.latest.number:
+                return AliasState(alias, adapter.latest, None, "")
             try:
-                version = await self._routes.look_up(
-                    AdapterReference(adapter.name, str(adapter.aliases[alias].version))
-                )
+                version = await self._routes.look_up(AdapterReference(adapter.name, str(number)))
             except GatewayError as error:
                 return AliasState(alias, None, None, str(error))
             route = Route(serving=version)

@@ -3,12 +3,14 @@
 An adapter and its version are labels of some of them. A gateway serves more versions than a
 time-series database bears, so only the first `max_versions` that are served get a label of their
 own, and the rest share the label "other". A version that nothing serves any more gives its label
-back.
+back, and one that nobody asked for in an hour where another needs it: of a version that is asked
+for by its number nobody says that it is served no more.
 """
 
 import math
 import time
-from collections.abc import Generator, Iterable, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -37,6 +39,10 @@ NOT_OURS = frozenset(
 """Codes of requests that failed by the client's doing."""
 DEADLINE_TOLERANCE_S = 0.05
 """A client whose clock began earlier ends its call by so much before our deadline."""
+
+IDLE_S = 3600.0
+"""So long a version keeps a label that another needs; sooner, the labels would come and go with
+the requests of many, and their number in Prometheus had no bound."""
 
 Labels = tuple[str, str]
 """Adapter and version number."""
@@ -114,14 +120,21 @@ class Metrics:
 
     Args:
         max_versions: adapter versions with a label of their own.
+        clock: tells how long they were not asked for.
     """
 
-    def __init__(self, max_versions: int = 100) -> None:
+    def __init__(
+        self, max_versions: int = 100, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self.figures = Figures()
         self.replicas: Sequence[ReplicaState] = ()
         """As last seen."""
+        self.certificate_end: Callable[[], float] | None = None
+        """See `ServerTls.end`; None without TLS."""
         self._max_versions = max_versions
-        self._labelled: dict[str, Labels] = {}
+        self._clock = clock
+        # By digest, with when each was asked for; the longest ago first.
+        self._labelled: OrderedDict[str, tuple[Labels, float]] = OrderedDict()
         self.registry = CollectorRegistry()
         version = ("adapter", "version")
         own = self.registry
@@ -182,26 +195,40 @@ class Metrics:
             "manylora_registry_age_seconds", "Since the registry was last read.", registry=own
         )
         self.registry.register(_Replicas(self))
+        self.registry.register(_Certificate(self))
 
     def labels(self, version: Version | None) -> Labels:
         """The label of a version, bounded in number."""
         if version is None:
             return BASE
         found = self._labelled.get(version.digest)
-        if found is None:
-            if len(self._labelled) >= self._max_versions:
-                return OTHER
-            found = self._labelled[version.digest] = (version.name, str(version.number))
-        return found
+        if found is None and not self._has_room():
+            return OTHER
+        labels = (version.name, str(version.number)) if found is None else found[0]
+        self._labelled[version.digest] = (labels, self._clock())
+        self._labelled.move_to_end(version.digest)
+        return labels
 
     def forget(self, version: Version) -> None:
         """Nothing serves `version` any more: its label is free."""
-        labels = self._labelled.pop(version.digest, None)
+        self._forget(version.digest)
+
+    def _has_room(self) -> bool:
+        """Whether another version may have a label; one that is idle gives its own up for it."""
+        if len(self._labelled) < self._max_versions:
+            return True
+        longest, (_, asked_at) = next(iter(self._labelled.items()))
+        if self._clock() - asked_at < IDLE_S:
+            return False
+        self._forget(longest)
+        return True
+
+    def _forget(self, digest: str) -> None:
+        labels, _ = self._labelled.pop(digest, (None, 0.0))
         if labels is None:
             return
-        for metric in (self.first_token, self.prompt_tokens, self.generated_tokens):
+        for metric in (self.requests, self.first_token, self.prompt_tokens, self.generated_tokens):
             metric.remove_by_labels(dict(zip(("adapter", "version"), labels, strict=True)))
-        self.requests.remove_by_labels(dict(zip(("adapter", "version"), labels, strict=True)))
 
     def observation(
         self, request_id: str, tenant: str, deadline: float | None = None
@@ -306,3 +333,19 @@ class _Replicas(Collector):
             ):
                 counts[metric].add_metric([name], value)
         return [up, requests, resident, pinned, *counts.values()]
+
+
+class _Certificate(Collector):
+    """Until when the gateway's own is good, as its file says now."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+
+    def collect(self) -> Iterable[Metric]:
+        end = GaugeMetricFamily(
+            "manylora_certificate_end_seconds",
+            "When the gateway's certificate ends, since the epoch; 0 where clients refuse it.",
+        )
+        if self._metrics.certificate_end is not None:
+            end.add_metric([], self._metrics.certificate_end())
+        return [end]

@@ -8,7 +8,8 @@ Waiting requests stand in one line per tenant and adapter, and the lines are ser
 (see `fair`). Some express seats are kept for lines that hold less than their share, so that
 nobody waits until a flood lets a seat go. An adapter that keeps its slot busy while another line
 needs one is asked to leave when its turn is over: it takes no new requests, drains, and queues
-again.
+again. A request that gives way, a copy that nobody waits for, starts only while no other waits and
+is ended when one does: a slot or a seat it held would cost that one a whole answer's time.
 """
 
 import asyncio
@@ -21,6 +22,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from manylora_gateway.errors import DisplacedError
 from manylora_gateway.fair import EVERYBODY, Charge, FairOrder, Flow, Share
 from manylora_gateway.slots import Entry, Residency, Slots, State
 from manylora_registry import Version
@@ -49,6 +51,7 @@ class _Line:
 
     version: Version | None
     weight: float
+    gives_way: bool
     requests: deque[_Waiting] = field(default_factory=deque[_Waiting])
     seated: int = 0
 
@@ -121,6 +124,7 @@ class AdapterPool:
         self._order = FairOrder()
         self._arrivals = itertools.count()
         self._preparations: dict[str, _Preparation] = {}
+        self._giving_way: set[asyncio.Timeout] = set()
         self._tasks: set[asyncio.Task[None]] = set()
 
     @property
@@ -149,16 +153,44 @@ class AdapterPool:
             tokens: the most that the request may cost.
 
         Raises:
+            DisplacedError: the share gives way, and another request waits.
             Exception: whatever `load` raised.
         """
         flow = Flow(share.tenant, BARE_BASE if version is None else version.digest)
         charge = await self._wait(flow, version, share, tokens)
         seat = Seat(tokens)
         try:
-            yield seat
+            if share.gives_way:
+                async with self._until_displaced():
+                    yield seat
+            else:
+                yield seat
         finally:
             self._order.settle(flow, charge, seat.used)
             self._release(flow)
+
+    @asynccontextmanager
+    async def _until_displaced(self) -> AsyncGenerator[None, None]:
+        running = asyncio.timeout(None)
+        try:
+            async with running:
+                self._giving_way.add(running)
+                self._displace()
+                yield
+        except TimeoutError as error:
+            if not running.expired():
+                raise
+            raise DisplacedError("Another request waited.") from error
+        finally:
+            self._giving_way.discard(running)
+
+    def _displace(self) -> None:
+        """Ends what gives way, where somebody waits who does not."""
+        if any(line.requests and not line.gives_way for line in self._lines.values()):
+            now = asyncio.get_running_loop().time()
+            for running in self._giving_way:
+                running.reschedule(now)
+            self._giving_way.clear()
 
     async def prepare(self, version: Version) -> None:
         """Loads `version` if it is not, without taking a seat.
@@ -227,7 +259,7 @@ class AdapterPool:
         """Waits for a seat; returns the charge for it."""
         self._keep(flow.adapter)
         weight = share.tenant_weight * share.adapter_weight
-        line = self._lines.setdefault(flow, _Line(version, weight))
+        line = self._lines.setdefault(flow, _Line(version, weight, share.gives_way))
         place: _SeatPlace = asyncio.get_running_loop().create_future()
         waiting = _Waiting(place, tokens, next(self._arrivals))
         line.requests.append(waiting)
@@ -277,6 +309,7 @@ class AdapterPool:
             entry.state = State.UNLOADING
             self.counts.retirements += 1
             self._start(self._take_out(key, entry))
+        self._displace()
 
     def _advance(self) -> bool:
         """Makes the first move there is to make, preparations first; says whether there was one."""
@@ -285,7 +318,8 @@ class AdapterPool:
             if self._serve_preparation(key, preparation):
                 return True
         waiting = [flow for flow, line in self._lines.items() if line.requests]
-        return any(self._serve(flow) for flow in sorted(waiting, key=self._rank))
+        first = [flow for flow in waiting if not self._lines[flow].gives_way]
+        return any(self._serve(flow) for flow in sorted(first or waiting, key=self._rank))
 
     def _rank(self, flow: Flow) -> tuple[tuple[float, float], int]:
         return self._order.tag(flow), self._lines[flow].requests[0].number
@@ -329,7 +363,7 @@ class AdapterPool:
     def _seat(self, flow: Flow, line: _Line) -> bool:
         """Gives a free seat to the first request of `line`."""
         due = self._seats * line.weight / sum(other.weight for other in self._lines.values())
-        express = self._express if line.seated < due else 0
+        express = self._express if line.seated < due and not line.gives_way else 0
         if self._seated >= self._seats + express:
             return False
         self._seated += 1

@@ -149,3 +149,4 @@ class EngineReplica:
         for sender in self._senders.values():
             sender.close()
         self._registry.close()
+        await tracing.end()

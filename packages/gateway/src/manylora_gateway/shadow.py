@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from contextlib import aclosing
 
 from manylora_gateway.engine import Prompt, Sampling
+from manylora_gateway.errors import DisplacedError
 from manylora_gateway.fair import Share
 from manylora_gateway.metrics import Metrics
 from manylora_gateway.replicas import Replicas
@@ -16,8 +17,7 @@ from manylora_registry import Version
 
 MAX_COPIES = 8
 """Copies under way; more are not made, and counted as skipped."""
-SHARE = Share("shadow", tenant_weight=0.1)
-"""Copies wait behind the requests of clients."""
+SHARE = Share("shadow", tenant_weight=0.1, gives_way=True)
 
 logger = logging.getLogger(__name__)
 
@@ -41,13 +41,16 @@ class Shadows:
     ) -> None:
         """Has `version` answer what was answered with the tokens `answer`."""
         if len(self._tasks) >= MAX_COPIES:
-            rollout.figures.skipped += 1
-            self._metrics.shadows.labels("skipped").inc()
+            self._skip(rollout)
             return
         work = self._compare(rollout, version, prompt, sampling, answer)
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+    def _skip(self, rollout: Rollout) -> None:
+        rollout.figures.skipped += 1
+        self._metrics.shadows.labels("skipped").inc()
 
     async def settle(self) -> None:
         """Waits until no copy is under way."""
@@ -80,6 +83,9 @@ class Shadows:
                             figures.first_token.add(time.monotonic() - began)
                         if not delta.choice:
                             tokens.extend(delta.token_ids)
+        except DisplacedError:
+            self._skip(rollout)
+            return
         except Exception as error:
             figures.failed += 1
             self._metrics.shadows.labels("failed").inc()

@@ -24,6 +24,8 @@ class _Read:
     stamp: object
     context: ssl.SSLContext
     for_grpc: grpc.ServerCertificateConfiguration
+    end: float
+    """See `ServerTls.end`."""
 
 
 class ServerTls:
@@ -47,6 +49,10 @@ class ServerTls:
         self.context = self._now.context
         """For HTTPS."""
         self.context.sni_callback = self._on_hello
+
+    def end(self) -> float:
+        """Until when clients take the certificate, in seconds since the epoch; 0 if they do not."""
+        return self._current().end
 
     def credentials(self) -> grpc.ServerCredentials:
         """For one gRPC server."""
@@ -103,7 +109,7 @@ class ServerTls:
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         context.set_alpn_protocols(["http/1.1"])
         _load_pair(context, config.certificate, config.key)
-        _say_how_long(context, config.certificate)
+        end = _end(context, config.certificate)
         authority = None
         if config.client_ca is not None:
             _load_certificates(context, config.client_ca)
@@ -115,7 +121,7 @@ class ServerTls:
         except OSError as error:
             raise _unreadable(error) from error
         pairs = grpc.ssl_server_certificate_configuration([(key, chain)], authority)
-        return _Read(stamp, context, pairs)
+        return _Read(stamp, context, pairs, end)
 
 
 def _load_certificates(context: ssl.SSLContext, path: Path) -> None:
@@ -148,8 +154,8 @@ def _load_pair(context: ssl.SSLContext, certificate: Path, key: Path) -> None:
         raise _unreadable(error) from error
 
 
-def _say_how_long(context: ssl.SSLContext, certificate: Path) -> None:
-    """Logs until when clients take the certificate, or that they do not.
+def _end(context: ssl.SSLContext, certificate: Path) -> float:
+    """See `ServerTls.end`; logs it too.
 
     It is no reason not to serve: this machine's clock may be the one that is wrong. A client that
     trusts the certificate itself shakes hands here, as Python reads dates of no other.
@@ -168,9 +174,11 @@ def _say_how_long(context: ssl.SSLContext, certificate: Path) -> None:
     except ssl.SSLError as error:
         why = getattr(error, "verify_message", None) or error.reason
         logger.warning("tls: clients refuse %s: %s", certificate, why)
-    else:
-        shown = client.getpeercert() or {}
-        logger.info("tls: %s is valid until %s", certificate, shown.get("notAfter"))
+        return 0.0
+    shown = (client.getpeercert() or {})["notAfter"]
+    assert isinstance(shown, str)
+    logger.info("tls: %s is valid until %s", certificate, shown)
+    return float(ssl.cert_time_to_seconds(shown))
 
 
 def _unreadable(error: OSError) -> StartError:

@@ -4,6 +4,9 @@ A caller's `traceparent` is the parent of the request's span, which is the paren
 the replica. Both say which version answered.
 """
 
+import asyncio
+import threading
+
 from opentelemetry import trace
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import SpanProcessor, TracerProvider
@@ -16,6 +19,8 @@ from manylora_registry import Version
 
 SCOPE = "manylora_gateway"
 PROPAGATOR = TraceContextTextMapPropagator()
+END_S = 3.0
+"""The last spans get this long; the exporter itself would try a collector that is gone for 30 s."""
 
 
 def configure(config: TracingConfig, service: str, processor: SpanProcessor | None = None) -> None:
@@ -31,9 +36,20 @@ def configure(config: TracingConfig, service: str, processor: SpanProcessor | No
     provider = TracerProvider(
         resource=Resource.create({"service.name": service}),
         sampler=ParentBased(TraceIdRatioBased(config.sample)),
+        # It would wait for the collector without a bound of ours; see `end`.
+        shutdown_on_exit=False,
     )
     provider.add_span_processor(processor)
     trace.set_tracer_provider(provider)
+
+
+async def end() -> None:
+    """Exports what is left, if the collector takes it soon; what it does not is lost."""
+    provider = trace.get_tracer_provider()
+    if isinstance(provider, TracerProvider):
+        exporting = threading.Thread(target=provider.shutdown, daemon=True)
+        exporting.start()
+        await asyncio.to_thread(exporting.join, END_S)
 
 
 def begin(name: str, traceparent: str, kind: SpanKind = SpanKind.SERVER) -> Span:

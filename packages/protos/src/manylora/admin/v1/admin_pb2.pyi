@@ -564,7 +564,7 @@ class ShadowReport(_message.Message):
     failed: _builtins.int
     """Copies that failed."""
     skipped: _builtins.int
-    """Copies that were not made because too many were under way."""
+    """Copies that were not made because too many were under way, or gave way to a client."""
     ttft_p50_s: _builtins.float
     """Seconds to the first token of the copies, over the newest 1,000."""
     ttft_p95_s: _builtins.float
