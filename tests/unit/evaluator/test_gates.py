@@ -36,6 +36,7 @@ def evaluated(serve: Callable[..., ScriptedServer], tmp_path: Path) -> Evaluate:
         right: dict[str, int | range],
         *,
         rows: int = ROWS,
+        times: int = 1,
         task: str = "",
         baseline: str | None = None,
         scorers: str = "[exact_match]",
@@ -55,7 +56,7 @@ def evaluated(serve: Callable[..., ScriptedServer], tmp_path: Path) -> Evaluate:
             return Answer("yes" if hit else "no", version=version)
 
         digests = {versioned(number): number for number in (1, 2)}
-        write_rows(tmp_path / "rows.jsonl", rows)
+        write_rows(tmp_path / "rows.jsonl", rows, times)
         suite = tmp_path / "suite.yaml"
         suite.write_text(
             "name: s\ntasks:\n  - {name: spelling, adapter: spelling@1, rows: rows.jsonl, "
@@ -77,16 +78,16 @@ def versioned(number: int) -> str:
     return version("spelling", number).digest
 
 
-def write_rows(path: Path, rows: int) -> None:
-    lines = (
+def write_rows(path: Path, rows: int, times: int = 1) -> None:
+    lines = [
         {
             "messages": [{"role": "user", "content": str(n)}],
             "expected": "yes",
             "row": {"parity": ["even", "odd"][n % 2]} if n else {},
         }
         for n in range(rows)
-    )
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines) * times)
 
 
 @pytest.mark.parametrize(
@@ -108,6 +109,18 @@ def test_a_comparison_ends_in_one_of_four_ways(
     assert decided.verdict == verdict
     assert decided.not_worse == (verdict in ("better", "not_distinguishable"))
     assert TypeAdapter(Comparison).validate_json(decided.to_json()) == decided
+
+
+def test_rows_written_many_times_prove_no_more_than_once(
+    evaluated: Evaluate, tmp_path: Path
+) -> None:
+    result = evaluated({"spelling@1": 0, "spelling@2": 10}, rows=10, times=10)
+
+    decided = gate(result, "spelling@2", "spelling@1")
+
+    assert not decided.passed
+    assert decided.comparison is not None
+    assert decided.comparison.scores[0].test.rows == 10
 
 
 def test_too_few_rows_says_how_many_are_needed(evaluated: Evaluate) -> None:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from manylora_evaluator.errors import ResultsError
 from manylora_evaluator.paired import holm, needed_rows, paired_test
 from manylora_evaluator.results import Column, EvaluationResult, RowResult, TaskResult
+from manylora_evaluator.rows import is_repeat
 from manylora_evaluator.suite import Decision
 from manylora_evaluator.verdicts import (
     Comparison,
@@ -42,8 +43,8 @@ class _Answers:
 
     @property
     def rows(self) -> Mapping[str, RowResult]:
-        """By id."""
-        return {row.id: row for row in self.task.rows}
+        """By id, without those that repeat one before: their answers prove nothing more."""
+        return {row.id: row for row in self.task.rows if not is_repeat(row.id)}
 
 
 def compare(
@@ -54,6 +55,8 @@ def compare(
     decision: Decision | None = None,
 ) -> Comparison:
     """Compares two versions on the rows both were asked, by each task's `compare` scores.
+
+    A row that asks and expects the same as one before it does not count again.
 
     A score whose paired test is significant at `decision.alpha` (Holm's correction over all
     scores compared) is better or worse. One that is not is only called not distinguishable when
