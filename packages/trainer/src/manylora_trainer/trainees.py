@@ -129,6 +129,7 @@ class Trainee:
         return {
             **kept,
             f"{self.name}/weights": self._weights,
+            f"{self.name}/sound": self._sound,
             **{f"{self.name}/{name}": kept for name, kept in self.optimizer.state.items()},
         }
 
@@ -161,7 +162,6 @@ class Trainee:
         self.stream.move_to(progress.cursor)
         for name, tensor in self.state().items():
             tensor.copy_(tensors[name])
-        self._sound.copy_(self._weights)
 
     def apply_gradient(self, step: int, loss: float, norm: float) -> float | None:
         """Applies the gradient of step `step`, if it is finite; gives the rate.
