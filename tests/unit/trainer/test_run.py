@@ -21,7 +21,7 @@ from manylora_trainer.errors import (
     AdaptersStoppedError,
     NotPublishableError,
     RunInterruptedError,
-    UnsupportedBaseError,
+    UnfitTaskError,
 )
 from manylora_trainer.publish import publish_run
 from manylora_trainer.recipe import load_recipe
@@ -175,7 +175,7 @@ def test_a_target_that_matches_nothing_is_refused_before_anything_is_written(
     make_task, write_recipe, tmp_path
 ):
     recipe = write_recipe(make_task("a", lora={"target_modules": ["query_key_value"]}))
-    with pytest.raises(UnsupportedBaseError, match=r"query_key_value; it has .*q_proj"):
+    with pytest.raises(UnfitTaskError, match=r"query_key_value; it has .*q_proj"):
         manylora_trainer.train(recipe, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
