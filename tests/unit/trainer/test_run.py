@@ -17,6 +17,7 @@ from manylora_cli.publish import publish
 from manylora_cli.train import train
 from manylora_registry import Registry
 from manylora_trainer.dataset import load_task
+from manylora_trainer.dry_run import plan
 from manylora_trainer.errors import (
     AdaptersStoppedError,
     NotPublishableError,
@@ -177,6 +178,16 @@ def test_a_target_that_matches_nothing_is_refused_before_anything_is_written(
     recipe = write_recipe(make_task("a", lora={"target_modules": ["query_key_value"]}))
     with pytest.raises(UnfitTaskError, match=r"query_key_value; it has .*q_proj"):
         manylora_trainer.train(recipe, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_examples_longer_than_the_base_are_refused_before_anything_is_written(
+    make_task, write_recipe, tmp_path
+):
+    recipe = write_recipe(make_task("fits", max_length=512), make_task("long", max_length=513))
+    for begin in (plan, lambda given: manylora_trainer.train(given, tmp_path / "run")):
+        with pytest.raises(UnfitTaskError, match=r"task long: max_length 513 .* the 512 positions"):
+            begin(load_recipe(recipe))
     assert not (tmp_path / "run").exists()
 
 

@@ -37,6 +37,7 @@ from manylora_trainer.memory import (
     stating_memory_faults,
 )
 from manylora_trainer.plots import plot_curves
+from manylora_trainer.positions import check_lengths
 from manylora_trainer.progress import Watch
 from manylora_trainer.recipe import Recipe, Task
 from manylora_trainer.repeatable import compute_repeatably
@@ -89,6 +90,7 @@ def train_run(
     writes = workers.rank == 0
     identity = identify_base(recipe.base)
     linears = linears_of(identity)
+    check_lengths(recipe)
     targets = {task.name: targets_of(task, linears) for task in recipe.tasks}
     earlier = RunDirectory(path).read_run() if resume else None
     initial = _initial_adapters(recipe, targets, identity.fingerprint, earlier)
