@@ -135,6 +135,8 @@ def test_soft_capped_logits_are_refused(base_of, make_task, write_recipe, tmp_pa
 def test_attention_that_cannot_be_packed_is_refused(base_of):
     with pytest.raises(UnsupportedBaseError, match="own logits"):
         BaseModel(base_of("bloom"), torch.float32, torch.device("cpu"))
+    with pytest.raises(UnsupportedBaseError, match="its attention takes no packs"):
+        BaseModel(base_of("falcon"), torch.float32, torch.device("cpu"))
 
 
 def test_a_family_that_this_trainer_cannot_read_is_refused_by_name(base_of):

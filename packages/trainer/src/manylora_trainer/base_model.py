@@ -64,7 +64,9 @@ class BaseModel:
                 **placed,
             )
         except (OSError, ValueError, KeyError) as error:
-            raise UnsupportedBaseError(f"{directory} cannot be loaded: {error}") from error
+            # Models with attention classes of their own look for one by this name.
+            why = "its attention takes no packs" if ATTENTION_NAME in str(error) else error
+            raise UnsupportedBaseError(f"{directory} cannot be loaded: {why}") from error
         self.model: Any = (model if four_bit else model.to(device)).eval().requires_grad_(False)
         self.device = device
         with _stating_faults_of_the_model(directory, model.config.model_type):
