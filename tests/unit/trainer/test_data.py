@@ -194,6 +194,7 @@ def test_a_system_message_is_put_before_conversations_that_have_none_anywhere():
         (template(), {"wrong": "\ud800", "right": "b"}, "wrong", "half a surrogate pair"),
         (template(), {"wrong": "a"}, "right", "missing"),
         (template(), {"wrong": ["a"], "right": "b"}, "wrong", "must be text or a number"),
+        (template(), {"wrong": "a", "right": None}, "right", "must be text or a number, is null"),
         (template(), {"wrong": "a", "right": " "}, "completion", "renders to nothing"),
         (template(), {"wrong": "a", "right": float("nan")}, "right", "is nan, not a number"),
         (template(), {"wrong": "a", "right": Decimal("NaN")}, "right", "is NaN, not a number"),
@@ -233,6 +234,24 @@ def test_a_system_message_is_put_before_conversations_that_have_none_anywhere():
             {"messages": [TALK[0], {**TALK[1], "tool_calls": [{"id": "a"}]}]},
             "messages.1.tool_calls",
             "would be lost: role and content alone are learned",
+        ),
+        (
+            ChatFormat(kind="chat"),
+            {"messages": [TALK[0], {**TALK[1], "content": None, "tool_calls": [{"id": "a"}]}]},
+            "messages.1.tool_calls",
+            "would be lost: role and content alone are learned",
+        ),
+        (
+            ChatFormat(kind="chat"),
+            {"messages": [{**TALK[0], "content": [{"type": "text", "text": "a"}]}, TALK[1]]},
+            "messages.0.content",
+            "must be text, is list",
+        ),
+        (
+            ChatFormat(kind="chat"),
+            {"messages": [TALK[0], {**TALK[1], "weight": 0}]},
+            "messages.1.weight",
+            "would be lost: say by train: true what trains",
         ),
         (ChatFormat(kind="chat"), {"messages": "hi"}, "messages", "must be a list"),
         (

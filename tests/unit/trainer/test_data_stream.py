@@ -11,7 +11,7 @@ import pytest
 import manylora_trainer
 from manylora_trainer.data_settings import Split
 from manylora_trainer.dataset import load_task, part_of
-from manylora_trainer.errors import DataError, NoExamplesError, RowError, SourceError
+from manylora_trainer.errors import NoExamplesError, RowError, SourceError, UnfitTaskError
 from manylora_trainer.formats import Message, Rendered
 from manylora_trainer.recipe import Task
 from manylora_trainer.sampling import Cursor, ExampleStream, prepared_ahead
@@ -237,7 +237,7 @@ def test_batches_of_tokens_must_hold_the_longest_example():
 
 def test_epochs_that_end_before_the_warmup_are_told(tokenizer):
     settings = {"epochs": 1, "batch_size": 5, "optimizer": {"warmup_steps": 3}}
-    with pytest.raises(DataError, match=r"10 examples are 2 steps.*warmup_steps \(3\)"):
+    with pytest.raises(UnfitTaskError, match=r"10 examples are 2 steps.*warmup_steps \(3\)"):
         stream_of(tokenizer, words(10), **settings)
 
 

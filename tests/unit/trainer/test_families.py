@@ -60,6 +60,8 @@ def recipe_over(base: Path, recipe: Path) -> manylora_trainer.Recipe:
         ("qwen3", {"head_dim": 16}),
         ("gemma", {"head_dim": 8}),
         ("phi3", {"partial_rotary_factor": 0.5}),
+        ("granite", {"logits_scaling": 6.0}),
+        ("cohere", {"logit_scale": 0.0625}),
     ],
 )
 def test_what_is_trained_is_what_peft_computes(
@@ -88,7 +90,12 @@ def test_what_is_trained_is_what_peft_computes(
 
 @pytest.mark.parametrize(
     ("family", "changes"),
-    [("qwen3", {"head_dim": 16}), ("gemma", {"head_dim": 8}), ("stablelm", {})],
+    [
+        ("qwen3", {"head_dim": 16}),
+        ("gemma", {"head_dim": 8}),
+        ("stablelm", {}),
+        ("granite", {"logits_scaling": 6.0}),
+    ],
 )
 def test_in_bfloat16_a_family_learns_almost_the_same(
     base_of, make_task, write_recipe, tmp_path, family, changes
@@ -111,10 +118,31 @@ def test_between_products_in_bfloat16_a_cpu_keeps_float32(tiny_base):
 
 
 def test_soft_capped_attention_is_refused(base_of, make_task, write_recipe, tmp_path):
-    base = base_of("gemma2", head_dim=8)
+    base = base_of("gemma2", head_dim=8, final_logit_softcapping=None)
     recipe = recipe_over(base, write_recipe(make_task("one")))
     with pytest.raises(UnsupportedBaseError, match="soft-capped"):
         manylora_trainer.train(recipe, tmp_path / "run")
+
+
+def test_soft_capped_logits_are_refused(base_of, make_task, write_recipe, tmp_path):
+    changes = {"attn_logit_softcapping": None, "final_logit_softcapping": 30.0}
+    base = base_of("gemma2", head_dim=8, **changes)
+    recipe = recipe_over(base, write_recipe(make_task("one")))
+    with pytest.raises(UnsupportedBaseError, match="more to its logits than a factor"):
+        manylora_trainer.train(recipe, tmp_path / "run")
+
+
+def test_attention_that_cannot_be_packed_is_refused(base_of):
+    with pytest.raises(UnsupportedBaseError, match="own logits"):
+        BaseModel(base_of("bloom"), torch.float32, torch.device("cpu"))
+    with pytest.raises(UnsupportedBaseError, match="its attention takes no packs"):
+        BaseModel(base_of("falcon"), torch.float32, torch.device("cpu"))
+
+
+def test_a_family_that_this_trainer_cannot_read_is_refused_by_name(base_of):
+    base = base_of("qwen3_next", head_dim=8, num_experts=2, moe_intermediate_size=16)
+    with pytest.raises(UnsupportedBaseError, match="of the kind qwen3_next cannot be trained here"):
+        BaseModel(base, torch.float32, torch.device("cpu"))
 
 
 def test_sinks_are_refused(base_of, make_task, write_recipe, tmp_path):

@@ -1,7 +1,5 @@
 """Packs hold many examples without padding, and none of them sees another."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
@@ -11,7 +9,6 @@ from hypothesis import strategies as st
 from manylora_registry import identify_base
 from manylora_trainer.adapter_settings import Lora
 from manylora_trainer.base_model import BaseModel
-from manylora_trainer.errors import UnsupportedBaseError
 from manylora_trainer.lora import Adapter, Routing, attach
 from manylora_trainer.packing import Batch, pack_batches
 from manylora_trainer.targets import linears_of
@@ -194,17 +191,3 @@ def test_packs_are_even():
     sizes = [len(pack) for pack in packs]
     assert len(sizes) == 6
     assert max(sizes) - min(sizes) <= 20
-
-
-def test_a_base_whose_logits_are_more_than_a_head_is_refused(tiny_base, tmp_path):
-    import shutil
-
-    scaled = tmp_path / "scaled"
-    shutil.copytree(tiny_base, scaled)
-    config = json.loads((scaled / "config.json").read_text())
-    # Granite is Llama with scaled logits; the weights' names are the same.
-    config |= {"model_type": "granite", "architectures": ["GraniteForCausalLM"]}
-    config["logits_scaling"] = 8.0
-    (scaled / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UnsupportedBaseError, match="own logits"):
-        BaseModel(scaled, torch.float32, torch.device("cpu"))

@@ -1,5 +1,6 @@
 """Promise 4: killed at any moment and resumed, the adapters are the same bytes."""
 
+import io
 import json
 import os
 import random
@@ -12,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 import manylora_trainer
 from manylora_trainer.errors import (
@@ -465,6 +467,44 @@ def test_a_directory_that_cannot_be_written_is_one_clear_error(recipe, tmp_path)
     (tmp_path / "file").write_text("")
     with pytest.raises(RunDirectoryError, match="cannot be used"):
         manylora_trainer.train(recipe, tmp_path / "file" / "run")
+
+
+class BrokenOff(Progress):
+    """Ends the run before its first step."""
+
+    def start(self, steps, done):
+        raise KeyboardInterrupt
+
+
+def test_a_template_that_writes_the_date_writes_that_of_the_runs_start(
+    make_task, write_recipe, tiny_base, tmp_path
+):
+    recipe = load_recipe(write_recipe(make_task("a", steps=2)))
+
+    def over(date: str):
+        base = tmp_path / f"base-{len(date)}"
+        shutil.copytree(tiny_base, base)
+        template = base / "chat_template.jinja"
+        template.write_text(template.read_text().replace("You answer with one word.", date))
+        return recipe.model_copy(update={"base": base})
+
+    dated = over("It is {{ strftime_now('%d %b %Y') }}.")
+    with pytest.raises(KeyboardInterrupt):
+        manylora_trainer.train(dated, tmp_path / "dated", progress=BrokenOff())
+    # As if that had been on another day.
+    file = tmp_path / "dated" / "run.json"
+    run = json.loads(file.read_text())
+    file.write_text(json.dumps({**run, "started_at": "2020-02-29T23:59:59+00:00"}))
+    heard = io.StringIO()
+    manylora_trainer.train(
+        dated, tmp_path / "dated", resume=True, progress=Progress(Console(file=heard))
+    )
+    assert "in this run's prompts 2020-02-29 (UTC)" in heard.getvalue()
+    manylora_trainer.train(over("It is 29 Feb 2020."), tmp_path / "written")
+    weights = "adapters/a/adapter_model.safetensors"
+    assert (tmp_path / "dated" / weights).read_bytes() == (
+        tmp_path / "written" / weights
+    ).read_bytes()
 
 
 def test_resume_refuses_other_rows(make_task, write_recipe, tmp_path):

@@ -17,12 +17,14 @@ from manylora_cli.publish import publish
 from manylora_cli.train import train
 from manylora_registry import Registry
 from manylora_trainer.dataset import load_task
+from manylora_trainer.dry_run import plan
 from manylora_trainer.errors import (
     AdaptersStoppedError,
     NotPublishableError,
     RunInterruptedError,
-    UnsupportedBaseError,
+    UnfitTaskError,
 )
+from manylora_trainer.progress import Progress
 from manylora_trainer.publish import publish_run
 from manylora_trainer.recipe import load_recipe
 from manylora_trainer.tokenization import ChatTokenizer
@@ -175,9 +177,30 @@ def test_a_target_that_matches_nothing_is_refused_before_anything_is_written(
     make_task, write_recipe, tmp_path
 ):
     recipe = write_recipe(make_task("a", lora={"target_modules": ["query_key_value"]}))
-    with pytest.raises(UnsupportedBaseError, match=r"query_key_value; it has .*q_proj"):
+    with pytest.raises(UnfitTaskError, match=r"query_key_value; it has .*q_proj"):
         manylora_trainer.train(recipe, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_examples_are_held_to_the_positions_of_the_base(make_task, write_recipe, tmp_path):
+    heard: list[str] = []
+
+    class Hearing(Progress):
+        def say(self, text):
+            heard.append(text)
+
+    rows = [{"wrong": f"w{i}", "right": "r" * (20 if i % 4 else 600)} for i in range(40)]
+    long = make_task("long", rows, max_length=900, overlong="truncate")
+    recipe = write_recipe(make_task("fits", max_length=512), long, pack_tokens=1024)
+    manylora_trainer.train(recipe, tmp_path / "run", progress=Hearing())
+    told = [text for text in heard if "512 positions" in text]
+    assert told == ["long: the base has 512 positions, so max_length is 512"]
+    lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
+    cut = [line for line in map(json.loads, lines) if line.get("overlong_truncated")]
+    assert {line["task"] for line in cut} == {"long"}
+    fits, planned = plan(load_recipe(recipe)).tasks
+    assert fits.overlong_truncated == 0
+    assert planned.overlong_truncated > 0
 
 
 def test_publishing_a_run_makes_versions_and_moves_aliases(run, tmp_path):

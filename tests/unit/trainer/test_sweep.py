@@ -185,6 +185,25 @@ def test_an_invalid_combination_and_a_diverging_trial_do_not_stop_the_others(wri
     assert any("loss" in (t.why or "") for t in result.trials if t.state == "stopped")
 
 
+def test_a_trial_that_rows_or_base_make_impossible_does_not_stop_the_others(
+    make_task, write_recipe, write_sweep
+):
+    write_recipe(make_task("words", steps=None, epochs=0.5, batch_size=3))
+    sweep = write_sweep(
+        space={
+            "tasks.0.optimizer.warmup_steps": [2, 90],
+            "tasks.0.lora.target_modules": [["q_proj"], ["query"]],
+        },
+        trials_per_run=2,
+    )
+    result = run_sweep(load_sweep(sweep))
+    assert [trial.state for trial in result.trials] == ["finished", "invalid", "invalid", "invalid"]
+    why = [trial.why or "" for trial in result.trials]
+    assert "no linear layer named query" in why[1]
+    assert "greater than optimizer.warmup_steps (90)" in why[2]
+    assert run_sweep(load_sweep(sweep), resume=True).trials == result.trials
+
+
 def test_a_wrong_range_is_one_mistake(write_sweep):
     with pytest.raises(ConfigError) as caught:
         load_sweep(write_sweep(space={RATE: {"low": 0.2, "high": 0.1}}))

@@ -1,13 +1,16 @@
 """Promise 3: N adapters trained in one run equal N trained in N runs, to float32 rounding."""
 
 import json
+import signal
 from pathlib import Path
 
 import pytest
 from safetensors.numpy import load_file
 
 import manylora_trainer
+from manylora_trainer.errors import RunInterruptedError
 from manylora_trainer.saved_runs import read_run
+from tests.unit.trainer.conftest import StopAt
 
 DIFFERENT = {
     "all": {"lora": {"rank": 4, "alpha": 8}},
@@ -143,6 +146,22 @@ def test_an_adapter_with_nan_loss_stops_alone_and_says_why(make_task, write_reci
     lines = (tmp_path / "both" / "metrics.jsonl").read_text().splitlines()
     entries = [json.loads(line, parse_constant=pytest.fail) for line in lines]
     assert [e["task"] for e in entries if "stopped" in e] == ["hopeless"]
+
+
+def test_a_resume_right_before_a_nan_keeps_the_same_sound_weights(
+    make_task, write_recipe, tmp_path
+):
+    recipe = write_recipe(
+        make_task(
+            "hopeless", optimizer={"learning_rate": 1e30, "clip_norm": None, "schedule": "constant"}
+        )
+    )
+    manylora_trainer.train(recipe, tmp_path / "whole")
+    with pytest.raises(RunInterruptedError):
+        manylora_trainer.train(recipe, tmp_path / "resumed", progress=StopAt(1, signal.SIGTERM))
+    manylora_trainer.train(recipe, tmp_path / "resumed", resume=True)
+    file = "stopped/hopeless/adapter_model.safetensors"
+    assert (tmp_path / "resumed" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
 
 
 ENDS_EARLY = {

@@ -49,6 +49,7 @@ def train(
         ConfigError: the recipe has mistakes.
         BaseError, UnsupportedBaseError: the base cannot be read or trained on.
         DataError: rows cannot be read or trained on.
+        UnfitTaskError: a task's settings do not go with its rows or its base.
         InitialAdapterError: the adapter to go on from is not there or of another shape.
         RunDirectoryError: the run directory cannot be used as asked.
         DeviceMemoryError: the GPU has too little memory; the last checkpoint is whole.

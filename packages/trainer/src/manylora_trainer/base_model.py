@@ -61,19 +61,23 @@ class BaseModel:
                 **placed,
             )
         except (OSError, ValueError, KeyError) as error:
-            raise UnsupportedBaseError(f"{directory} cannot be loaded: {error}") from error
+            # Models with attention classes of their own look for one by this name.
+            why = "its attention takes no packs" if ATTENTION_NAME in str(error) else error
+            raise UnsupportedBaseError(f"{directory} cannot be loaded: {why}") from error
         self.model: Any = (model if four_bit else model.to(device)).eval().requires_grad_(False)
         self.device = device
-        self.decoder: Any = model.get_decoder()
-        self._embedding: nn.Embedding = model.get_input_embeddings()
-        self._head: nn.Linear = model.get_output_embeddings()
-        tokens = np.random.default_rng(0).integers(len(self._embedding.weight), size=(2, 24))
-        tokens[1, :12] = tokens[0, :12]
-        expected = self._stock_logits(tokens)
-        if device.type == "cpu" and dtype != torch.float32:
-            keep_activations_in_float32(self.model)
-        fuse_small_operations(self.model, device)
-        self._check_packing(tokens.astype(np.int32), expected, directory)
+        with _stating_faults_of_the_model(directory, model.config.model_type):
+            self.decoder: Any = model.get_decoder()
+            self._embedding: nn.Embedding = model.get_input_embeddings()
+            self._head: nn.Linear = model.get_output_embeddings()
+            tokens = np.random.default_rng(0).integers(len(self._embedding.weight), size=(2, 24))
+            tokens[1, :12] = tokens[0, :12]
+            expected = self._stock_logits(tokens)
+            self._logit_factor = self._factor_of_logits(tokens, directory)
+            if device.type == "cpu" and dtype != torch.float32:
+                keep_activations_in_float32(self.model)
+            fuse_small_operations(self.model, device)
+            self._check_packing(tokens.astype(np.int32), expected, directory)
 
     def recompute_layers(self) -> None:
         """From now on keeps only what enters each layer (https://arxiv.org/abs/1604.06174).
@@ -122,14 +126,15 @@ class BaseModel:
     def hidden_states(self, pack: Pack) -> Tensor:
         """Final hidden states at the predicting tokens of the pack being read.
 
-        [targets, hidden]
+        [targets, hidden], times what the base multiplies its logits by.
         """
         tokens = on_device(pack.tokens, self.device)[None]
         positions = on_device(pack.positions, self.device)[None]
         states = self.decoder(
             inputs_embeds=self._embedding(tokens), position_ids=positions, use_cache=False
         ).last_hidden_state
-        return states.squeeze(0).index_select(0, on_device(pack.predicting, self.device))
+        states = states.squeeze(0).index_select(0, on_device(pack.predicting, self.device))
+        return states if self._logit_factor == 1.0 else states * self._logit_factor
 
     def cross_entropy(self, pack: Pack) -> Tensor:
         """Cross-entropy of each of the pack's targets, in nats, float32 [targets]."""
@@ -154,12 +159,40 @@ class BaseModel:
         finally:
             self.model.set_attn_implementation(ATTENTION_NAME)
 
+    def _factor_of_logits(self, tokens: NDArray[np.int64], directory: Path) -> float:
+        """What the model multiplies its head's output by, seen by giving it another output.
+
+        Raises:
+            UnsupportedBaseError: it does something else to it, such as soft-capping.
+        """
+        given: list[Tensor] = []
+
+        def ramp(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
+            values = torch.linspace(-32, 32, output.numel(), device=output.device)
+            given.append(values.view_as(output))
+            return given[-1]
+
+        hook = self._head.register_forward_hook(ramp)
+        try:
+            logits = self._stock_logits(tokens)
+        finally:
+            hook.remove()
+        (ramped,) = given
+        # The last value is a power of two: nothing is rounded.
+        factor = float(logits.flatten()[-1] / ramped.flatten()[-1])
+        if not torch.allclose(logits.float(), ramped * factor, rtol=1e-5, atol=1e-5):
+            raise UnsupportedBaseError(
+                f"{directory} does more to its logits than a factor, such as a soft cap, so it "
+                "cannot be trained here"
+            )
+        return factor
+
     @torch.no_grad()
     def _check_packing(self, tokens: NDArray[np.int32], expected: Tensor, directory: Path) -> None:
         """Compares a small pack with transformers' own forward, one example at a time.
 
-        Catches whatever a model does besides plain causal attention and a linear head: scaled or
-        capped logits, positions that do not restart, another kind of attention.
+        Catches whatever a model does besides plain causal attention and a linear head: positions
+        that do not restart, another kind of attention.
         """
         trained = np.arange(24) >= 16
         examples = [Example(row, trained) for row in tokens]
@@ -173,6 +206,25 @@ class BaseModel:
                 f"{directory}: packed examples do not give this model's own logits, so it cannot "
                 "be trained here (it does more than causal attention and a linear head)"
             )
+
+
+@contextmanager
+def _stating_faults_of_the_model(directory: Path, kind: str) -> Generator[None]:
+    """States it as one line, when a model's code is not what this trainer takes it for.
+
+    Raises:
+        UnsupportedBaseError: instead of whatever is raised inside the block.
+    """
+    try:
+        yield
+    except (UnsupportedBaseError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        why = " ".join(str(error).split())
+        raise UnsupportedBaseError(
+            f"{directory}: a base of the kind {kind} cannot be trained here: computing a short "
+            f"text with it fails ({type(error).__name__}: {why})"
+        ) from error
 
 
 def _steady_positions(config: Any) -> int | None:

@@ -37,7 +37,8 @@ class Checkpoint:
     """Length of metrics.jsonl at that moment."""
     tasks: Mapping[str, TaskProgress]
     tensors: Mapping[str, Tensor]
-    """`TASK/weights`, the optimiser's `TASK/mean` and so on, and `TASK/best` where it is kept."""
+    """`TASK/weights`, `TASK/sound` (those before the last step), the optimiser's `TASK/mean` and so
+    on, and `TASK/best` where it is kept."""
 
 
 def save_checkpoint(directory: Path, checkpoint: Checkpoint, keep: int) -> None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, Literal, cast
 
 from manylora_trainer.data_settings import Split
-from manylora_trainer.errors import DataError, NoExamplesError, RowError
+from manylora_trainer.errors import NoExamplesError, RowError, UnfitTaskError
 from manylora_trainer.formats import Rendered
 from manylora_trainer.items import I, Preparation, R, Rendering
 from manylora_trainer.preference import PairPreparation
@@ -126,7 +126,7 @@ def survey(
         RowError: a row is malformed.
         SourceError: the source cannot be opened or fails midway.
         NoExamplesError: no row is left to train on.
-        DataError: the epochs end before the warm-up does.
+        UnfitTaskError: the epochs end before the warm-up does.
     """
     validation = _Smallest(task.split.validation_rows)
     held_out = _Smallest(task.split.held_out_rows)
@@ -257,9 +257,10 @@ def _steps(task: Task, counted: _Counting[R, I]) -> tuple[int, int | None]:
     else:
         steps = math.ceil(task.epochs * counted.tokens / task.batch_tokens)
     if steps <= (warmup := task.optimizer.warmup(steps)):
-        raise DataError(
-            f"task {task.name}: {task.epochs} epochs of {counted.examples} examples are {steps} "
-            f"steps, which must be greater than optimizer.warmup_steps ({warmup})"
+        raise UnfitTaskError(
+            task.name,
+            f"{task.epochs} epochs of {counted.examples} examples are {steps} steps, which must be "
+            f"greater than optimizer.warmup_steps ({warmup})",
         )
     return steps, examples
 

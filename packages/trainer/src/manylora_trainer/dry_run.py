@@ -19,6 +19,7 @@ from manylora_trainer.estimates import (
     estimate_time,
 )
 from manylora_trainer.memory import trained_parameters
+from manylora_trainer.positions import within_positions
 from manylora_trainer.recipe import Recipe, Task
 from manylora_trainer.sources import open_source
 from manylora_trainer.targets import linears_of, targets_of
@@ -90,10 +91,12 @@ def plan(recipe: Recipe) -> Plan:
     Raises:
         BaseError, UnsupportedBaseError: the base cannot be read or trained on.
         InitialAdapterError: an adapter to go on from does not fit.
+        UnfitTaskError: a task's settings do not go with the base.
         DataError: rows cannot be read or trained on.
     """
     identity = identify_base(recipe.base)
     linears = linears_of(identity)
+    recipe = within_positions(recipe, lambda _: None)
     for task in recipe.tasks:
         read_initial(task, targets_of(task, linears), identity.fingerprint)
     parameters = trained_parameters(recipe, identity)

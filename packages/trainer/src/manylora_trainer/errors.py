@@ -5,7 +5,8 @@ TrainerError
 │   ├── RowError              one row is malformed: file, row and field are named
 │   ├── SourceError           a source cannot be opened or fails midway
 │   └── NoExamplesError       nothing is left to train on
-├── UnsupportedBaseError      the base cannot be trained on, or a target matches none of it
+├── UnsupportedBaseError      the base cannot be trained on
+├── UnfitTaskError            a task's settings do not go with its rows or its base
 ├── InitialAdapterError       the adapter to go on from is not there or of another shape
 ├── RunDirectoryError         the run directory cannot be used as asked
 │   ├── RunExistsError        it already holds a run and resuming was not asked for
@@ -81,6 +82,17 @@ class UnsupportedBaseError(TrainerError):
     """The base cannot be trained on as asked."""
 
     reason = "BASE_UNSUPPORTED"
+
+
+class UnfitTaskError(TrainerError):
+    """A task's settings do not go with its rows or its base; other tasks may well train."""
+
+    reason = "TASK_UNFIT"
+
+    def __init__(self, task: str, problem: str) -> None:
+        self.task = task
+        self.problem = problem
+        super().__init__(f"task {task}: {problem}")
 
 
 class InitialAdapterError(TrainerError):

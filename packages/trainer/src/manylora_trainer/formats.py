@@ -97,6 +97,10 @@ def _written(value: Any) -> str:
     raise TypeError(f"{type(value).__name__} has no form in it")
 
 
+def _kind(value: Any) -> str:
+    return "null" if value is None else type(value).__name__
+
+
 @dataclass(frozen=True)
 class _RowReader:
     """Reads columns and says which row and field is at fault."""
@@ -114,7 +118,7 @@ class _RowReader:
     def text(self, column: str) -> str:
         value = self.value(column)
         if not isinstance(value, str):
-            raise self.error(column, f"must be text, is {type(value).__name__}")
+            raise self.error(column, f"must be text, is {_kind(value)}")
         if not value.strip():
             raise self.error(column, "empty")
         return self.checked(column, value)
@@ -140,7 +144,7 @@ class _RowReader:
             return str(value) if isinstance(value, float) else _written(value)
         if isinstance(value, WRITTEN):
             return str(value)
-        raise self.error(column, f"must be text or a number, is {type(value).__name__}")
+        raise self.error(column, f"must be text or a number, is {_kind(value)}")
 
     def fill(self, template: str) -> str:
         columns = {column: self.scalar(column) for column in placeholders(template)}
@@ -235,18 +239,26 @@ def _render_preference(settings: PreferenceFormat, reader: _RowReader) -> Render
 
 def _message(reader: _RowReader, field: str, entry: Any) -> Message:
     if not isinstance(entry, Mapping):
-        raise reader.error(field, f"must be an object, is {type(entry).__name__}")
+        raise reader.error(field, f"must be an object, is {_kind(entry)}")
     entry = cast("Mapping[str, Any]", entry)
     role, content = entry.get("role"), entry.get("content")
     if role not in ("system", "user", "assistant"):
         raise reader.error(f"{field}.role", f"must be system, user or assistant, is {role!r}")
-    if not isinstance(content, str) or not content.strip():
-        raise reader.error(f"{field}.content", "must be text that is not empty")
+    # First, as the content beside them is null.
     for name in ("tool_calls", "function_call"):
         if entry.get(name):
             raise reader.error(
                 f"{field}.{name}", "would be lost: role and content alone are learned"
             )
+    if not isinstance(content, str):
+        raise reader.error(f"{field}.content", f"must be text, is {_kind(content)}")
+    if not content.strip():
+        raise reader.error(f"{field}.content", "empty")
+    if entry.get("weight") not in (None, 1):
+        raise reader.error(
+            f"{field}.weight",
+            "would be lost: say by train: true what trains, and set format.train: flagged",
+        )
     return Message(role, reader.checked(f"{field}.content", content))
 
 

@@ -6,6 +6,7 @@
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from manylora_trainer.full import BaseWeights
 from manylora_trainer.interruption import Interruption
 from manylora_trainer.memory import Footprint, dtype_of, stating_memory_faults
 from manylora_trainer.plots import plot_curves
+from manylora_trainer.positions import within_positions
 from manylora_trainer.progress import Watch
 from manylora_trainer.recipe import Recipe, Task
 from manylora_trainer.repeatable import compute_repeatably
@@ -43,6 +45,7 @@ from manylora_trainer.run_directory import (
     begin_run,
     end_run,
     has_ended,
+    now,
     open_run,
     run_result,
     update_run,
@@ -84,6 +87,7 @@ def train_run(
     writes = workers.rank == 0
     identity = identify_base(recipe.base)
     linears = linears_of(identity)
+    recipe = within_positions(recipe, watch.say)
     targets = {task.name: targets_of(task, linears) for task in recipe.tasks}
     earlier = RunDirectory(path).read_run() if resume else None
     initial = _initial_adapters(recipe, targets, identity.fingerprint, earlier)
@@ -109,7 +113,15 @@ def train_run(
     stop_if_asked()
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     compute_repeatably(device)
-    tokenizer = ChatTokenizer(recipe.base)
+    # One date for all of the run, however often it is resumed.
+    begun = workers.agreed(now() if earlier is None else earlier["started_at"])
+    assert begun is not None
+    tokenizer = ChatTokenizer(recipe.base, datetime.fromisoformat(begun))
+    if tokenizer.writes_date:
+        watch.say(
+            f"the base's chat template writes the date: in this run's prompts {begun[:10]} (UTC), "
+            "also after a resume; in served ones the day of the request"
+        )
     data: dict[str, TaskData[Rendered, Any]] = {}
     for task in recipe.tasks:
         data[task.name] = load_task(task, tokenizer, recipe.seed, say=watch.say, ask=stop_if_asked)
@@ -121,7 +133,7 @@ def train_run(
             )
     if writes:
         with stating_storage_faults(path, how_to_resume):
-            begin_run(directory, recipe, identity, data, torch.get_num_threads(), watch.say)
+            begin_run(directory, recipe, identity, data, begun, torch.get_num_threads(), watch.say)
     workers.wait()
     run = directory.read_run() or {}
     checkpoint = load_checkpoint(directory.checkpoints, watch.say)

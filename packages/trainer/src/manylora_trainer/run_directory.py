@@ -82,6 +82,7 @@ class RunDirectory:
             run = json.loads(file.read_bytes())
             _ = [run[key] for key in ("status", "started_at", "recipe_digest")]
             _ = run["base"]["fingerprint"]
+            _ = datetime.fromisoformat(run["started_at"])
             _ = [(t["data_fingerprint"], t["rows_skipped"]) for t in run["tasks"].values()]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise RunDirectoryError(
@@ -175,13 +176,14 @@ def begin_run(
     recipe: Recipe,
     base: BaseModelIdentity,
     data: Mapping[str, TaskData[Any, Any]],
+    begun: str,
     threads: int,
     say: Callable[[str], None],
 ) -> dict[str, Any]:
     """Writes run.json and the held-out rows, or checks them against what is there.
 
-    `say` is told of files that have changed where the rows behind those looked through may be
-    others.
+    `begun` is when a new run has begun. `say` is told of files that have changed where the rows
+    behind those looked through may be others.
 
     Raises:
         RecipeChangedError: the rows have changed since the run was started.
@@ -218,7 +220,7 @@ def begin_run(
     run = {
         "id": uuid.uuid4().hex,
         "status": "running",
-        "started_at": _now(),
+        "started_at": begun,
         "recipe_digest": recipe.digest,
         "base": {"path": str(recipe.base), "fingerprint": base.fingerprint},
         "seed": recipe.seed,
@@ -279,7 +281,7 @@ def end_run(
     """Writes the run's page and that it has ended."""
     kept = any(task.stopped is None for task in progress.values())
     run["status"] = "finished" if kept else "failed"
-    run["ended_at"] = _now()
+    run["ended_at"] = now()
     # The page comes before the word that the run has ended, so that a resume makes up for it.
     _note_progress(run, progress)
     saved = replace(read_run(directory.path), state=run["status"], record=run)
@@ -375,7 +377,7 @@ def _record_start(directory: RunDirectory, threads: int) -> None:
             "what the run was started on before"
         ) from error
     starts.append(
-        {"at": _now(), "git": git_state(Path.cwd()), "environment": describe_environment(threads)}
+        {"at": now(), "git": git_state(Path.cwd()), "environment": describe_environment(threads)}
     )
     write_file(file, json.dumps({"starts": starts}, indent=1).encode() + b"\n")
 
@@ -409,7 +411,8 @@ class NoMetrics:
         """Closes nothing."""
 
 
-def _now() -> str:
+def now() -> str:
+    """This moment as records have it: ISO 8601 to the second, UTC."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 

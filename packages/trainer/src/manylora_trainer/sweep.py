@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,9 +13,10 @@ from pydantic import TypeAdapter, ValidationError
 
 from manylora_registry.errors import ConfigError
 from manylora_trainer.durable import write_file
-from manylora_trainer.errors import RunInterruptedError, SweepError
+from manylora_trainer.errors import RunInterruptedError, SweepError, UnfitTaskError
 from manylora_trainer.halving import Rungs
 from manylora_trainer.recipe import Recipe
+from manylora_trainer.run_directory import RunDirectory
 from manylora_trainer.saved_runs import SavedRun, read_run
 from manylora_trainer.search import Outcome, Search, make_search
 from manylora_trainer.sweep_settings import Settings, Sweep
@@ -39,7 +40,7 @@ class Trial:
     rungs: Mapping[int, float] = field(default_factory=dict[int, float])
     """Loss at the steps where trials are compared."""
     why: str | None = None
-    """Why it stopped, or why its settings are no valid recipe."""
+    """Why it stopped, or why its settings cannot be trained."""
     data: str | None = None
     """Fingerprint of the rows it was trained and measured on."""
 
@@ -123,18 +124,30 @@ def _run(sweep: Sweep, resume: bool, how_to_resume: str, say: Callable[[str], No
         known = [trial for trial in done if trial.run == number]
         _require_replayed(sweep, asked, known)
         pack = known or [_checked(sweep, Trial(n, number, settings)) for n, settings in asked]
-        if any(trial.state == "running" for trial in pack):
+        directory = run_directory(sweep.sweep_directory, number)
+        while any(trial.state == "running" for trial in pack):
             _save(sweep, recipe, [*trials, *pack])
             say(f"trials {pack[0].number} to {pack[-1].number} of {sweep.count}, in one run")
-            directory = run_directory(sweep.sweep_directory, number)
-            packed = _packed(sweep, recipe, pack)
-            train(
-                packed,
-                directory,
-                resume=directory.exists(),
-                how_to_resume=how_to_resume,
-                judge=rungs.losers,
-            )
+            try:
+                train(
+                    _packed(sweep, recipe, pack),
+                    directory,
+                    resume=directory.exists(),
+                    how_to_resume=how_to_resume,
+                    judge=rungs.losers,
+                )
+            except UnfitTaskError as error:
+                if RunDirectory(directory).read_run() is not None:
+                    raise
+                # No run has begun there: it becomes that of the others.
+                say(f"{error}; the others go on")
+                pack = [
+                    replace(trial, state="invalid", why=error.problem)
+                    if trial.name == error.task
+                    else trial
+                    for trial in pack
+                ]
+                continue
             run = read_run(directory)
             pack = [_judged(trial, run, rungs) for trial in pack]
             _require_same_rows(directory, [*trials, *pack])

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from manylora_registry.base import BaseModelIdentity
 from manylora_trainer.adapter_settings import UNSERVABLE_MODULES
-from manylora_trainer.errors import UnsupportedBaseError
+from manylora_trainer.errors import UnfitTaskError
 from manylora_trainer.recipe import Task
 
 Shapes = Mapping[str, tuple[int, int]]
@@ -28,7 +28,7 @@ def targets_of(task: Task, linears: Shapes) -> Shapes:
     Names are matched as PEFT does: a whole module path, or its end from a dot on.
 
     Raises:
-        UnsupportedBaseError: a name matches nothing; an engine would load such an adapter and
+        UnfitTaskError: a name matches nothing; an engine would load such an adapter and
             change nothing.
     """
     wanted = task.lora.target_modules
@@ -37,9 +37,9 @@ def targets_of(task: Task, linears: Shapes) -> Shapes:
     unmatched = [name for name in wanted if not any(_matches(module, name) for module in linears)]
     if unmatched:
         known = ", ".join(last_names(linears))
-        raise UnsupportedBaseError(
-            f"task {task.name}: the base has no linear layer named {', '.join(unmatched)}; "
-            f"it has {known}"
+        raise UnfitTaskError(
+            task.name,
+            f"the base has no linear layer named {', '.join(unmatched)}; it has {known}",
         )
     return {
         module: shape

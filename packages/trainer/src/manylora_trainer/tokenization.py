@@ -8,6 +8,7 @@ import json
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -62,8 +63,10 @@ class ChatTokenizer:
     the template puts after an answer.
     """
 
-    def __init__(self, base: Path) -> None:
+    def __init__(self, base: Path, now: datetime | None = None) -> None:
         """Loads the tokenizer in the base directory.
+
+        `now` is what a chat template that writes the date takes it from; this moment unless given.
 
         Raises:
             UnsupportedBaseError: it has no tokenizer, chat template or stop token.
@@ -78,8 +81,24 @@ class ChatTokenizer:
             raise UnsupportedBaseError(f"{base}: its tokenizer has no chat template")
         self._lock = threading.Lock()
         self._base = base
+        self._now = now or datetime.now(UTC)
         self.stop_token: int = self._find_stop_token(base)
         self._stop_text: str = self._tokenizer.decode([self.stop_token])
+
+    @property
+    def writes_date(self) -> bool:
+        """Whether the chat template writes the date, which served is that of the request."""
+        turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
+
+        def text(date: str) -> str:
+            def strftime_now(_: str) -> str:
+                return date
+
+            return self._tokenizer.apply_chat_template(
+                turns, tokenize=False, strftime_now=strftime_now
+            )
+
+        return text("a date") != text("another")
 
     def render_prompt(self, messages: Sequence[Message]) -> str:
         """The text a server would put to the model for these messages."""
@@ -138,7 +157,10 @@ class ChatTokenizer:
         turns = [{"role": message.role, "content": message.content} for message in messages]
         try:
             return self._tokenizer.apply_chat_template(
-                turns, add_generation_prompt=add_generation_prompt, tokenize=False
+                turns,
+                add_generation_prompt=add_generation_prompt,
+                tokenize=False,
+                strftime_now=self._now.strftime,
             )
         except TemplateError as error:
             # Templates refuse what their model was not trained on, such as two user turns in a row.

@@ -129,6 +129,7 @@ class Trainee:
         return {
             **kept,
             f"{self.name}/weights": self._weights,
+            f"{self.name}/sound": self._sound,
             **{f"{self.name}/{name}": kept for name, kept in self.optimizer.state.items()},
         }
 
@@ -159,9 +160,10 @@ class Trainee:
         """Takes up where a checkpoint left it."""
         self.progress = progress
         self.stream.move_to(progress.cursor)
+        # A checkpoint of before they were kept has no sound weights but its own.
+        kept = {f"{self.name}/sound": tensors[f"{self.name}/weights"], **tensors}
         for name, tensor in self.state().items():
-            tensor.copy_(tensors[name])
-        self._sound.copy_(self._weights)
+            tensor.copy_(kept[name])
 
     def apply_gradient(self, step: int, loss: float, norm: float) -> float | None:
         """Applies the gradient of step `step`, if it is finite; gives the rate.
