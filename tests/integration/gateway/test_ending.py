@@ -46,7 +46,12 @@ def test_a_terminal_that_closes_lets_answers_end(
     config = tmp_path / "gateway.yaml"
     text = CONFIG.format(base=base_directory, registry=location)
     config.write_text(text.replace("drain_s: 0.1", "drain_s: 60"))
-    running = start_gateway(config, tmp_path / "log", ["benchmarks.synthetic"])
+    # Inherited, and nohup may have started the tests.
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    try:
+        running = start_gateway(config, tmp_path / "log", ["benchmarks.synthetic"])
+    finally:
+        signal.signal(signal.SIGHUP, before)
     try:
         below = psutil.Process(running.process.pid).children(recursive=True)
         with running.client() as client, client.stream([1], "red", max_tokens=900) as answer:
