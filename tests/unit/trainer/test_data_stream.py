@@ -348,6 +348,17 @@ def test_a_malformed_row_ends_a_run_unless_it_may_be_skipped(tokenizer):
         stream_of(tokenizer, rows, max_bad_rows=1, **skipping)
 
 
+def test_the_first_row_that_is_passed_over_is_told_with_why(tokenizer):
+    heard = []
+    rows = Rows([*words(5), bad(6), *words(4), bad(11)])
+    load_task(task(on_bad_row="skip"), tokenizer, 0, source=rows, say=heard.append)
+    assert [text for text in heard if "passed over" in text] == [
+        f"{task().name}: malformed rows are passed over; the first: rows, row 6: not JSON"
+    ]
+    with pytest.raises(NoExamplesError, match=r"2 malformed.*first malformed one: rows, row 1:"):
+        stream_of(tokenizer, [bad(1), bad(2)], on_bad_row="skip")
+
+
 def until_it_fails(stream):
     """The cursors on the way to a failure."""
     try:

@@ -119,8 +119,9 @@ def survey(
     Of each evaluation part the rows with the smallest hashes are kept, once each, so memory does
     not grow with the source. A run counted in epochs reads and tokenises all rows, because its
     learning rate depends on how many steps they are; one counted in steps reads
-    `split.scan_rows` at most. `say` is told now and then how far a long reading is; `ask` is called
-    at each row, and ends the reading by what it raises.
+    `split.scan_rows` at most. `say` is told now and then how far a long reading is, and of the
+    first row that is passed over; `ask` is called at each row, and ends the reading by what it
+    raises.
 
     Raises:
         RowError: a row is malformed.
@@ -133,6 +134,15 @@ def survey(
     counting = _Counting[R, I](task, preparation)
     fingerprint = hashlib.sha256()
     rows_read = rows_skipped = train_rows = 0
+    first_skipped: RowError | None = None
+
+    def pass_over(error: RowError) -> None:
+        nonlocal first_skipped
+        if first_skipped is None:
+            first_skipped = error
+            if say is not None:
+                say(f"{task.name}: malformed rows are passed over; the first: {error}")
+
     for row in source.rows():
         if task.epochs is None and rows_read == task.split.scan_rows:
             break
@@ -141,7 +151,7 @@ def survey(
             ask()
         if say is not None and rows_read % TOLD_EVERY == 0:
             say(f"{task.name}: {rows_read:,} rows looked through")
-        rendered = rendered_or_skipped(task, preparation, row, rows_skipped)
+        rendered = rendered_or_skipped(task, preparation, row, rows_skipped, pass_over)
         if rendered is None:
             rows_skipped += not row.again
             continue
@@ -164,6 +174,7 @@ def survey(
             f"task {task.name}: of {rows_read} rows in {source.name} none is left to train on "
             f"({counting.dropped} are longer than max_length {task.max_length}, {rows_skipped} "
             "malformed, the rest held out)"
+            + ("" if first_skipped is None else f"; the first malformed one: {first_skipped}")
         )
     steps, examples = _steps(task, counting)
     validating = counting.fit([cast("R", row.rendered) for row in validation.rows()])
@@ -184,11 +195,15 @@ def survey(
 
 
 def rendered_or_skipped(
-    task: Task, preparation: Preparation[R, I], row: Row, skipped: int
+    task: Task,
+    preparation: Preparation[R, I],
+    row: Row,
+    skipped: int,
+    pass_over: Callable[[RowError], None] | None = None,
 ) -> R | None:
     """One row rendered, or None if it is malformed and the task passes over such rows.
 
-    A row that is given again counts once.
+    A row that is given again counts once. `pass_over` is told why one is malformed.
 
     Raises:
         RowError: it is malformed, and `skipped` rows before it leave no room for another.
@@ -201,6 +216,8 @@ def rendered_or_skipped(
         if skipped >= task.max_bad_rows and not row.again:
             problem = f"{error.problem} (and {skipped} malformed rows before it: max_bad_rows)"
             raise RowError(error.source, error.row, error.field, problem) from error
+        if pass_over is not None:
+            pass_over(error)
         return None
 
 
