@@ -186,6 +186,8 @@ class AdapterPool:
 
     def _displace(self) -> None:
         """Ends what gives way, where somebody waits who does not."""
+        if not self._giving_way:
+            return
         if any(line.requests and not line.gives_way for line in self._lines.values()):
             now = asyncio.get_running_loop().time()
             for running in self._giving_way:

@@ -10,12 +10,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
-from transformers import AutoConfig
 
 from manylora_registry.base import BaseModelIdentity
+from manylora_trainer.base_config import text_config_of
 from manylora_trainer.errors import DeviceMemoryError, UnsupportedBaseError
 from manylora_trainer.recipe import Recipe
 from manylora_trainer.targets import linears_of, targets_of, trainable_parameters
@@ -82,9 +81,8 @@ def architecture_of(base: Path, identity: BaseModelIdentity) -> Architecture:
     Raises:
         UnsupportedBaseError: its configuration cannot be used.
     """
+    text = text_config_of(base)
     try:
-        config: Any = AutoConfig.from_pretrained(base, local_files_only=True)
-        text = config.get_text_config()
         hidden: int = text.hidden_size
         heads: int = text.num_attention_heads
         width: int = getattr(text, "head_dim", None) or hidden // heads
@@ -98,7 +96,7 @@ def architecture_of(base: Path, identity: BaseModelIdentity) -> Architecture:
             linear_weights=sum(out * into for out, into in linears_of(identity).values()),
             weights=sum(math.prod(shape) for shape in identity.tensors.values()),
         )
-    except (OSError, ValueError, AttributeError) as error:
+    except AttributeError as error:
         raise UnsupportedBaseError(f"{base}: its config.json cannot be used: {error}") from error
 
 
@@ -166,16 +164,18 @@ class Footprint:
     @property
     def adapter_bytes(self) -> int:
         """What is trained beside the base, its gradients, and the last weights that were sound."""
-        if self.recipe.kind == "full":
-            return 2 * self.shapes.weights * FLOAT32
-        return 3 * sum(self.parameters.values()) * FLOAT32
+        return (2 if self.recipe.kind == "full" else 3) * self._trained * FLOAT32
 
     @property
     def optimizer_bytes(self) -> int:
         """Two running means of everything that is trained."""
+        return 2 * self._trained * FLOAT32
+
+    @property
+    def _trained(self) -> int:
+        """Weights that learn."""
         full = self.recipe.kind == "full"
-        trained = self.shapes.weights if full else sum(self.parameters.values())
-        return 2 * trained * FLOAT32
+        return self.shapes.weights if full else sum(self.parameters.values())
 
     @cached_property
     def pack_tokens(self) -> int:

@@ -1,15 +1,9 @@
 """How long an example may be on a base, from its configuration alone."""
 
-# transformers is only partly typed.
-# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
-# pyright: reportUnknownArgumentType=false, reportMissingTypeStubs=false
-
 from collections.abc import Callable
 from typing import Any
 
-from transformers import AutoConfig
-
-from manylora_trainer.errors import UnsupportedBaseError
+from manylora_trainer.base_config import text_config_of
 from manylora_trainer.recipe import Recipe
 
 
@@ -22,13 +16,7 @@ def within_positions(recipe: Recipe, say: Callable[[str], None]) -> Recipe:
     Raises:
         UnsupportedBaseError: the base's configuration cannot be read.
     """
-    try:
-        config: Any = AutoConfig.from_pretrained(recipe.base, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise UnsupportedBaseError(
-            f"{recipe.base}: its config.json cannot be used: {error}"
-        ) from error
-    most = most_positions(config)
+    most = most_positions(text_config_of(recipe.base))
     if most is None or all(task.max_length <= most for task in recipe.tasks):
         return recipe
     for task in recipe.tasks:
@@ -40,9 +28,8 @@ def within_positions(recipe: Recipe, say: Callable[[str], None]) -> Recipe:
     return recipe.model_copy(update={"tasks": tasks})
 
 
-def most_positions(config: Any) -> int | None:
+def most_positions(text: Any) -> int | None:
     """Positions that a base tells apart, those its rotary scaling adds included; None: any."""
-    text = config.get_text_config()
     most: int | None = getattr(text, "max_position_embeddings", None)
     rope = getattr(text, "rope_parameters", None) or {}
     if most is None or not isinstance(rope.get("factor"), int | float):
