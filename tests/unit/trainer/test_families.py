@@ -62,6 +62,7 @@ def recipe_over(base: Path, recipe: Path) -> manylora_trainer.Recipe:
         ("phi3", {"partial_rotary_factor": 0.5}),
         ("granite", {"logits_scaling": 6.0}),
         ("cohere", {"logit_scale": 0.0625}),
+        ("gpt_neox", {}),
     ],
 )
 def test_what_is_trained_is_what_peft_computes(

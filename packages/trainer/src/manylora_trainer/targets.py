@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 
 from manylora_registry.base import BaseModelIdentity
-from manylora_trainer.adapter_settings import UNSERVABLE_MODULES
 from manylora_trainer.errors import UnfitTaskError
 from manylora_trainer.recipe import Task
 
@@ -12,12 +11,15 @@ Shapes = Mapping[str, tuple[int, int]]
 
 
 def linears_of(identity: BaseModelIdentity) -> Shapes:
-    """Every linear layer of a base but its embedding and head, sorted by name."""
+    """Every linear layer of a base's blocks, sorted by name.
+
+    Blocks are numbered; what stands beside them is embeddings and the head, whatever its name.
+    """
     linears: dict[str, tuple[int, int]] = {}
     for name, shape in sorted(identity.tensors.items()):
         module, _, kind = name.rpartition(".")
-        is_linear = kind == "weight" and len(shape) == 2
-        if is_linear and module.rpartition(".")[2] not in UNSERVABLE_MODULES:
+        in_block = any(part.isdigit() for part in module.split("."))
+        if in_block and kind == "weight" and len(shape) == 2:
             linears[module] = (shape[0], shape[1])
     return linears
 
