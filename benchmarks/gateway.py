@@ -36,14 +36,31 @@ from manylora_client import AsyncClient
 from manylora_registry import Registry
 
 ROOT = Path(__file__).parents[1]
-CONFIG = """
-base: {base}
+
+
+def write_config(
+    config: Path,
+    base: Path,
+    *,
+    context: int,
+    streams: int,
+    interval_ms: int = 20,
+    slots: int = 4,
+    host_adapters: int = 32,
+) -> None:
+    """A gateway over `base` and the registry beside `config`, which is made where it is missing."""
+    registry = config.parent / "registry"
+    Registry.open(registry).close()
+    config.write_text(
+        f"""
+base: {base.resolve()}
 registry: {registry}
 listen: {{inference: "127.0.0.1:0", admin: "127.0.0.1:0"}}
-engine: {{slots: 4, max_rank: 16, max_context: {context}, max_concurrent: {streams}, \
-kv_cache_gib: 1, express: 0, stream_interval_ms: {interval_ms}}}
+engine: {{slots: {slots}, host_adapters: {host_adapters}, max_rank: 16, max_context: {context}, \
+max_concurrent: {streams}, kv_cache_gib: 1, express: 0, stream_interval_ms: {interval_ms}}}
 limits: {{max_requests: 4096}}
 """
+    )
 
 
 def write_base(directory: Path) -> Path:
@@ -132,14 +149,9 @@ async def stream_all(
 def synthetic(streams: int, seconds: float, directory: Path) -> dict[str, float]:
     """The gateway's own limit."""
     base = write_base(directory / "base")
-    registry = directory / "registry"
-    Registry.open(registry).close()
     figures: dict[str, float] = {}
     config = directory / "gateway.yaml"
-    text = CONFIG.format(
-        base=base, registry=registry, context=1 << 20, streams=streams, interval_ms=20
-    )
-    config.write_text(text)
+    write_config(config, base, context=1 << 20, streams=streams)
     best = 0.0
     for rate in (400, 1000, 2500):
         # Faster than anybody can take it: what arrives is the limit.
@@ -221,12 +233,8 @@ def real(
     base: Path, streams: int, tokens: int, rounds: int, peers: Sequence[str], directory: Path
 ) -> dict[str, float]:
     """The gateway beside the engine it holds and vLLM's own server, which take turns."""
-    registry = directory / "real-registry"
-    Registry.open(registry).close()
     config = directory / "real.yaml"
-    config.write_text(
-        CONFIG.format(base=base, registry=registry, context=512, streams=streams, interval_ms=20)
-    )
+    write_config(config, base, context=512, streams=streams)
 
     def over_http(url: str, model: str) -> Measure:
         return lambda: asyncio.run(openai_stream.stream_all(url, model, streams, tokens, PROMPT))

@@ -1,8 +1,7 @@
 """Throughput and latency with 1, 8, 64 and 512 adapters over few slots.
 
 The same requests at the same concurrency, their adapters drawn from a Zipf distribution, over a
-gateway with 4 slots and 32 adapters in host memory. The cliff is where adapters no longer fit in
-host memory: then a request waits for a load, and loads stall the engine.
+gateway with few slots and more adapters in host memory (`--slots`, `--host-adapters`).
 
 Prints a table and, last, one JSON line.
 """
@@ -18,7 +17,7 @@ from statistics import quantiles
 import numpy as np
 
 from benchmarks.adapters import write_random_adapter
-from benchmarks.gateway import CONFIG, Served
+from benchmarks.gateway import Served, write_config
 from manylora_client import AsyncClient
 from manylora_registry import Registry
 from manylora_registry.base import identify_base
@@ -60,22 +59,22 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=192)
     parser.add_argument("--concurrency", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=16)
+    parser.add_argument("--slots", type=int, default=4)
+    parser.add_argument("--host-adapters", type=int, default=32)
     parser.add_argument("--adapters", type=int, nargs="+", default=[1, 8, 64, 512])
     options = parser.parse_args()
     identity = identify_base(options.base)
     figures: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch)
-        Registry.open(root / "registry").close()
         config = root / "gateway.yaml"
-        config.write_text(
-            CONFIG.format(
-                base=options.base.resolve(),
-                registry=root / "registry",
-                context=512,
-                streams=options.concurrency,
-                interval_ms=20,
-            )
+        write_config(
+            config,
+            options.base,
+            context=512,
+            streams=options.concurrency,
+            slots=options.slots,
+            host_adapters=options.host_adapters,
         )
         # Its engine takes a minute to start: time to publish them all.
         served = Served(["manylora_cli", "serve"], config)

@@ -19,7 +19,7 @@ from statistics import median, quantiles
 import grpc
 
 from benchmarks.adapters import write_random_adapter
-from benchmarks.gateway import CONFIG, Served
+from benchmarks.gateway import Served, write_config
 from manylora.admin.v1 import admin_pb2
 from manylora.admin.v1.admin_pb2_grpc import AdminServiceStub
 from manylora_client import AsyncClient
@@ -126,15 +126,7 @@ def main() -> None:
             for name in ("moving", "steady"):
                 registry.set_alias(name, "production", 1)
             config = root / "gateway.yaml"
-            config.write_text(
-                CONFIG.format(
-                    base=options.base.resolve(),
-                    registry=root / "registry",
-                    context=512,
-                    streams=8,
-                    interval_ms=0,
-                )
-            )
+            write_config(config, options.base, context=512, streams=8, interval_ms=0)
             with Served(["manylora_cli", "serve"], config) as ready:
                 figures = asyncio.run(
                     measure(ready["grpc"], ready["admin"], registry, options.swaps, options.tokens)
