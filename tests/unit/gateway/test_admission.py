@@ -85,7 +85,7 @@ async def test_what_is_cut_off_is_told_so_unless_its_client_left_that_moment() -
     answering = asyncio.Event()
 
     async def answer() -> None:
-        async with admission.until_cut_off():
+        async with admission.answering.around():
             answering.set()
             await asyncio.Event().wait()
 
@@ -95,7 +95,7 @@ async def test_what_is_cut_off_is_told_so_unless_its_client_left_that_moment() -
         task = asyncio.create_task(answer())
         await answering.wait()
         # What has ended is forgotten: a timeout that is over cannot be set.
-        admission.cut_off()
+        admission.answering.end()
         if left:
             task.cancel()
         with pytest.raises(error):

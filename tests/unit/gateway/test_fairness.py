@@ -5,7 +5,7 @@ import random
 from collections import defaultdict
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager, suppress
-from statistics import quantiles
+from statistics import median, quantiles
 
 import pytest
 
@@ -46,11 +46,18 @@ class Engine:
         )
 
     async def ask(
-        self, who: str, adapter: Version | None, *, tokens: int = TOKENS, share: Share | None = None
+        self,
+        who: str,
+        adapter: Version | None,
+        *,
+        tokens: int = TOKENS,
+        most: int = 0,
+        share: Share | None = None,
     ) -> None:
         loop = asyncio.get_running_loop()
         asked = loop.time()
-        async with self.pool.hold(adapter, share or Share(), tokens) as seat, self._batch():
+        most = max(tokens, most)
+        async with self.pool.hold(adapter, share or Share(), most) as seat, self._batch():
             await asyncio.sleep(PREFILL_S * self.slowness)
             self.first[who].append(loop.time() - asked)
             for _ in range(tokens):
@@ -224,6 +231,60 @@ def test_weights_divide_the_tokens() -> None:
     assert tokens["three"] / tokens["one"] == pytest.approx(3, rel=0.15)
 
 
+def test_late_tenants_get_as_much_where_answers_are_shorter_than_allowed() -> None:
+    """Seats are charged before anybody knows how long the answers will be."""
+
+    async def run() -> dict[str, int]:
+        engine = Engine()
+
+        async def flood(who: str) -> None:
+            async with asyncio.TaskGroup() as group:
+                for _ in range(400):
+                    group.create_task(engine.ask(who, None, tokens=20, most=2048, share=Share(who)))
+                    await asyncio.sleep(0.2)
+
+        who = [f"tenant-{index}" for index in range(SEATS + EXPRESS + 6)]
+        floods = [asyncio.create_task(flood(each)) for each in who]
+        await asyncio.sleep(80)
+        assert engine.tokens.keys() == {*who}
+        for task in floods:
+            task.cancel()
+        await asyncio.gather(*floods, return_exceptions=True)
+        return engine.tokens
+
+    served = simulate(run()).values()
+    assert min(served) > 0.9 * median(served)
+
+
+@pytest.mark.parametrize("light", [GREEN, None], ids=["adapter", "base"])
+def test_a_flood_of_many_adapters_holds_up_another_tenant_for_a_turn_at_most(
+    light: Version | None,
+) -> None:
+    """More adapters than memory holds, all of one tenant."""
+
+    async def run() -> list[float]:
+        engine = Engine()
+        crowd = [version(f"crowd-{index}") for index in range(40)]
+        share = Share("crowd")
+
+        async def flood() -> None:
+            async with asyncio.TaskGroup() as group:
+                for index in range(2000):
+                    group.create_task(engine.ask("flood", crowd[index % 40], share=share))
+                    await asyncio.sleep(1 / (10 * CAPACITY))
+
+        flooding = asyncio.create_task(flood())
+        await asyncio.sleep(2)
+        for _ in range(8):
+            await engine.ask("light", light, share=Share("light"))
+        flooding.cancel()
+        await asyncio.gather(flooding, return_exceptions=True)
+        return engine.first["light"]
+
+    bound = 2.5 * PREFILL_S + (0 if light is None else TURN_S + ANSWER_S + LOAD_S)
+    assert max(simulate(run())) <= bound
+
+
 def test_a_tenant_with_many_adapters_has_no_larger_share() -> None:
     order = FairOrder()
     served = defaultdict(int)
@@ -232,7 +293,7 @@ def test_a_tenant_with_many_adapters_has_no_larger_share() -> None:
         order.join(flow, Share(flow.tenant))
     for _ in range(1000):
         flow = min(flows, key=order.tag)
-        charge = order.charge(flow, 100)
-        order.settle(flow, charge, used=random.Random(len(served)).randrange(1, 100))
+        order.charge(flow, 100)
+        order.settle(flow, 100, used=random.Random(len(served)).randrange(1, 100))
         served[flow.tenant] += 1
     assert served["one"] == pytest.approx(500, abs=5)

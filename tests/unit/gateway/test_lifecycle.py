@@ -122,7 +122,7 @@ async def test_what_outlasts_the_drain_is_told_so(gateway: RunningGateway) -> No
         whole = asyncio.create_task(http.post("/v1/completions", json=body))
         async with http.stream("POST", "/v1/completions", json={**body, "stream": True}) as events:
             await gateway.engine.until_running(5)
-            gateway.admission.cut_off()
+            gateway.admission.answering.end()
             *_, last = (await events.aread()).decode().split("data: ")
         reply = await whole
     assert json.loads(last)["error"]["code"] == "draining"

@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 import pytest
 
 from manylora_gateway.errors import PoolFullError
+from manylora_gateway.fair import EVERYBODY, Share
 from manylora_gateway.pool import AdapterPool
 from manylora_registry import Version
 
@@ -93,13 +94,15 @@ def make(memory: Memory, clock: Clock) -> Callable[..., AdapterPool]:
 class Request:
     """One request that holds its seat until it is told to end."""
 
-    def __init__(self, pool: AdapterPool, version: Version | None) -> None:
+    def __init__(
+        self, pool: AdapterPool, version: Version | None, share: Share = EVERYBODY
+    ) -> None:
         self.seated = asyncio.Event()
         self._end = asyncio.Event()
-        self.task = asyncio.create_task(self._run(pool, version))
+        self.task = asyncio.create_task(self._run(pool, version, share))
 
-    async def _run(self, pool: AdapterPool, version: Version | None) -> None:
-        async with pool.hold(version):
+    async def _run(self, pool: AdapterPool, version: Version | None, share: Share) -> None:
+        async with pool.hold(version, share):
             self.seated.set()
             await self._end.wait()
 
@@ -378,6 +381,110 @@ async def test_a_pinned_adapter_stays_when_memory_is_full(
             pass
     assert "red" not in memory.held
     assert pool.counts.evictions >= 2
+
+
+async def test_pins_that_are_asked_for_at_once_are_counted(
+    make: Callable[..., AdapterPool], memory: Memory
+) -> None:
+    pool = make(slots=1, capacity=3)
+    memory.may_load.clear()
+    pins = [asyncio.create_task(pool.pin(each)) for each in (RED, GREEN, BLUE)]
+    await turn()
+    memory.may_load.set()
+    results = await asyncio.gather(*pins, return_exceptions=True)
+    assert [type(result) for result in results] == [type(None), PoolFullError, PoolFullError]
+    memory.fails.add("green")
+    assert pool.unpin(RED)
+    with pytest.raises(OSError, match="green"):
+        await pool.pin(GREEN)
+    await pool.pin(BLUE)
+
+
+async def test_what_is_being_pinned_makes_no_room_for_another(
+    make: Callable[..., AdapterPool], memory: Memory
+) -> None:
+    """Memory is full of it the moment it is loaded, and somebody waits for room."""
+    pool = make(slots=1, capacity=3, seats=2)
+    memory.may_load.clear()
+    pin = asyncio.create_task(pool.pin(RED))
+    await turn()
+    others = [asyncio.create_task(pool.prepare(each)) for each in (GREEN, BLUE, GREY)]
+    await turn()
+    memory.may_load.set()
+    await asyncio.gather(pin, *others)
+    assert [one.version for one in pool.residents() if one.pinned] == [RED]
+
+
+async def test_copies_that_wait_keep_no_client_out_of_memory(
+    make: Callable[..., AdapterPool],
+) -> None:
+    pool = make(slots=1, capacity=2, seats=1)
+    for each in (RED, GREEN):
+        await pool.prepare(each)
+    running, waiting = Request(pool, None), Request(pool, None)
+    await settled(pool)
+    copy = Share("shadow", gives_way=True)
+    copies = [Request(pool, each, copy) for each in (RED, GREEN)]
+    client = Request(pool, BLUE)
+    await running.end()
+    await waiting.end()
+    await settled(pool)
+    assert client.seated.is_set()
+    assert not any(each.seated.is_set() for each in copies)
+
+
+async def test_adapters_that_are_always_asked_for_leave_room_for_another(
+    make: Callable[..., AdapterPool],
+) -> None:
+    """More adapters than memory holds, each with a line that never ends."""
+    pool = make(slots=1, capacity=2, turn_s=0)
+    busy = {each: [Request(pool, each) for _ in range(2)] for each in (RED, GREEN)}
+    await settled(pool)
+    cold = Request(pool, BLUE)
+    for _ in range(10):
+        await settled(pool)
+        if cold.seated.is_set():
+            return
+        for each, (first, second) in busy.items():
+            if first.seated.is_set():
+                busy[each] = [second, Request(pool, each)]
+                await first.end()
+                break
+    raise AssertionError("the cold adapter was never loaded")
+
+
+async def test_thousands_may_leave_at_once(make: Callable[..., AdapterPool]) -> None:
+    pool = make(seats=1)
+    running = Request(pool, None)
+    waiting = [Request(pool, None) for _ in range(3000)]
+    await settled(pool)
+    ending = asyncio.create_task(running.end())
+    await asyncio.sleep(0)
+    # The seat is given back before any of these has run.
+    for each in waiting[:-1]:
+        each.task.cancel()
+    await ending
+    await asyncio.wait([each.task for each in waiting[:-1]])
+    assert waiting[-1].seated.is_set()
+    assert pool.requests == 1
+
+
+async def test_a_turn_that_is_over_takes_nobody_in_while_another_waits(
+    make: Callable[..., AdapterPool], clock: Clock
+) -> None:
+    """Also one that has waited for a seat for longer."""
+    pool = make(slots=1, capacity=2, seats=2, turn_s=1)
+    first, second, third = (Request(pool, RED) for _ in range(3))
+    await settled(pool)
+    cold = Request(pool, GREEN)
+    await settled(pool)
+    clock.now = 1.5
+    await first.end()
+    await settled(pool)
+    assert not third.seated.is_set()
+    await second.end()
+    await settled(pool)
+    assert cold.seated.is_set()
 
 
 async def test_a_flood_leaves_express_seats_to_others(make: Callable[..., AdapterPool]) -> None:

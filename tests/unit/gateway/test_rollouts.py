@@ -11,6 +11,7 @@ from google.rpc import error_details_pb2
 
 from manylora.admin.v1 import admin_pb2
 from manylora.inference.v1 import inference_pb2 as pb
+from manylora_gateway.shadow import PATIENCE_S
 from manylora_registry import Registry, Version
 from tests.unit.gateway.conftest import Publish, Start
 from tests.unit.gateway.in_process import OTHER_BASE, RunningGateway
@@ -233,6 +234,38 @@ async def test_a_copy_gives_way_to_a_client_that_waits(
     await engine.until_running(2)
     engine.let_answer()
     assert [(await other).adapter.name for other in others] == ["red", "green"]
+
+
+async def test_now_and_then_a_copy_waits_its_turn_like_a_client(
+    gateway: RunningGateway, published: Publish
+) -> None:
+    """Or a gateway that is never idle would compare nothing."""
+    published("red", 5)
+    await divide(gateway, shadow=(2, 100))
+    found = gateway.routes.rollout("red")
+    assert found is not None
+    found[1].figures.compared_at -= PATIENCE_S
+    red = pb.GenerateRequest(adapter="red", text="hi", sampling=pb.Sampling(max_tokens=1))
+    engine = gateway.engine
+    engine.hold_answers()
+    copied = gateway.inference.Generate(red)
+    await engine.until_running(1)
+    engine.let_answer()
+    engine.hold_answers()
+    await copied
+    await engine.until_running(1)
+    others = [gateway.inference.Generate(red)]
+    await engine.until_running(2)
+    green = pb.GenerateRequest(adapter="green", text="hi")
+    others.append(gateway.inference.Generate(green))
+    async with asyncio.timeout(10):
+        while not (await gateway.replicas.states())[0].waiting:
+            await told_of(gateway)
+    assert (await told_of(gateway)).shadow.skipped == 0
+    engine.let_answer()
+    await asyncio.gather(*others)
+    await gateway.core.shadows.settle()
+    assert (await told_of(gateway)).shadow.same >= 1
 
 
 async def test_a_rollout_under_load_fails_nothing(

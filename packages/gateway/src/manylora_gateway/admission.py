@@ -7,11 +7,12 @@ are, in the replicas (see `pool`).
 import asyncio
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable, Generator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from manylora_gateway.config import AdapterLimits, LimitsConfig
+from manylora_gateway.cutoff import CutOff
 from manylora_gateway.errors import (
     ConcurrencyError,
     DrainingError,
@@ -83,7 +84,10 @@ class Admission:
         self.lost: ReplicaLostError | None = None
         """Why nobody can be served now, if so."""
         self._draining = False
-        self._answering: set[asyncio.Timeout] = set()
+        self.answering = CutOff(
+            lambda: DrainingError("The gateway ended before the answer was whole.")
+        )
+        """Around what answers a request: what is not whole when the gateway ends."""
         self._empty = asyncio.Event()
         self._empty.set()
 
@@ -137,31 +141,6 @@ class Admission:
             self._inside -= 1
             if not self._inside:
                 self._empty.set()
-
-    @asynccontextmanager
-    async def until_cut_off(self) -> AsyncGenerator[None, None]:
-        """Around what answers a request, so that it can be ended in our words.
-
-        Raises:
-            DrainingError: `cut_off` was called.
-        """
-        waiting = asyncio.timeout(None)
-        self._answering.add(waiting)
-        try:
-            async with waiting:
-                yield
-        except TimeoutError as error:
-            if not waiting.expired():
-                raise
-            raise DrainingError("The gateway ended before the answer was whole.") from error
-        finally:
-            self._answering.discard(waiting)
-
-    def cut_off(self) -> None:
-        """Ends what is being answered."""
-        now = asyncio.get_running_loop().time()
-        for waiting in self._answering:
-            waiting.reschedule(now)
 
     async def drain(self) -> None:
         """Admits nobody any more and waits until all inside have left."""

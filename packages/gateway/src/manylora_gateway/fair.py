@@ -2,9 +2,11 @@
 
 Each party that waits has a start tag: the tokens it was given so far, divided by its weight. The
 lowest tag goes next, and being served moves the tag on by the tokens the request may cost. A party
-that begins to wait starts at the virtual time, which moves by what is handed out divided by the
-weights of all who wait. So idling earns nothing, a flood only lengthens its own line, and a
-stream of newcomers, each starting later than the one before, cannot hold up one who waits.
+that begins to wait starts at the virtual time, which moves by what requests have used, once they
+have ended, divided by the weights of all who wait: what they may cost is often a hundred times as
+much, and would set who begins to wait meanwhile that far behind. So idling earns nothing, a flood
+only lengthens its own line, and a stream of newcomers, each starting later than the one before,
+cannot hold up one who waits.
 (P. Goyal et al., Start-time Fair Queuing, SIGCOMM 1996; with the virtual time of the fluid model,
 A. Parekh and R. Gallager 1993, because newcomers of start-time queuing can starve a party.)
 """
@@ -44,19 +46,12 @@ class Flow(NamedTuple):
     adapter: str
 
 
-class Charge(NamedTuple):
-    """What a request was charged when it was served, and how far that moved the virtual times."""
-
-    tokens: float
-    tenants_moved: float
-    flows_moved: float
-
-
 @dataclass
 class _Party:
     start: float
     weight: float
     waiting: int = 0
+    running: int = 0
 
 
 class _Level(Generic[Key]):
@@ -88,24 +83,22 @@ class _Level(Generic[Key]):
             # A sum of floats that should be 0 may not be.
             self._weights = max(0.0, self._weights - party.weight)
 
-    def charge(self, key: Key, tokens: float) -> float:
-        """Says by how much the virtual time moved, for `credit`."""
+    def charge(self, key: Key, tokens: float) -> None:
         party = self._parties[key]
-        moved = tokens / max(self._weights, party.weight)
-        self._virtual += moved
+        party.running += 1
         party.start = max(party.start, self._virtual - MAX_CREDIT) + tokens / party.weight
-        return moved
 
-    def credit(self, key: Key, tokens: float, moved: float) -> None:
-        self._virtual -= moved
-        if (party := self._parties.get(key)) is not None:
-            party.start -= tokens / party.weight
+    def settle(self, key: Key, tokens: float, used: float) -> None:
+        party = self._parties[key]
+        party.running -= 1
+        party.start -= (tokens - used) / party.weight
+        self._virtual += used / max(self._weights, party.weight)
 
     def _forget_settled(self) -> None:
         if len(self._parties) < KEPT_IDLE:
             return
         for key, party in list(self._parties.items()):
-            if not party.waiting and party.start <= self._virtual:
+            if not (party.waiting or party.running) and party.start <= self._virtual:
                 del self._parties[key]
 
 
@@ -130,14 +123,12 @@ class FairOrder:
         self._tenants.leave(flow.tenant)
         self._flows[flow.tenant].leave(flow)
 
-    def charge(self, flow: Flow, tokens: float) -> Charge:
+    def charge(self, flow: Flow, tokens: float) -> None:
         """A waiting request of `flow` is served; it may cost so many tokens."""
-        tenants = self._tenants.charge(flow.tenant, tokens)
-        return Charge(tokens, tenants, self._flows[flow.tenant].charge(flow, tokens))
+        self._tenants.charge(flow.tenant, tokens)
+        self._flows[flow.tenant].charge(flow, tokens)
 
-    def settle(self, flow: Flow, charge: Charge, used: float) -> None:
-        """A request that was charged has ended and cost `used` tokens."""
-        unused = 1 - used / charge.tokens
-        tokens = unused * charge.tokens
-        self._tenants.credit(flow.tenant, tokens, unused * charge.tenants_moved)
-        self._flows[flow.tenant].credit(flow, tokens, unused * charge.flows_moved)
+    def settle(self, flow: Flow, tokens: float, used: float) -> None:
+        """A request that was charged `tokens` has ended and cost `used`."""
+        self._tenants.settle(flow.tenant, tokens, used)
+        self._flows[flow.tenant].settle(flow, tokens, used)

@@ -1,5 +1,6 @@
 """What each version did since the gateway started: for rollouts, and for whoever drives them."""
 
+import time
 from collections import OrderedDict, deque
 from dataclasses import dataclass, field
 
@@ -46,6 +47,8 @@ class ShadowFigures:
     agreeing_tokens: int = 0
     """At the start of answers that differed, summed."""
     first_token: Latencies = field(default_factory=Latencies)
+    compared_at: float = field(default_factory=time.monotonic)
+    """When one was last compared, or began to wait its turn; before, when the rollout began."""
 
 
 class Figures:

@@ -188,8 +188,8 @@ class Inference:
             return await collect(events, request.sampling.n)
 
     def until_cut_off(self) -> AbstractAsyncContextManager[None]:
-        """Around what answers a request; see `Admission.until_cut_off`."""
-        return self._admission.until_cut_off()
+        """Around what answers a request, which the gateway's end ends in our words."""
+        return self._admission.answering.around()
 
     async def count_tokens(self, prompt: Prompt, tenant: Tenant = ANONYMOUS) -> int:
         """Tokens of `prompt` as the engine reads it.

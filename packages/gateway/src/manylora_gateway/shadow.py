@@ -18,6 +18,10 @@ from manylora_registry import Version
 MAX_COPIES = 8
 """Copies under way; more are not made, and counted as skipped."""
 SHARE = Share("shadow", tenant_weight=0.1, gives_way=True)
+PATIENCE_S = 30.0
+"""Seconds after which a copy no longer gives way, so that a gateway that is never idle compares
+something too: one in that time costs clients a turn, which they hardly notice."""
+IN_TURN = Share("shadow in turn", tenant_weight=0.1)
 
 logger = logging.getLogger(__name__)
 
@@ -40,10 +44,14 @@ class Shadows:
         answer: Sequence[int],
     ) -> None:
         """Has `version` answer what was answered with the tokens `answer`."""
-        if len(self._tasks) >= MAX_COPIES:
+        figures, now = rollout.figures, time.monotonic()
+        share = SHARE
+        if now - figures.compared_at >= PATIENCE_S:
+            share, figures.compared_at = IN_TURN, now
+        elif len(self._tasks) >= MAX_COPIES:
             self._skip(rollout)
             return
-        work = self._compare(rollout, version, prompt, sampling, answer)
+        work = self._compare(rollout, version, prompt, sampling, answer, share)
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -70,13 +78,14 @@ class Shadows:
         prompt: Prompt,
         sampling: Sampling,
         answer: Sequence[int],
+        share: Share,
     ) -> None:
         figures, began = rollout.figures, time.monotonic()
         tokens: list[int] = []
         request_id = f"shadow-{id(answer):x}-{began}"
         try:
             async with self._routes.use(f"{version.name}@{version.number}"):
-                deltas = self._replicas.generate(request_id, prompt, sampling, version, SHARE)
+                deltas = self._replicas.generate(request_id, prompt, sampling, version, share)
                 async with aclosing(deltas):
                     async for delta in deltas:
                         if not tokens:
@@ -91,6 +100,7 @@ class Shadows:
             self._metrics.shadows.labels("failed").inc()
             logger.warning("a copy for %s failed: %s", version.engine_name, error)
             return
+        figures.compared_at = time.monotonic()
         if tokens == list(answer):
             figures.same += 1
             self._metrics.shadows.labels("same").inc()

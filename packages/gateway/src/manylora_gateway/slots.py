@@ -3,9 +3,10 @@
 What waits for them is the pool's to know.
 """
 
+import math
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Set
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 from enum import Enum, auto
 
@@ -33,8 +34,6 @@ class Entry:
     """Takes no new requests until it has drained: another line waits for the slot."""
     retiring: bool = False
     """Is unloaded once it has drained."""
-    pinned: bool = False
-    """Stays loaded when idle."""
 
     @property
     def idle(self) -> bool:
@@ -81,8 +80,8 @@ class Slots:
         self._clock = clock
         # Least recently used first: an entry moves to the end when its last use ends.
         self._entries: OrderedDict[str, Entry] = OrderedDict()
-        self.wanting: set[str] = set()
-        """Adapters that wait for a slot, as far as the arranging under way has seen."""
+        # Those that stay loaded when idle, once they are.
+        self._pinned: set[str] = set()
 
     @property
     def full(self) -> bool:
@@ -96,8 +95,8 @@ class Slots:
     def residents(self) -> list[Residency]:
         """What is loaded and usable now."""
         return [
-            Residency(entry.version, entry.uses, entry.pinned)
-            for entry in self._entries.values()
+            Residency(entry.version, entry.uses, key in self._pinned)
+            for key, entry in self._entries.items()
             if entry.state is State.READY
         ]
 
@@ -129,14 +128,36 @@ class Slots:
             entry.leaving = False
             self._entries.move_to_end(key)
 
-    def require_pin(self) -> None:
-        """Raises PoolFullError where with one more pin no idle adapter could make room."""
-        pinned = sum(entry.pinned for entry in self._entries.values())
-        if pinned >= self._capacity - self._slots - 1:
+    def keep(self, key: str) -> None:
+        """Somebody asks for it: it is retired no more."""
+        if (entry := self._entries.get(key)) is not None:
+            entry.retiring = False
+
+    def pinned(self, key: str) -> bool:
+        """Whether it stays loaded when idle."""
+        return key in self._pinned
+
+    def pin(self, key: str) -> bool:
+        """Keeps it loaded when idle, once it is; says whether it was not pinned before.
+
+        Raises:
+            PoolFullError: with one more pin no idle adapter could make room for another.
+        """
+        if key in self._pinned:
+            return False
+        if len(self._pinned) >= self._capacity - self._slots - 1:
             raise PoolFullError(
-                f"{pinned} adapters are pinned and {self._slots + 1} places are kept for others: "
-                "unpin one, or raise engine.host_adapters."
+                f"{len(self._pinned)} adapters are pinned and {self._slots + 1} places are kept "
+                "for others: unpin one, or raise engine.host_adapters."
             )
+        self._pinned.add(key)
+        return True
+
+    def unpin(self, key: str) -> bool:
+        """Lets it go when it is idle; says whether it was pinned."""
+        was = key in self._pinned
+        self._pinned.discard(key)
+        return was
 
     def free(self) -> bool:
         """Whether an idle adapter may become busy."""
@@ -147,41 +168,38 @@ class Slots:
         """Whether the engine, which has a slot more than is shared out, can take one adapter."""
         return sum(entry.holds_slot for entry in self._entries.values()) <= self._slots
 
-    def ask_one_to_leave(self, wanting: str) -> None:
-        """Marks the busy adapter whose turn has lasted longest, if that turn is over.
+    def needs_slot(self, key: str) -> bool:
+        """Whether it must get a slot before a request can use it."""
+        entry = self._entries.get(key)
+        return entry is None or entry.idle
 
-        No more are marked than there are adapters that want a slot.
+    def end_turns(self, wanting: int) -> None:
+        """Has those busy adapters leave whose turns have lasted longest and are over.
+
+        Args:
+            wanting: adapters that need a slot where none is free; no more than so many leave.
         """
-        self.wanting.add(wanting)
-        if sum(entry.leaving for entry in self._entries.values()) >= len(self.wanting):
-            return
-        busy = [
-            entry
-            for entry in self._entries.values()
-            if entry.uses and not entry.retiring and not entry.leaving
-        ]
-        oldest = min(busy, key=lambda entry: entry.turn_began, default=None)
-        if oldest is not None and self._clock() - oldest.turn_began >= self._turn_s:
-            oldest.leaving = True
+        busy = [entry for entry in self._entries.values() if entry.uses and not entry.retiring]
+        busy.sort(key=lambda entry: entry.turn_began)
+        for index, entry in enumerate(busy):
+            over = self._clock() - entry.turn_began >= self._turn_s
+            entry.leaving = index < wanting and over
 
-    def nobody_wants(self) -> bool:
-        """Whether no adapter waits for a slot; then none has to leave one."""
-        if self.wanting:
-            return False
-        for entry in self._entries.values():
-            entry.leaving = False
-        return True
+    def leaver(self, ahead: int, ranks: Mapping[str, int]) -> tuple[str, Entry] | None:
+        """Who goes to make room: the longest idle that nobody waits for, or who is waited for last.
 
-    def longest_idle(self, wanted: Set[str]) -> tuple[str, Entry] | None:
-        """Who goes to make room: nobody who is `wanted`, pinned or busy."""
-        idle = (
+        Args:
+            ahead: the rank of who needs the room; nobody of a lower one goes.
+            ranks: of the adapters that are waited for, the first ones lowest.
+        """
+        idle = [
             (key, entry)
             for key, entry in self._entries.items()
-            if entry.idle and not entry.pinned and key not in wanted
-        )
-        return next(idle, None)
+            if entry.idle and key not in self._pinned and ranks.get(key, math.inf) > ahead
+        ]
+        return max(idle, key=lambda one: ranks.get(one[0], math.inf), default=None)
 
-    def retired(self, wanted: Set[str]) -> list[tuple[str, Entry]]:
+    def retired(self, wanted: Container[str]) -> list[tuple[str, Entry]]:
         """Entries that nothing serves any more and nobody waits for."""
         return [
             (key, entry)
