@@ -29,8 +29,8 @@ class Smoke(ConfigModel):
     """Most of them under way at once."""
     timeout_s: float = Field(default=60.0, gt=0)
     """Seconds one may take; a later answer is an error."""
-    errors: float = Field(default=0.0, ge=0, le=1)
-    """Share that may fail."""
+    errors: float = Field(default=0.0, ge=0, lt=1)
+    """Share that may fail; less than 1, as times are those of answers."""
     first_token_p95_s: float | None = Field(default=None, gt=0)
     """Seconds to the first token, 95th percentile."""
     answer_p95_s: float | None = Field(default=None, gt=0)

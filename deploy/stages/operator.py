@@ -153,7 +153,10 @@ class Operator:
             serving = None if found is None else found.serving
             if serving is not None and serving.digest == version.digest:
                 return
-            error = "" if found is None else found.pending_error
+            # Until the gateway follows the alias it tells why another version is not served.
+            pending = None if found is None else found.pending
+            ours = pending is not None and pending.digest == version.digest
+            error = found.pending_error if found is not None and ours else ""
             if error or time.monotonic() > deadline:
                 instead = "nothing" if serving is None else f"version {serving.number}"
                 raise SwapError(

@@ -76,6 +76,9 @@ class _Promoting:
         self.journal = Journal(target, name)
         self.version = registry.resolve(f"{name}@{source.alias}")
         self.alias = registry.aliases(name).get(target.alias)
+        present = None if self.alias is None else registry.find(f"{name}@{self.alias.version}")
+        self.present = None if present is None or present.yanked else present
+        """What is served now; a version that was withdrawn is no more."""
 
     @property
     def what(self) -> str:
@@ -84,8 +87,8 @@ class _Promoting:
     def plan(self) -> Outcome:
         """Says what would be done, from where it stands."""
         begun = self._begun()
-        target, present = self.target, self.alias
-        if present is not None and present.version == self.version.number:
+        target, alias = self.target, self.alias
+        if alias is not None and alias.version == self.version.number:
             return self._done("serves")
         if begun is None or not gates.still_open(begun, target, self.name):
             for step in gates.planned(self._asked(Promotion("plan", 0, "", "", None, 0))):
@@ -93,16 +96,16 @@ class _Promoting:
         if target.gates.approval.required:
             self.work.step("ask for somebody's approval")
         canary = target.gates.canary
-        if canary is not None and present is not None:
+        if canary is not None and self.present is not None:
             for percent in canary.steps[0 if begun is None else begun.step :]:
                 self.work.step(
                     f"give version {self.version.number} {percent} % of {self.name}@{target.alias} "
                     f"and watch it for {canary.window_s:g} s and {canary.requests} requests"
                 )
-        before = "nothing" if present is None else f"version {present.version}"
+        before = "nothing" if alias is None else f"version {alias.version}"
         self.work.step(
             f"move {self.name}@{target.alias} from {before} to {self.version.number}, if it is at "
-            f"generation {0 if present is None else present.generation} still"
+            f"generation {0 if alias is None else alias.generation} still"
         )
         return self._done("would serve")
 
@@ -115,7 +118,7 @@ class _Promoting:
         if begun is not None and present is not None and present.version == begun.version:
             return self._finish(begun)
         if begun is not None and not self._still_meant(begun):
-            self._abandon(begun, "the alias or the candidate has moved since")
+            self._abandon(begun, "the alias, what it serves or the candidate has changed since")
             begun = None
         if present is not None and present.version == self.version.number:
             return self._done("serves")
@@ -164,7 +167,12 @@ class _Promoting:
 
     def _still_meant(self, begun: Promotion) -> bool:
         generation = 0 if self.alias is None else self.alias.generation
-        return begun.digest == self.version.digest and begun.generation == generation
+        present = None if self.present is None else self.present.number
+        return (begun.digest, begun.generation, begun.present) == (
+            self.version.digest,
+            generation,
+            present,
+        )
 
     def _begin(self) -> Promotion:
         alias = self.alias
@@ -173,19 +181,17 @@ class _Promoting:
             version=self.version.number,
             digest=self.version.digest,
             source=self.source.name,
-            present=None if alias is None else alias.version,
+            present=None if self.present is None else self.present.number,
             generation=0 if alias is None else alias.generation,
         )
         self.journal.write(promotion)
         return promotion
 
     def _asked(self, promotion: Promotion) -> gates.Asked:
-        alias = self.alias
-        present = None if alias is None else self.registry.find(f"{self.name}@{alias.version}")
         reports = self.target.state / "reports" / f"{self.what}-{promotion.attempt[:8]}"
         through = Hosting(self.source).require()
         return gates.Asked(
-            self.registry, self.source, self.target, through, self.version, present, reports
+            self.registry, self.source, self.target, through, self.version, self.present, reports
         )
 
     def _pass_gates(self, promotion: Promotion) -> Promotion:
@@ -210,7 +216,7 @@ class _Promoting:
 
     def _require_operator(self) -> None:
         """The canary needs the target's gateway; the gates before it take minutes."""
-        if self.target.gates.canary is not None and self.alias is not None:
+        if self.target.gates.canary is not None and self.present is not None:
             with Operator(Hosting(self.target).require(), self.target.token) as operator:
                 operator.rollout(self.name, self.target.alias)
 
@@ -302,7 +308,8 @@ class _Promoting:
         """Ends a promotion that is none any more; its rollout too, where it is still there."""
         begun = self._begun() or promotion
         running = Hosting(self.target).find()
-        if begun.gates and running is not None and running.ready:
+        divided = begun.gates and self.present is not None
+        if divided and running is not None and running.ready:
             with Operator(running, self.target.token) as operator:
                 if begun.version in operator.rollout(self.name, self.target.alias).division:
                     operator.divide(self.name, self.target.alias, ())

@@ -64,9 +64,13 @@ class _Place:
         """
         return Operator(Hosting(self.stage).require(), self.stage.token)
 
+    def withdrawn(self, number: int) -> bool:
+        """Whether nobody is served a version any more, and so nothing divided with it."""
+        return self.registry.find(f"{self.name}@{number}").yanked
+
     def divided(self, serving: int) -> bool:
         """Whether others than the alias's version have a share or copies."""
-        if not self.serves:
+        if not self.serves or self.withdrawn(serving):
             return False
         with self.operator() as operator:
             rollout = operator.rollout(self.name, self.stage.alias)
@@ -85,7 +89,8 @@ def _go_back(place: _Place, alias: Alias, to: str | None, work: Work) -> Outcome
             place.journal.write(begun)
     target = alias.version if begun.target is None else begun.target
     version = registry.resolve(f"{name}@{target}")
-    if place.serves and work.step(f"end the rollout of {name}@{stage.alias}"):
+    told = place.serves and not place.withdrawn(alias.version)
+    if told and work.step(f"end the rollout of {name}@{stage.alias}"):
         with place.operator() as operator:
             operator.divide(name, stage.alias, ())
     if alias.version != target and work.step(
@@ -126,7 +131,8 @@ def _intention(
     attempt = uuid.uuid4().hex if promotion is None else promotion.attempt
     if promotion is not None and promotion.generation != alias.generation:
         promotion = None
-    if promotion is not None and not place.serves:
+    withdrawn = place.withdrawn(alias.version)
+    if promotion is not None and not place.serves and not withdrawn:
         raise NotRunningError(
             f"version {promotion.version} may have a share of {place.name}@{place.stage.alias}, "
             f"and the gateway of {place.stage.name} does not run: deploy/up {place.stage.name}"
@@ -137,10 +143,15 @@ def _intention(
         target = place.registry.resolve(reference).number
         if target == alias.version and not place.divided(alias.version):
             return None
-    elif promotion is not None or place.divided(alias.version):
+    elif not withdrawn and (promotion is not None or place.divided(alias.version)):
         target = None
     else:
         target = version_before(place.registry.history(place.name), place.stage.alias)
+        if target is None and withdrawn:
+            raise NothingBeforeError(
+                f"{place.name}@{alias.version}, to which {place.stage.name} was rolled back, was "
+                "withdrawn since: name a version with --to"
+            )
         if target is None:
             return None
     return Rollback(attempt, target, alias.generation)

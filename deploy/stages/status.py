@@ -94,5 +94,8 @@ def _add_served(adapters: list[dict[str, Any]], stage: Stage, operator: Operator
             continue
         told["serving"] = None if entry.serving is None else entry.serving.number
         told["pending_error"] = entry.pending_error
+        if entry.serving is None:
+            # Of a version that was withdrawn, say: nobody's requests are divided.
+            continue
         rollout = operator.rollout(told["name"], stage.alias)
         told["rollout"] = [asdict(share) for share in rollout.shares]

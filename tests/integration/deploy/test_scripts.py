@@ -346,6 +346,29 @@ def test_a_rollback_goes_back_once_and_not_to_and_fro(world: World) -> None:
     )
 
 
+def test_a_version_that_was_withdrawn_can_be_rolled_back_and_replaced(world: World) -> None:
+    """Who withdraws a bad version in a hurry has the other two scripts before him."""
+    other = world.adapter()
+    name = world.adapter(versions=2)
+    world.scripts.good("candidate", f"{name}@2", "--stage", "production")
+    world.registry.yank(f"{name}@2")
+
+    told = world.scripts.good("status", "production")
+    assert f"production\t{other}@production\t1\t1" in told
+    assert world.scripts.good("rollback", name, "--stage", "production") == (
+        f"production serves {name}@1 again\n"
+    )
+
+    other = world.adapter()
+    world.scripts.good("candidate", f"{other}@2")
+    world.registry.yank(f"{other}@1")
+    assert world.scripts.good("promote", other) == f"production serves {other}@2\n"
+    assert world.outcomes(other, "promote") == [("gates", "passed"), ("", "done")]
+    world.registry.yank(f"{other}@2")
+    line = world.scripts.refused("rollback", other, "--stage", "production")
+    assert f"{other}@1 was withdrawn" in line
+
+
 def test_status_and_history_tell_machines_too(world: World) -> None:
     name = world.adapter()
     world.scripts.good("candidate", f"{name}@2", "--why", "for history")

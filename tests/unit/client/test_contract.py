@@ -1,6 +1,5 @@
 """What a caller may rely on, held by both clients against a real gRPC server."""
 
-import pickle
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -319,19 +318,6 @@ def test_an_error_tells_every_refused_field_and_when_to_come_back_in_one_line(
         "2 fields are wrong; sampling.top_p: must be at most 1; chat: has no messages "
         "(try again in 1.5 s)"
     )
-
-
-def test_an_error_passes_whole_from_one_process_to_another(serve: Serve, connect: Connect) -> None:
-    failure = Failure(
-        grpc.StatusCode.INVALID_ARGUMENT, "wrong", violations={"chat": "is empty"}, retry_after=1.5
-    )
-
-    with pytest.raises(InvalidArgumentError) as raised:
-        connect(serve({"": failure}).target).generate("x")
-
-    passed = pickle.loads(pickle.dumps(raised.value))
-    assert type(passed) is InvalidArgumentError
-    assert (str(passed), vars(passed)) == (str(raised.value), vars(raised.value))
 
 
 def test_a_field_that_the_message_names_is_told_once(serve: Serve, connect: Connect) -> None:

@@ -51,6 +51,13 @@ def test_rows_that_all_score_the_same_prove_no_more_than_so_many_rows_can() -> N
     assert 0.99 < many.low < 1
 
 
+def test_rows_of_other_weights_that_are_all_right_prove_no_more_than_so_many_rows_can() -> None:
+    score = estimate([(Tally(3, 3),), (Tally(5, 5),)], seed=0)
+
+    theirs = binomtest(2, 2).proportion_ci(method="wilson")
+    assert (score.mean, score.low, score.high) == pytest.approx((1, theirs.low, theirs.high))
+
+
 def test_the_seed_decides() -> None:
     rows = [(Tally(math.sqrt(index), 6),) for index in range(20)]
 

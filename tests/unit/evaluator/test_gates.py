@@ -37,6 +37,7 @@ def evaluated(serve: Callable[..., ScriptedServer], tmp_path: Path) -> Evaluate:
         *,
         rows: int = ROWS,
         times: int = 1,
+        expected: Sequence[str] = ("yes",),
         task: str = "",
         baseline: str | None = None,
         scorers: str = "[exact_match]",
@@ -56,7 +57,7 @@ def evaluated(serve: Callable[..., ScriptedServer], tmp_path: Path) -> Evaluate:
             return Answer("yes" if hit else "no", version=version)
 
         digests = {versioned(number): number for number in (1, 2)}
-        write_rows(tmp_path / "rows.jsonl", rows, times)
+        write_rows(tmp_path / "rows.jsonl", rows, times, expected)
         suite = tmp_path / "suite.yaml"
         suite.write_text(
             "name: s\ntasks:\n  - {name: spelling, adapter: spelling@1, rows: rows.jsonl, "
@@ -78,14 +79,15 @@ def versioned(number: int) -> str:
     return version("spelling", number).digest
 
 
-def write_rows(path: Path, rows: int, times: int = 1) -> None:
+def write_rows(path: Path, rows: int, times: int = 1, expected: Sequence[str] = ("yes",)) -> None:
     lines = [
         {
             "messages": [{"role": "user", "content": str(n)}],
-            "expected": "yes",
+            "expected": one,
             "row": {"parity": ["even", "odd"][n % 2]} if n else {},
         }
         for n in range(rows)
+        for one in expected
     ]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines) * times)
 
@@ -121,6 +123,23 @@ def test_rows_written_many_times_prove_no_more_than_once(
     assert not decided.passed
     assert decided.comparison is not None
     assert decided.comparison.scores[0].test.rows == 10
+    once = evaluated({"spelling@1": 0, "spelling@2": 10}, rows=10)
+    assert result.score("spelling", "spelling@2", "exact_match").low == pytest.approx(
+        once.score("spelling", "spelling@2", "exact_match").low
+    )
+
+
+def test_rows_of_one_prompt_are_one_whatever_they_expect(
+    evaluated: Evaluate, tmp_path: Path
+) -> None:
+    """One answer that changed is right for one of the rows and wrong for nine."""
+    others = [f"other {n}" for n in range(9)]
+    result = evaluated({"spelling@1": 10, "spelling@2": 0}, rows=10, expected=["yes", *others])
+
+    (score,) = compare(result, "spelling@2", "spelling@1").scores
+
+    assert score.test.rows == 10
+    assert (score.test.baseline, score.test.candidate) == (pytest.approx(0.1), 0)
 
 
 def test_too_few_rows_says_how_many_are_needed(evaluated: Evaluate) -> None:

@@ -208,9 +208,15 @@ def test_results_survive_json(serve: Serve, write_suite: WriteSuite) -> None:
         serve(adapter_knows_all_but_the_last).target,
     )
 
-    assert EvaluationResult.from_json(result.to_json()) == result
-    with pytest.raises(ResultsError, match="not a manylora evaluation"):
-        EvaluationResult.from_json("{}")
+    text = result.to_json()
+    assert EvaluationResult.from_json(text) == result
+    for other, said in (
+        ("{}", "suite: Field required; evaluate again"),
+        (text.replace('"hits": 1.0', '"hits": NaN'), "expected value at line"),
+        ("", "EOF while parsing"),
+    ):
+        with pytest.raises(ResultsError, match=said):
+            EvaluationResult.from_json(other)
 
 
 def test_a_score_that_is_not_there_says_what_is(serve: Serve, write_suite: WriteSuite) -> None:

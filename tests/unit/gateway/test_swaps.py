@@ -150,7 +150,16 @@ async def test_a_yanked_version_is_served_no_more_and_the_next_one_is(
     assert (await running).adapter.digest == red.digest
     await gateway.engine.until_gone(red.engine_name)
     published("red", 5)
+    gateway.engine.hold_loads()
+    already = len(gateway.engine.loads)
     registry.set_alias("red", "production", 2)
+    await gateway.engine.until_loads(already + 1)
+    # While it loads, nobody is told the error of the one before.
+    waiting = asyncio.create_task(stream(gateway, "red"))
+    listings = (await gateway.inference.ListAdapters(pb.ListAdaptersRequest())).adapters
+    assert not any(alias.pending_error for listing in listings for alias in listing.aliases)
+    gateway.engine.let_load()
+    assert (await waiting)[0] == 2
     await gateway.until_serving("red@production", 2)
     assert (await stream(gateway, "red"))[0] == 2
 

@@ -100,6 +100,24 @@ def test_what_is_published_with_a_key_is_signed(registry, base, make_adapter, ou
     assert registry.signatures.verify(version, [ours[1]]) == ours[1]
 
 
+def test_an_alias_moves_to_nothing_that_would_not_resolve(registry, base, make_adapter, ours):
+    unsigned = registry.publish("spelling", make_adapter(seed=1), base=base)
+    signed = registry.publish("spelling", make_adapter(seed=2), base=base)
+    registry.signatures.sign(signed, ours[0])
+    registry.set_alias("spelling", "production", unsigned.number)
+    registry.set_alias("spelling", "production", signed.number)
+    registry.signatures.require([ours[1]])
+
+    with pytest.raises(UnsignedError):
+        registry.set_alias("spelling", "production", unsigned.number)
+    with pytest.raises(UnsignedError):
+        registry.rollback("spelling", "production")
+
+    assert registry.resolve("spelling") == signed
+    registry.signatures.sign(unsigned, ours[0])
+    assert registry.rollback("spelling", "production").version == unsigned.number
+
+
 def test_a_key_that_cannot_sign_publishes_nothing(registry, base, make_adapter, ours, tmp_path):
     for key in (tmp_path / "nothing.pem", ours[1]):
         registry.signatures.sign_published_with(key)

@@ -61,9 +61,9 @@ class Aliases:
         self._database = database
 
     def move(
-        self, name: str, alias: str, selector: str, reason: Reason, *, expect: int | None
+        self, name: str, alias: str, number: int, reason: Reason, *, expect: int | None
     ) -> AliasMove:
-        """Points `alias` at what `selector` selects, if it is still at generation `expect`.
+        """Points `alias` at a version, if it is still at generation `expect`.
 
         Raises:
             AliasConflictError: it is at another generation.
@@ -73,38 +73,36 @@ class Aliases:
         """
         with self._database.write() as connection:
             adapter = adapter_id(connection, name)
-            version = find_row(connection, AdapterReference(name, selector))
+            version = find_row(connection, AdapterReference(name, str(number)))
             return _move(connection, _Alias(name, adapter, alias), version, reason, expect)
 
-    def rollback(self, name: str, alias: str, reason: Reason, *, expect: int | None) -> AliasMove:
-        """Points `alias` at the version it pointed at before the present one.
+    def before(self, name: str, alias: str) -> tuple[int, int]:
+        """The version `alias` pointed at before the present one, and its present generation.
 
         Raises:
             AliasNotFoundError: there is no such alias.
             VersionNotFoundError: it never pointed at another version, or was moved back already.
-            AliasConflictError, AliasProtectedError, YankedError: as for `move`.
         """
-        with self._database.write() as connection:
+        with self._database.read() as connection:
             adapter = adapter_id(connection, name)
             moved = connection.scalars(
                 sa.select(alias_moves.c.version)
                 .where(alias_moves.c.adapter_id == adapter, alias_moves.c.alias == alias)
                 .order_by(alias_moves.c.generation)
             ).all()
-            if not moved:
-                raise AliasNotFoundError(f"{name} has no alias {alias!r}")
-            came, back = way(moved)
-            if back:
-                raise VersionNotFoundError(
-                    f"{name}@{alias} was moved back to version {came[-1]} already: to move it "
-                    f"further name a version, `manylora registry alias {name} {alias} VERSION`"
-                )
-            if len(came) < 2:
-                raise VersionNotFoundError(
-                    f"{name}@{alias} never pointed at another version than {came[-1]}"
-                )
-            version = find_row(connection, AdapterReference(name, str(came[-2])))
-            return _move(connection, _Alias(name, adapter, alias), version, reason, expect)
+        if not moved:
+            raise AliasNotFoundError(f"{name} has no alias {alias!r}")
+        came, back = way(moved)
+        if back:
+            raise VersionNotFoundError(
+                f"{name}@{alias} was moved back to version {came[-1]} already: to move it "
+                f"further name a version, `manylora registry alias {name} {alias} VERSION`"
+            )
+        if len(came) < 2:
+            raise VersionNotFoundError(
+                f"{name}@{alias} never pointed at another version than {came[-1]}"
+            )
+        return came[-2], len(moved)
 
     def history(self, name: str) -> list[AliasMove]:
         """Every move of every alias of one adapter, oldest first.

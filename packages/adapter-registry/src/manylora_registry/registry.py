@@ -10,6 +10,7 @@ from manylora_registry.base import BaseModelIdentity
 from manylora_registry.blobs import Progress, untold
 from manylora_registry.catalog import Description
 from manylora_registry.description import check_description, one_line
+from manylora_registry.errors import AliasConflictError
 from manylora_registry.evaluations import check_suite_name
 from manylora_registry.garbage import collect_garbage
 from manylora_registry.leases import SERVING_SECONDS, Lease, lease_version, uploading
@@ -122,13 +123,16 @@ class Registry(Reading):
             InvalidReferenceError: `selector` selects no version.
             NotFoundError: no such adapter, version or alias.
             YankedError: the version was withdrawn, or DeletedError: deleted.
+            UnsignedError: a signature is required, and it has none of a trusted key.
             AliasConflictError: the alias is not at the expected generation; nothing was changed.
             AliasProtectedError: the version has not passed the alias's gate.
         """
         check_adapter_name(name)
         check_alias_name(alias)
         reason = Reason.of(actor, why, override=override)
-        return self._aliases.move(name, alias, str(selector), reason, expect=expect)
+        # Before the move, which would keep other writers waiting for the reading of signatures.
+        version = self.resolve(AdapterReference(name, str(selector)))
+        return self._aliases.move(name, alias, version.number, reason, expect=expect)
 
     def rollback(
         self,
@@ -151,7 +155,11 @@ class Registry(Reading):
         check_adapter_name(name)
         check_alias_name(alias)
         reason = Reason.of(actor, why or "rolled back", override=override and bool(why))
-        return self._aliases.rollback(name, alias, reason, expect=expect)
+        before, generation = self._aliases.before(name, alias)
+        if expect is not None and expect != generation:
+            raise AliasConflictError(f"{name}@{alias}", expect, generation)
+        version = self.resolve(AdapterReference(name, str(before)))
+        return self._aliases.move(name, alias, version.number, reason, expect=generation)
 
     def protect(
         self,

@@ -1,7 +1,7 @@
 """Confidence intervals of scores: Wilson's, or by resampling the rows (percentile bootstrap)."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 from typing import TypeAlias
@@ -10,13 +10,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from manylora_evaluator.results import Score
-from manylora_evaluator.scorers.tally import Tallies
+from manylora_evaluator.scorers.tally import Tallies, Tally
 
 Floats: TypeAlias = NDArray[np.float64]
 
 RESAMPLES = 2_000
 TAIL = 0.025
 """Share of the resamples on either side of the 95 % interval."""
+ROUNDING = 1e-9
+"""An interval no wider than this has no width."""
 CELLS = 4_000_000
 """Resampled rows held in memory at once."""
 
@@ -40,11 +42,6 @@ class Sums:
         """Whether each row is simply right or wrong."""
         one_each = self.hits.shape[1] == 1 and bool((self.of == 1).all())
         return one_each and bool(np.isin(self.hits, (0.0, 1.0)).all())
-
-    @property
-    def alike(self) -> bool:
-        """Whether every row has the same share of the score."""
-        return bool((self.hits == self.hits[0]).all() and (self.of == self.of[0]).all())
 
     def scores(self, weights: Floats) -> Floats:
         """The score under each of `weights` [draws, rows]: how often each row counts."""
@@ -78,6 +75,18 @@ def ratios(hits: Floats, of: Floats) -> Floats:
     return each.sum(axis=-1) / np.maximum(weighed.sum(axis=-1), 1)
 
 
+def by_prompt(prompts: Sequence[Hashable], rows: Sequence[Tallies]) -> list[Tallies]:
+    """The tallies of `rows`, of those that ask the same together.
+
+    Their answers are one: what is to be resampled or swapped by chance is a prompt, and ten rows
+    of one prove no more than one.
+    """
+    gathered: dict[Hashable, list[Tally]] = {}
+    for prompt, tallies in zip(prompts, rows, strict=True):
+        gathered.setdefault(prompt, []).extend(tallies)
+    return [tuple(tallies) for tallies in gathered.values()]
+
+
 def estimate(rows: Sequence[Tallies], seed: int) -> Score:
     """The score of `rows` with the ends of its 95 % confidence interval.
 
@@ -88,12 +97,13 @@ def estimate(rows: Sequence[Tallies], seed: int) -> Score:
     """
     (column,) = sums(rows)
     score = column.score()
-    if column.right_or_wrong or column.alike:
-        low, high = wilson(score, column.rows if column.of.any() else 0)
-        return Score(score, low, high)
-    drawn = np.concatenate([column.scores(weights) for weights in resamples(len(rows), seed)])
-    low, high = np.quantile(drawn, [TAIL, 1 - TAIL])
-    return Score(score, float(low), float(high))
+    if not column.right_or_wrong:
+        drawn = np.concatenate([column.scores(weights) for weights in resamples(len(rows), seed)])
+        low, high = np.quantile(drawn, [TAIL, 1 - TAIL])
+        if high - low > ROUNDING:
+            return Score(score, float(low), float(high))
+    weighed = int((column.of > 0).any(axis=1).sum())
+    return Score(score, *wilson(score, weighed))
 
 
 def wilson(share: float, rows: int) -> tuple[float, float]:

@@ -18,7 +18,7 @@ adapter it does not know, is a manylora_client StatusError.
 """
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from manylora_evaluator.results import EvaluationResult
@@ -28,6 +28,11 @@ class EvaluatorError(Exception):
     """Base of all; its text is one line a user can act on."""
 
     reason = "EVALUATOR"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # An exception by itself is made again from its text alone, and a pool of processes hangs
+        # on one that cannot be.
+        return Exception.__new__, (type(self), *self.args), vars(self)
 
 
 class RowsError(EvaluatorError):

@@ -12,11 +12,12 @@ Pure functions of results: nothing is asked and nothing is read.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
+from manylora_evaluator.bootstrap import by_prompt
 from manylora_evaluator.errors import ResultsError
 from manylora_evaluator.paired import holm, needed_rows, paired_test
 from manylora_evaluator.results import Column, EvaluationResult, RowResult, TaskResult
-from manylora_evaluator.rows import is_repeat
 from manylora_evaluator.suite import Decision
 from manylora_evaluator.verdicts import (
     Comparison,
@@ -41,10 +42,10 @@ class _Answers:
         """The column itself."""
         return self.task.columns[self.index]
 
-    @property
+    @cached_property
     def rows(self) -> Mapping[str, RowResult]:
-        """By id, without those that repeat one before: their answers prove nothing more."""
-        return {row.id: row for row in self.task.rows if not is_repeat(row.id)}
+        """By id."""
+        return {row.id: row for row in self.task.rows}
 
 
 def compare(
@@ -56,7 +57,7 @@ def compare(
 ) -> Comparison:
     """Compares two versions on the rows both were asked, by each task's `compare` scores.
 
-    A row that asks and expects the same as one before it does not count again.
+    Rows that ask the same are one in the tests, whatever they expect.
 
     A score whose paired test is significant at `decision.alpha` (Holm's correction over all
     scores compared) is better or worse. One that is not is only called not distinguishable when
@@ -205,7 +206,10 @@ def _test(new: _Answers, old: _Answers, shared: Sequence[str], score: str, seed:
     ]
     if not all(score in tallies for column in columns for tallies in column):
         raise ResultsError(f"task {new.task.task!r} was not scored by {score!r} in both")
-    before, after = ([tallies[score] for tallies in column] for column in columns)
+    prompts = [new.rows[row].messages for row in shared]
+    before, after = (
+        by_prompt(prompts, [tallies[score] for tallies in column]) for column in columns
+    )
     return paired_test(before, after, seed)
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 
 from pydantic import TypeAdapter, ValidationError
+from pydantic_core import from_json
 
 from manylora_evaluator.errors import ResultsError
 from manylora_evaluator.judgements import Agreement, Judgement, JudgeUsage
@@ -201,9 +202,14 @@ class EvaluationResult:
             ResultsError: when `text` is something else.
         """
         try:
-            return _ADAPTER.validate_json(text)
+            # Not at once: NaN, which no test can compare, would be taken.
+            return _ADAPTER.validate_python(from_json(text, allow_inf_nan=False))
         except ValidationError as error:
-            raise ResultsError(f"not a manylora evaluation: {error.errors()[0]['msg']}") from error
+            first = error.errors()[0]
+            what = f"{'.'.join(str(part) for part in first['loc'])}: {first['msg']}"
+        except ValueError as error:
+            what = str(error)
+        raise ResultsError(f"not what `manylora evaluate` wrote: {what}; evaluate again")
 
 
 _ADAPTER = TypeAdapter(EvaluationResult)

@@ -22,8 +22,6 @@ from manylora_registry.config import own_mistakes
 
 LONGEST_LINE = 16 * 1024 * 1024
 """Bytes; a longer line is a file without line ends, not a row."""
-REPEAT = "-"
-"""Before the how-manieth of equal rows, in the ids of those behind the first."""
 
 
 class Message(BaseModel, frozen=True, extra="forbid"):
@@ -77,16 +75,11 @@ def load_rows(
         identity = _digest(line)
         seen[identity] += 1
         if seen[identity] > 1:
-            identity = f"{identity}{REPEAT}{seen[identity]}"
+            identity = f"{identity}-{seen[identity]}"
         rows.append(Row(line.messages, line.expected, line.row, number, identity))
     if not rows:
         raise RowsError(path, "holds no rows")
     return rows
-
-
-def is_repeat(row_id: str) -> bool:
-    """Whether a row of this id asks and expects the same as one before it in its file."""
-    return REPEAT in row_id
 
 
 def json_lines(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:

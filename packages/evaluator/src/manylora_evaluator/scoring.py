@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from manylora_evaluator.asking import Replies, Reply
-from manylora_evaluator.bootstrap import estimate
+from manylora_evaluator.bootstrap import by_prompt, estimate
 from manylora_evaluator.errors import RowsError, SuiteError
 from manylora_evaluator.judge.agreement import agreement
 from manylora_evaluator.judge.judging import EXPECTED, Judge, Judgements, tallies_of
@@ -220,7 +220,7 @@ def _column(
     latencies = [reply.seconds for reply in column.replies if reply.generation is not None]
     p50, p95 = np.quantile(latencies or [0.0], [0.5, 0.95])
     version = column.version
-    scores = _estimates(task, tallied, seed)
+    scores = _estimates(task, range(len(task.rows)), tallied, seed)
     return Column(
         adapter=column.reference,
         version=None if version is None else Version(version.name, version.number, version.digest),
@@ -248,8 +248,15 @@ def _column(
     )
 
 
-def _estimates(task: PreparedTask, tallied: Sequence[RowTallies], seed: int) -> Mapping[str, Score]:
-    return {name: estimate([row[name] for row in tallied], seed) for name in task.scores}
+def _estimates(
+    task: PreparedTask, chosen: Sequence[int], tallied: Sequence[RowTallies], seed: int
+) -> Mapping[str, Score]:
+    """Every score of the rows `chosen` by their places."""
+    prompts = [task.rows[index].messages for index in chosen]
+    return {
+        name: estimate(by_prompt(prompts, [tallied[index][name] for index in chosen]), seed)
+        for name in task.scores
+    }
 
 
 def check(threshold: Threshold, score: Score) -> ThresholdCheck:
@@ -281,9 +288,7 @@ def _slices(
         values = [_slices_of(task.settings, row)[name] for row in task.rows]
         for value in sorted(set(values)):
             chosen = [index for index, own in enumerate(values) if own == value]
-            scores = tuple(
-                _estimates(task, [column[index] for index in chosen], seed) for column in tallied
-            )
+            scores = tuple(_estimates(task, chosen, column, seed) for column in tallied)
             slices.append(Slice(name, value, len(chosen), scores))
     return tuple(slices)
 

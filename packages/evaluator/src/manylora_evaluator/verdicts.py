@@ -27,6 +27,7 @@ class PairedTest:
     """One score of two versions on the same rows."""
 
     rows: int
+    """Those that ask the same are one."""
     baseline: float
     candidate: float
     difference: float

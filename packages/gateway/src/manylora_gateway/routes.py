@@ -211,6 +211,9 @@ class Routes:
         """The route of an alias that should come to serve `target`; made if there is none."""
         route = self._routes.setdefault(key, Route())
         if route.serving is None or route.serving.digest != target.digest:
+            if route.pending is None or route.pending.digest != target.digest:
+                # Of the version before.
+                route.pending_error = None
             route.pending = target
         else:
             route.pending = route.pending_error = None
