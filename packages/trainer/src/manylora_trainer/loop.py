@@ -31,6 +31,7 @@ from manylora_trainer.errors import (
 from manylora_trainer.formats import Rendered
 from manylora_trainer.full import BaseWeights
 from manylora_trainer.interruption import Interruption
+from manylora_trainer.lora import require_linear_layers
 from manylora_trainer.memory import Footprint, dtype_of, stating_memory_faults
 from manylora_trainer.plots import plot_curves
 from manylora_trainer.positions import within_positions
@@ -131,11 +132,6 @@ def train_run(
                 f"task {task.name}: early_stopping has no validation rows to go by; "
                 "raise split.validation"
             )
-    if writes:
-        with stating_storage_faults(path, how_to_resume):
-            begin_run(directory, recipe, identity, data, begun, torch.get_num_threads(), watch.say)
-    workers.wait()
-    run = directory.read_run() or {}
     checkpoint = load_checkpoint(directory.checkpoints, watch.say)
     first = 0 if checkpoint is None else checkpoint.step
     last = max(task.steps for task in data.values())
@@ -154,6 +150,15 @@ def train_run(
             four_bit=training.quantization == "nf4",
         )
     whole = BaseWeights(base.model) if recipe.kind == "full" else None
+    if whole is None:
+        for task in recipe.tasks:
+            require_linear_layers(base.model, task.name, targets[task.name])
+    # No sooner: until it has begun, a sweep leaves out the trials that do not fit.
+    if writes:
+        with stating_storage_faults(path, how_to_resume):
+            begin_run(directory, recipe, identity, data, begun, torch.get_num_threads(), watch.say)
+    workers.wait()
+    run = directory.read_run() or {}
     if footprint.recomputes:
         base.recompute_layers()
     trainees = Trainees(
