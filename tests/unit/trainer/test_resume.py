@@ -302,6 +302,29 @@ def test_two_processes_do_not_train_one_run(recipe, tmp_path):
     manylora_trainer.train(recipe, run, progress=Second())
 
 
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_process_that_still_reads_rows_has_the_run_to_itself(recipe, tmp_path, begun):
+    run = tmp_path / "run"
+    if begun:
+        with pytest.raises(RunInterruptedError):
+            manylora_trainer.train(recipe, run, progress=StopAt(2, signal.SIGTERM))
+    changed = load_recipe(recipe, ["training.pack_tokens=64"])
+    refused: list[str] = []
+
+    class Second(Progress):
+        def say(self, text):
+            if "rows" not in text or refused:
+                return
+            refused.append(text)
+            before = {file: file.read_bytes() for file in run.glob("*.*")}
+            with pytest.raises(RunDirectoryError, match="by another process"):
+                manylora_trainer.train(changed, run, resume=True, allow_changes=["training"])
+            assert {file: file.read_bytes() for file in run.glob("*.*")} == before
+
+    manylora_trainer.train(recipe, run, resume=True, progress=Second())
+    assert refused
+
+
 FILES = ("recipe.yaml", "run.json", "environment.json", "metrics.jsonl")
 
 

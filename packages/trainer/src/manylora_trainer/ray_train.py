@@ -72,9 +72,10 @@ def train_on_workers(
         TrainerError: whatever the loop raises in a worker.
     """
     settings = recipe.workers
-    directory = open_run(
+    # Let go again for the worker that writes into it.
+    open_run(
         path, recipe, identify_base(recipe.base), resume=resume, allow_changes=allow_changes
-    )
+    ).close()
     own_cluster = not ray.is_initialized()
     if own_cluster:
         _connect(settings.address, settings.count, settings.cpus)
@@ -95,7 +96,7 @@ def train_on_workers(
             ),
             run_config=ray.train.RunConfig(
                 name=path.name,
-                storage_path=str(directory.path.absolute() / RAY_DIRECTORY),
+                storage_path=str(path.absolute() / RAY_DIRECTORY),
                 failure_config=ray.train.FailureConfig(max_failures=settings.max_restarts),
                 logging_config=ray.train.LoggingConfig(log_level="WARNING"),
             ),
@@ -110,7 +111,7 @@ def train_on_workers(
         if own_cluster:
             ray.shutdown()
     # What Ray keeps of a run; ours has all it needs in its checkpoints.
-    shutil.rmtree(directory.path / RAY_DIRECTORY, ignore_errors=True)
+    shutil.rmtree(path / RAY_DIRECTORY, ignore_errors=True)
     if isinstance(outcome, TrainerError):
         raise outcome
     if outcome is None:
