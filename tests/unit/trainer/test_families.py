@@ -112,6 +112,13 @@ def test_in_bfloat16_a_family_learns_almost_the_same(
     assert losses[1] == pytest.approx(losses[0], rel=0.02)
 
 
+def test_learned_positions_train_in_bfloat16(base_of, make_task, write_recipe, tmp_path):
+    base = base_of("opt", ffn_dim=48, word_embed_proj_dim=32)
+    task = make_task("one", steps=2, lora={"rank": 4, "target_modules": ["q_proj", "fc1"]})
+    recipe = recipe_over(base, write_recipe(task, dtype="bfloat16"))
+    assert manylora_trainer.train(recipe, tmp_path / "run").tasks["one"].adapter is not None
+
+
 def test_between_products_in_bfloat16_a_cpu_keeps_float32(tiny_base):
     base = BaseModel(tiny_base, torch.bfloat16, torch.device("cpu"))
     example = Example(np.arange(8, dtype=np.int32), np.arange(8) >= 4)
