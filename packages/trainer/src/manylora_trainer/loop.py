@@ -75,6 +75,7 @@ def train_run(
     judge: Judge,
     interruption: Interruption,
     allow_changes: Sequence[str] = (),
+    date: datetime | None = None,
     workers: Workers | None = None,
     device: torch.device | None = None,
 ) -> RunResult:
@@ -115,13 +116,14 @@ def train_run(
         stop_if_asked()
         device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
         compute_repeatably(device)
-        # One date for all of the run, however often it is resumed.
+        # One date for all of the run, however often it is resumed, and all of a sweep.
         begun = workers.agreed(now() if earlier is None else earlier["started_at"])
         assert begun is not None
-        tokenizer = ChatTokenizer(recipe.base, datetime.fromisoformat(begun))
+        date = date or datetime.fromisoformat(begun)
+        tokenizer = ChatTokenizer(recipe.base, date)
         if tokenizer.writes_date:
             watch.say(
-                f"the base's chat template writes the date: in this run's prompts {begun[:10]} "
+                f"the base's chat template writes the date: in this run's prompts {date:%Y-%m-%d} "
                 "(UTC), also after a resume; in served ones the day of the request"
             )
         data: dict[str, TaskData[Rendered, Any]] = {}

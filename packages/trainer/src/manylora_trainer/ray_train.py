@@ -15,6 +15,7 @@ import signal
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -51,6 +52,7 @@ class _Job:
     path: Path
     how_to_resume: str
     judge: "Judge | None"
+    date: datetime | None
     desk: Any
     """Handle of the `Desk`."""
 
@@ -64,6 +66,7 @@ def train_on_workers(
     how_to_resume: str,
     allow_changes: Sequence[str] = (),
     judge: "Judge | None" = None,
+    date: datetime | None = None,
 ) -> RunResult:
     """Trains a recipe with the workers it asks for; as `train_run` without them.
 
@@ -87,7 +90,9 @@ def train_on_workers(
         desk: Any = ray.remote(num_cpus=0)(Desk).remote()
         trainer = ray.train.torch.TorchTrainer(
             _work,
-            train_loop_config={"job": _Job(recipe, path.absolute(), how_to_resume, judge, desk)},
+            train_loop_config={
+                "job": _Job(recipe, path.absolute(), how_to_resume, judge, date, desk)
+            },
             torch_config=ray.train.torch.TorchConfig(backend="nccl" if use_gpu else "gloo"),
             scaling_config=ray.train.ScalingConfig(
                 num_workers=settings.count,
@@ -195,6 +200,7 @@ def _work(config: Mapping[str, Any]) -> None:
             watch=_Teller(job.desk, tells=first),
             how_to_resume=job.how_to_resume,
             judge=job.judge or nobody,
+            date=job.date,
             workers=workers,
             interruption=_Asked(job.desk, asks=first),
             device=ray.train.torch.get_device(),
