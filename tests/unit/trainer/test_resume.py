@@ -252,14 +252,21 @@ class Listening(Progress):
         self._said.append(text)
 
 
-def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(recipe, tmp_path):
+def flip_a_bit(file: Path, at: int) -> None:
+    content = bytearray(file.read_bytes())
+    content[at] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("file", ["tensors.safetensors", "state.json"])
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(recipe, tmp_path, file):
     manylora_trainer.train(recipe, tmp_path / "whole")
     with pytest.raises(RunInterruptedError):
         manylora_trainer.train(recipe, tmp_path / "run", progress=StopAt(5, signal.SIGTERM))
-    newest = tmp_path / "run" / "checkpoints" / "step-00000005" / "tensors.safetensors"
-    content = bytearray(newest.read_bytes())
-    content[-10] ^= 1
-    newest.write_bytes(content)
+    newest = tmp_path / "run" / "checkpoints" / "step-00000005" / file
+    # Of the state a digit, with which it is still a state: where a task stands in its rows.
+    mark = b'"position": '
+    flip_a_bit(newest, newest.read_bytes().find(mark) + len(mark) if "json" in file else -10)
     said: list[str] = []
     manylora_trainer.train(recipe, tmp_path / "run", resume=True, progress=Listening(said))
     assert any("passed over a damaged checkpoint, step-00000005" in line for line in said)
