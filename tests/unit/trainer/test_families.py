@@ -7,11 +7,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 
 import manylora_trainer
 from manylora_trainer.base_model import BaseModel
-from manylora_trainer.errors import UnsupportedBaseError
+from manylora_trainer.errors import UnfitTaskError, UnsupportedBaseError
 from manylora_trainer.packing import Batch, pack_batches
+from manylora_trainer.sweep import run_sweep
+from manylora_trainer.sweep_settings import load_sweep
 from manylora_trainer.tokenization import Example
 
 SHAPE = {
@@ -110,6 +113,13 @@ def test_in_bfloat16_a_family_learns_almost_the_same(
     assert losses[1] == pytest.approx(losses[0], rel=0.02)
 
 
+def test_learned_positions_train_in_bfloat16(base_of, make_task, write_recipe, tmp_path):
+    base = base_of("opt", ffn_dim=48, word_embed_proj_dim=32)
+    task = make_task("one", steps=2, lora={"rank": 4, "target_modules": ["q_proj", "fc1"]})
+    recipe = recipe_over(base, write_recipe(task, dtype="bfloat16"))
+    assert manylora_trainer.train(recipe, tmp_path / "run").tasks["one"].adapter is not None
+
+
 def test_between_products_in_bfloat16_a_cpu_keeps_float32(tiny_base):
     base = BaseModel(tiny_base, torch.bfloat16, torch.device("cpu"))
     example = Example(np.arange(8, dtype=np.int32), np.arange(8) >= 4)
@@ -158,11 +168,25 @@ def test_experts_are_refused_and_the_layers_beside_them_train(
 ):
     base = base_of("mixtral", num_local_experts=4)
     recipe = recipe_over(base, write_recipe(make_task("one")))
-    with pytest.raises(UnsupportedBaseError, match=r"by lora\.target_modules"):
+    with pytest.raises(UnfitTaskError, match=r"task one: .* by lora\.target_modules"):
         manylora_trainer.train(recipe, tmp_path / "run")
     task = make_task("one", steps=2, lora={"rank": 4, "target_modules": ["q_proj", "v_proj"]})
     result = manylora_trainer.train(recipe_over(base, write_recipe(task)), tmp_path / "beside")
     assert result.tasks["one"].adapter is not None
+
+
+def test_a_trial_that_targets_experts_does_not_stop_the_others(
+    base_of, tiny_base, make_task, write_recipe, tmp_path
+):
+    recipe = write_recipe(make_task("one", steps=2))
+    base = base_of("mixtral", num_local_experts=4)
+    recipe.write_text(recipe.read_text().replace(str(tiny_base), str(base)))
+    space = {"tasks.0.lora.target_modules": [["w1"], ["q_proj"], "all-linear"]}
+    settings = {"recipe": recipe.name, "sweep_directory": "sweep", "method": "grid", "space": space}
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(settings))
+    result = run_sweep(load_sweep(tmp_path / "sweep.yaml"))
+    assert [trial.state for trial in result.trials] == ["invalid", "finished", "invalid"]
+    assert "experts" in (result.trials[0].why or "")
 
 
 def test_an_example_that_would_move_the_positions_of_others_is_refused(

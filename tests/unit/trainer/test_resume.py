@@ -252,14 +252,21 @@ class Listening(Progress):
         self._said.append(text)
 
 
-def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(recipe, tmp_path):
+def flip_a_bit(file: Path, at: int) -> None:
+    content = bytearray(file.read_bytes())
+    content[at] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("file", ["tensors.safetensors", "state.json"])
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(recipe, tmp_path, file):
     manylora_trainer.train(recipe, tmp_path / "whole")
     with pytest.raises(RunInterruptedError):
         manylora_trainer.train(recipe, tmp_path / "run", progress=StopAt(5, signal.SIGTERM))
-    newest = tmp_path / "run" / "checkpoints" / "step-00000005" / "tensors.safetensors"
-    content = bytearray(newest.read_bytes())
-    content[-10] ^= 1
-    newest.write_bytes(content)
+    newest = tmp_path / "run" / "checkpoints" / "step-00000005" / file
+    # Of the state a digit, with which it is still a state: where a task stands in its rows.
+    mark = b'"position": '
+    flip_a_bit(newest, newest.read_bytes().find(mark) + len(mark) if "json" in file else -10)
     said: list[str] = []
     manylora_trainer.train(recipe, tmp_path / "run", resume=True, progress=Listening(said))
     assert any("passed over a damaged checkpoint, step-00000005" in line for line in said)
@@ -300,6 +307,29 @@ def test_two_processes_do_not_train_one_run(recipe, tmp_path):
             assert {file: (run / file).read_bytes() for file in FILES} == before
 
     manylora_trainer.train(recipe, run, progress=Second())
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_process_that_still_reads_rows_has_the_run_to_itself(recipe, tmp_path, begun):
+    run = tmp_path / "run"
+    if begun:
+        with pytest.raises(RunInterruptedError):
+            manylora_trainer.train(recipe, run, progress=StopAt(2, signal.SIGTERM))
+    changed = load_recipe(recipe, ["training.pack_tokens=64"])
+    refused: list[str] = []
+
+    class Second(Progress):
+        def say(self, text):
+            if "rows" not in text or refused:
+                return
+            refused.append(text)
+            before = {file: file.read_bytes() for file in run.glob("*.*")}
+            with pytest.raises(RunDirectoryError, match="by another process"):
+                manylora_trainer.train(changed, run, resume=True, allow_changes=["training"])
+            assert {file: file.read_bytes() for file in run.glob("*.*")} == before
+
+    manylora_trainer.train(recipe, run, resume=True, progress=Second())
+    assert refused
 
 
 FILES = ("recipe.yaml", "run.json", "environment.json", "metrics.jsonl")

@@ -204,6 +204,30 @@ def test_a_trial_that_rows_or_base_make_impossible_does_not_stop_the_others(
     assert run_sweep(load_sweep(sweep), resume=True).trials == result.trials
 
 
+def test_a_date_that_the_chat_template_writes_is_the_same_in_all_runs(
+    tiny_base, recipe, write_sweep, tmp_path, capfd
+):
+    base = tmp_path / "base"
+    shutil.copytree(tiny_base, base)
+    template = base / "chat_template.jinja"
+    dated = "It is {{ strftime_now('%d %b %Y') }}."
+    template.write_text(template.read_text().replace("You answer with one word.", dated))
+    recipe.write_text(recipe.read_text().replace(str(tiny_base), str(base)))
+    sweep = load_sweep(write_sweep(space={RANK: [2, 3]}, trials_per_run=1))
+    result = run_sweep(sweep)
+    # As if the first run had begun on another day, and the sweep been ended behind it.
+    first, second = (result.run_directory(trial) for trial in result.trials)
+    run = json.loads((first / "run.json").read_text())
+    (first / "run.json").write_text(json.dumps({**run, "started_at": "2020-02-29T23:59:59+00:00"}))
+    shutil.rmtree(second)
+    state = sweep.sweep_directory / "sweep.json"
+    kept = json.loads(state.read_text())
+    state.write_text(json.dumps({**kept, "trials": kept["trials"][:1]}))
+    capfd.readouterr()
+    run_sweep(sweep, resume=True)
+    assert "this run's prompts 2020-02-29" in " ".join(capfd.readouterr().err.split())
+
+
 def test_a_wrong_range_is_one_mistake(write_sweep):
     with pytest.raises(ConfigError) as caught:
         load_sweep(write_sweep(space={RATE: {"low": 0.2, "high": 0.1}}))

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,6 +26,7 @@ def train(
     how_to_resume: str = "resume=True",
     allow_changes: Sequence[str] = (),
     judge: "Judge | None" = None,
+    date: datetime | None = None,
 ) -> "RunResult":
     """Trains every task of a recipe in one run, and writes one adapter for each.
 
@@ -44,6 +46,8 @@ def train(
         judge: Called with a step and the validation losses measured after it, of adapters with
             steps ahead of them; names those that leave the run there, each with the reason. It
             must decide by these alone, so that a resumed run decides the same.
+        date: What a chat template that writes the date writes; the day of the run's start unless
+            given.
 
     Raises:
         ConfigError: the recipe has mistakes.
@@ -84,6 +88,7 @@ def train(
                 how_to_resume=how_to_resume,
                 allow_changes=allow_changes,
                 judge=judge,
+                date=date,
             )
         with Signals() as interruption:
             # Within, as an import that is broken off is told of in strange ways.
@@ -97,5 +102,6 @@ def train(
                 how_to_resume=how_to_resume,
                 allow_changes=allow_changes,
                 judge=judge or nobody,
+                date=date,
                 interruption=interruption,
             )

@@ -1,7 +1,7 @@
 """Checkpoints: all that is needed to go on as if nothing had happened.
 
 A checkpoint is a directory that appears by a rename, so it is whole or absent; its state names
-the hash of its tensors, so damage is seen. Safetensors only, no pickle.
+the hash of its tensors and of itself, so damage is seen. Safetensors only, no pickle.
 """
 
 # safetensors' torch half is only partly typed.
@@ -52,6 +52,7 @@ def save_checkpoint(directory: Path, checkpoint: Checkpoint, keep: int) -> None:
             "tasks": {name: asdict(task) for name, task in checkpoint.tasks.items()},
             "tensors": _digest(temporary / TENSORS_FILE),
         }
+        state["digest"] = _digest_of(state)
         (temporary / STATE_FILE).write_text(json.dumps(state, indent=1))
 
     directory.mkdir(exist_ok=True)
@@ -87,6 +88,9 @@ def load_checkpoint(directory: Path, warn: Callable[[str], None]) -> Checkpoint 
 
 def _read(path: Path) -> Checkpoint:
     state = json.loads((path / STATE_FILE).read_bytes())
+    # A checkpoint of before it was kept has no digest of its own.
+    if state.pop("digest", None) not in (None, _digest_of(state)):
+        raise ValueError("its state does not match its hash")
     if _digest(path / TENSORS_FILE) != state["tensors"]:
         raise ValueError("its tensors do not match their hash")
     return Checkpoint(
@@ -104,6 +108,11 @@ def _progress(state: dict[str, Any]) -> TaskProgress:
 
 def _newest_first(directory: Path) -> list[Path]:
     return sorted(directory.glob("step-*"), reverse=True)
+
+
+def _digest_of(state: dict[str, Any]) -> str:
+    canonical = json.dumps(state, sort_keys=True)
+    return f"sha256:{hashlib.sha256(canonical.encode()).hexdigest()}"
 
 
 def _digest(path: Path) -> str:

@@ -49,5 +49,6 @@ def keep_activations_in_float32(model: nn.Module) -> None:
                 parameter.data = parameter.data.float()
 
 
-def _widened(forward: Any, tokens: Tensor) -> Tensor:
-    return forward(tokens).to(torch.float32)
+def _widened(forward: Any, *tokens: Tensor, **named: Any) -> Tensor:
+    # Learned positions (OPT) are told more than their number.
+    return forward(*tokens, **named).to(torch.float32)

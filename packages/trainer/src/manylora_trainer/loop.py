@@ -31,6 +31,7 @@ from manylora_trainer.errors import (
 from manylora_trainer.formats import Rendered
 from manylora_trainer.full import BaseWeights
 from manylora_trainer.interruption import Interruption
+from manylora_trainer.lora import require_linear_layers
 from manylora_trainer.memory import Footprint, dtype_of, stating_memory_faults
 from manylora_trainer.plots import plot_curves
 from manylora_trainer.positions import within_positions
@@ -39,7 +40,6 @@ from manylora_trainer.recipe import Recipe, Task
 from manylora_trainer.repeatable import compute_repeatably
 from manylora_trainer.result import RunResult
 from manylora_trainer.run_directory import (
-    MetricsFile,
     NoMetrics,
     RunDirectory,
     begin_run,
@@ -75,6 +75,7 @@ def train_run(
     judge: Judge,
     interruption: Interruption,
     allow_changes: Sequence[str] = (),
+    date: datetime | None = None,
     workers: Workers | None = None,
     device: torch.device | None = None,
 ) -> RunResult:
@@ -92,215 +93,225 @@ def train_run(
     earlier = RunDirectory(path).read_run() if resume else None
     initial = _initial_adapters(recipe, targets, identity.fingerprint, earlier)
     directory = RunDirectory(path)
+    metrics = NoMetrics()
     if writes:
         with stating_storage_faults(path, how_to_resume):
-            open_run(path, recipe, identity, resume=resume, allow_changes=allow_changes)
-    workers.wait()
-    if has_ended(directory):
-        watch.say(f"{path} has ended already")
-        return run_result(directory)
+            metrics = open_run(path, recipe, identity, resume=resume, allow_changes=allow_changes)
+    with closing(metrics):
+        workers.wait()
+        if has_ended(directory):
+            watch.say(f"{path} has ended already")
+            return run_result(directory)
 
-    torch.set_num_threads(training.threads or max(1, (os.cpu_count() or 1) // workers.size))
+        torch.set_num_threads(training.threads or max(1, (os.cpu_count() or 1) // workers.size))
 
-    def stop_if_asked() -> None:
-        # Of several workers none may leave alone: they agree at the end of a step.
-        if workers.size == 1 and interruption.signal:
-            raise RunInterruptedError(
-                f"stopped by {interruption.signal} before training began; go on with: "
-                f"{how_to_resume}"
-            )
-
-    stop_if_asked()
-    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    compute_repeatably(device)
-    # One date for all of the run, however often it is resumed.
-    begun = workers.agreed(now() if earlier is None else earlier["started_at"])
-    assert begun is not None
-    tokenizer = ChatTokenizer(recipe.base, datetime.fromisoformat(begun))
-    if tokenizer.writes_date:
-        watch.say(
-            f"the base's chat template writes the date: in this run's prompts {begun[:10]} (UTC), "
-            "also after a resume; in served ones the day of the request"
-        )
-    data: dict[str, TaskData[Rendered, Any]] = {}
-    for task in recipe.tasks:
-        data[task.name] = load_task(task, tokenizer, recipe.seed, say=watch.say, ask=stop_if_asked)
-        watch.say(_describe(task, data[task.name]))
-        if task.early_stopping and not data[task.name].validation:
-            raise NoExamplesError(
-                f"task {task.name}: early_stopping has no validation rows to go by; "
-                "raise split.validation"
-            )
-    if writes:
-        with stating_storage_faults(path, how_to_resume):
-            begin_run(directory, recipe, identity, data, begun, torch.get_num_threads(), watch.say)
-    workers.wait()
-    run = directory.read_run() or {}
-    checkpoint = load_checkpoint(directory.checkpoints, watch.say)
-    first = 0 if checkpoint is None else checkpoint.step
-    last = max(task.steps for task in data.values())
-
-    watch.say(f"base {recipe.base.name} on {device}, steps {first + 1} to {last}")
-    transformers.utils.logging.disable_progress_bar()
-    footprint = Footprint.of(recipe, identity, device)
-    # Workers whose devices differ must all plan the same step.
-    agreed = workers.agreed(str(footprint.pack_tokens))
-    pack_tokens = footprint.pack_tokens if agreed is None else int(agreed)
-    with stating_memory_faults(pack_tokens, how_to_resume):
-        base = BaseModel(
-            recipe.base,
-            dtype_of(recipe, device),
-            device,
-            four_bit=training.quantization == "nf4",
-        )
-    whole = BaseWeights(base.model) if recipe.kind == "full" else None
-    if footprint.recomputes:
-        base.recompute_layers()
-    trainees = Trainees(
-        base,
-        [
-            Trainee(
-                task,
-                data[task.name],
-                targets[task.name],
-                seed=recipe.seed,
-                device=device,
-                whole=whole,
-            )
-            for task in recipe.tasks
-        ],
-        pack_tokens,
-        workers,
-    )
-    for trainee in trainees:
-        if checkpoint is not None:
-            trainee.restore(checkpoint.tasks[trainee.name], checkpoint.tensors)
-            _check_steps(path, trainee, first)
-        elif (start := initial.get(trainee.name)) is not None:
-            trainee.go_on_from(start.tensors)
-            run["tasks"][trainee.name]["init_from"] = start.digest
-        elif trainee.task.lora.init_from is not None:
-            raise InitialAdapterError(
-                f"task {trainee.name}: {trainee.task.lora.init_from} is gone, and no checkpoint "
-                "holds its weights yet"
-            )
-        else:
-            trainee.start(base, pack_tokens)
-    run["kind"] = recipe.kind
-    progress = {trainee.name: trainee.progress for trainee in trainees}
-
-    def save(done: int, metrics: MetricsFile | NoMetrics) -> None:
-        if not writes:
-            return
-        tensors = {name: tensor for t in trainees for name, tensor in t.state().items()}
-        save_checkpoint(
-            directory.checkpoints,
-            Checkpoint(done, metrics.sync(), progress, tensors),
-            training.keep_checkpoints,
-        )
-        update_run(directory, run, progress)
-
-    def save_weights(place: Path, trainee: Trainee) -> int:
-        if not writes:
-            return 0
-        if trainee.whole is not None:
-            return trainee.whole.save(place / trainee.name, recipe.base)
-        return save_adapter(
-            place / trainee.name,
-            trainee.adapter.tensors(),
-            trainee.task,
-            trainee.targets,
-            identity.fingerprint,
-            adapter_card(
-                trainee.task,
-                identity.fingerprint,
-                run["tasks"][trainee.name]["data_fingerprint"],
-                trainee.progress.metrics,
-            ),
-        )
-
-    metrics_bytes = 0 if checkpoint is None else checkpoint.metrics_bytes
-    with (
-        stating_storage_faults(path, how_to_resume),
-        stating_memory_faults(pack_tokens, how_to_resume),
-        closing(
-            MetricsFile(directory.metrics, metrics_bytes) if writes else NoMetrics()
-        ) as metrics,
-        trainees.prepared_ahead(),
-    ):
-        if writes:
-            update_run(directory, run, progress)
-        if checkpoint is None and initial:
-            # From here on a resume needs none of the adapters that the tasks go on from.
-            save(0, metrics)
-        watch.start({name: task.steps for name, task in data.items()}, first)
-        for step in range(first, last):
-            try:
-                reports = trainees.train_step(step)
-            except DataError:
-                # Nothing was drawn or changed: the steps before it are whole.
-                save(step, metrics)
-                watch.say(
-                    f"the rows failed; a checkpoint was written after step {step} of {last}. Once "
-                    f"they can be read, go on with: {how_to_resume}"
-                )
-                raise
-            if not reports:
-                break
-            done = step + 1
-            speed = next(iter(reports.values())).tokens_per_s
-            for name, report in reports.items():
-                if progress[name].stopped is None:
-                    metrics.write(_metrics_line(done, name, report))
-            watch.step(done, {name: report.loss for name, report in reports.items()}, speed)
-            taking_part = [trainee for trainee in trainees if trainee.name in reports]
-            running = [t for t in taking_part if t.progress.stopped is None]
-            due = done % training.validate_every == 0
-            measured = [t.name for t in running if due or t.data.steps == done]
-            validated = trainees.validate(done, measured)
-            for name, loss in validated.items():
-                if progress[name].stopped is None:
-                    metrics.write({"step": done, "task": name, "validation_loss": loss})
-                    watch.validated(name, loss)
-            ahead = {t.name for t in running if t.data.steps > done and not t.progress.ended_early}
-            compared = {name: loss for name, loss in validated.items() if name in ahead}
-            for name, why in judge(done, compared).items():
-                progress[name].stopped = progress[name].stopped or why
-            for name in measured:
-                cursor = progress[name].cursor
-                if cursor.overlong_dropped or cursor.overlong_truncated:
-                    counts = {
-                        "overlong_dropped": cursor.overlong_dropped,
-                        "overlong_truncated": cursor.overlong_truncated,
-                    }
-                    metrics.write({"step": done, "task": name, **counts})
-            for trainee in taking_part:
-                name, went = trainee.name, trainee.progress
-                if went.stopped is not None:
-                    trainee.retreat()
-                    save_weights(directory.path / "stopped", trainee)
-                    metrics.write({"step": done, "task": name, "stopped": went.stopped})
-                    watch.say(f"{name} stops at {went.stopped}; the others go on")
-                elif went.ended_early or trainee.data.steps == done:
-                    if went.ended_early:
-                        metrics.write({"step": done, "task": name, "ended": went.ended_early})
-                        watch.say(f"{name} ends well at {went.ended_early}")
-                    trainee.settle()
-                    # Before the checkpoint that counts it as done, so that no resume misses it.
-                    went.size_bytes = save_weights(directory.adapters, trainee)
-            stop = workers.agreed(interruption.signal)
-            if stop or done % training.checkpoint_every == 0:
-                save(done, metrics)
-            if stop and done < last:
+        def stop_if_asked() -> None:
+            # Of several workers none may leave alone: they agree at the end of a step.
+            if workers.size == 1 and interruption.signal:
                 raise RunInterruptedError(
-                    f"stopped by {stop} after step {done} of {last}, and a checkpoint was "
-                    f"written; go on with: {how_to_resume}"
+                    f"stopped by {interruption.signal} before training began; go on with: "
+                    f"{how_to_resume}"
                 )
+
+        stop_if_asked()
+        device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        compute_repeatably(device)
+        # One date for all of the run, however often it is resumed, and all of a sweep.
+        begun = workers.agreed(now() if earlier is None else earlier["started_at"])
+        assert begun is not None
+        date = date or datetime.fromisoformat(begun)
+        tokenizer = ChatTokenizer(recipe.base, date)
+        if tokenizer.writes_date:
+            watch.say(
+                f"the base's chat template writes the date: in this run's prompts {date:%Y-%m-%d} "
+                "(UTC), also after a resume; in served ones the day of the request"
+            )
+        data: dict[str, TaskData[Rendered, Any]] = {}
+        for task in recipe.tasks:
+            data[task.name] = load_task(
+                task, tokenizer, recipe.seed, say=watch.say, ask=stop_if_asked
+            )
+            watch.say(_describe(task, data[task.name]))
+            if task.early_stopping and not data[task.name].validation:
+                raise NoExamplesError(
+                    f"task {task.name}: early_stopping has no validation rows to go by; "
+                    "raise split.validation"
+                )
+        checkpoint = load_checkpoint(directory.checkpoints, watch.say)
+        first = 0 if checkpoint is None else checkpoint.step
+        last = max(task.steps for task in data.values())
+
+        watch.say(f"base {recipe.base.name} on {device}, steps {first + 1} to {last}")
+        transformers.utils.logging.disable_progress_bar()
+        footprint = Footprint.of(recipe, identity, device)
+        # Workers whose devices differ must all plan the same step.
+        agreed = workers.agreed(str(footprint.pack_tokens))
+        pack_tokens = footprint.pack_tokens if agreed is None else int(agreed)
+        with stating_memory_faults(pack_tokens, how_to_resume):
+            base = BaseModel(
+                recipe.base,
+                dtype_of(recipe, device),
+                device,
+                four_bit=training.quantization == "nf4",
+            )
+        whole = BaseWeights(base.model) if recipe.kind == "full" else None
+        if whole is None:
+            for task in recipe.tasks:
+                require_linear_layers(base.model, task.name, targets[task.name])
+        # No sooner: until it has begun, a sweep leaves out the trials that do not fit.
         if writes:
-            plot_curves(directory.metrics, directory.curves)
-            end_run(directory, run, progress)
-    workers.wait()
-    return run_result(directory)
+            with stating_storage_faults(path, how_to_resume):
+                begin_run(
+                    directory, recipe, identity, data, begun, torch.get_num_threads(), watch.say
+                )
+        workers.wait()
+        run = directory.read_run() or {}
+        if footprint.recomputes:
+            base.recompute_layers()
+        trainees = Trainees(
+            base,
+            [
+                Trainee(
+                    task,
+                    data[task.name],
+                    targets[task.name],
+                    seed=recipe.seed,
+                    device=device,
+                    whole=whole,
+                )
+                for task in recipe.tasks
+            ],
+            pack_tokens,
+            workers,
+        )
+        for trainee in trainees:
+            if checkpoint is not None:
+                trainee.restore(checkpoint.tasks[trainee.name], checkpoint.tensors)
+                _check_steps(path, trainee, first)
+            elif (start := initial.get(trainee.name)) is not None:
+                trainee.go_on_from(start.tensors)
+                run["tasks"][trainee.name]["init_from"] = start.digest
+            elif trainee.task.lora.init_from is not None:
+                raise InitialAdapterError(
+                    f"task {trainee.name}: {trainee.task.lora.init_from} is gone, and no "
+                    "checkpoint holds its weights yet"
+                )
+            else:
+                trainee.start(base, pack_tokens)
+        run["kind"] = recipe.kind
+        progress = {trainee.name: trainee.progress for trainee in trainees}
+
+        def save(done: int) -> None:
+            if not writes:
+                return
+            tensors = {name: tensor for t in trainees for name, tensor in t.state().items()}
+            save_checkpoint(
+                directory.checkpoints,
+                Checkpoint(done, metrics.sync(), progress, tensors),
+                training.keep_checkpoints,
+            )
+            update_run(directory, run, progress)
+
+        def save_weights(place: Path, trainee: Trainee) -> int:
+            if not writes:
+                return 0
+            if trainee.whole is not None:
+                return trainee.whole.save(place / trainee.name, recipe.base)
+            return save_adapter(
+                place / trainee.name,
+                trainee.adapter.tensors(),
+                trainee.task,
+                trainee.targets,
+                identity.fingerprint,
+                adapter_card(
+                    trainee.task,
+                    identity.fingerprint,
+                    run["tasks"][trainee.name]["data_fingerprint"],
+                    trainee.progress.metrics,
+                ),
+            )
+
+        with (
+            stating_storage_faults(path, how_to_resume),
+            stating_memory_faults(pack_tokens, how_to_resume),
+            trainees.prepared_ahead(),
+        ):
+            metrics.cut(0 if checkpoint is None else checkpoint.metrics_bytes)
+            if writes:
+                update_run(directory, run, progress)
+            if checkpoint is None and initial:
+                # From here on a resume needs none of the adapters that the tasks go on from.
+                save(0)
+            watch.start({name: task.steps for name, task in data.items()}, first)
+            for step in range(first, last):
+                try:
+                    reports = trainees.train_step(step)
+                except DataError:
+                    # Nothing was drawn or changed: the steps before it are whole.
+                    save(step)
+                    watch.say(
+                        f"the rows failed; a checkpoint was written after step {step} of {last}. "
+                        f"Once they can be read, go on with: {how_to_resume}"
+                    )
+                    raise
+                if not reports:
+                    break
+                done = step + 1
+                speed = next(iter(reports.values())).tokens_per_s
+                for name, report in reports.items():
+                    if progress[name].stopped is None:
+                        metrics.write(_metrics_line(done, name, report))
+                watch.step(done, {name: report.loss for name, report in reports.items()}, speed)
+                taking_part = [trainee for trainee in trainees if trainee.name in reports]
+                running = [t for t in taking_part if t.progress.stopped is None]
+                due = done % training.validate_every == 0
+                measured = [t.name for t in running if due or t.data.steps == done]
+                validated = trainees.validate(done, measured)
+                for name, loss in validated.items():
+                    if progress[name].stopped is None:
+                        metrics.write({"step": done, "task": name, "validation_loss": loss})
+                        watch.validated(name, loss)
+                ahead = {
+                    t.name for t in running if t.data.steps > done and not t.progress.ended_early
+                }
+                compared = {name: loss for name, loss in validated.items() if name in ahead}
+                for name, why in judge(done, compared).items():
+                    progress[name].stopped = progress[name].stopped or why
+                for name in measured:
+                    cursor = progress[name].cursor
+                    if cursor.overlong_dropped or cursor.overlong_truncated:
+                        counts = {
+                            "overlong_dropped": cursor.overlong_dropped,
+                            "overlong_truncated": cursor.overlong_truncated,
+                        }
+                        metrics.write({"step": done, "task": name, **counts})
+                for trainee in taking_part:
+                    name, went = trainee.name, trainee.progress
+                    if went.stopped is not None:
+                        trainee.retreat()
+                        save_weights(directory.path / "stopped", trainee)
+                        metrics.write({"step": done, "task": name, "stopped": went.stopped})
+                        watch.say(f"{name} stops at {went.stopped}; the others go on")
+                    elif went.ended_early or trainee.data.steps == done:
+                        if went.ended_early:
+                            metrics.write({"step": done, "task": name, "ended": went.ended_early})
+                            watch.say(f"{name} ends well at {went.ended_early}")
+                        trainee.settle()
+                        # Before the checkpoint that counts it as done, so that no resume misses it.
+                        went.size_bytes = save_weights(directory.adapters, trainee)
+                stop = workers.agreed(interruption.signal)
+                if stop or done % training.checkpoint_every == 0:
+                    save(done)
+                if stop and done < last:
+                    raise RunInterruptedError(
+                        f"stopped by {stop} after step {done} of {last}, and a checkpoint was "
+                        f"written; go on with: {how_to_resume}"
+                    )
+            if writes:
+                plot_curves(directory.metrics, directory.curves)
+                end_run(directory, run, progress)
+        workers.wait()
+        return run_result(directory)
 
 
 def _initial_adapters(

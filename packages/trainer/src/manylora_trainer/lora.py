@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from manylora_trainer.adapter_settings import Lora
 from manylora_trainer.dropout import keep_mask, layer_key
-from manylora_trainer.errors import UnsupportedBaseError
+from manylora_trainer.errors import UnfitTaskError
 from manylora_trainer.frozen import input_gradient, product
 from manylora_trainer.packing import Range
 from manylora_trainer.stacked import Member, PackOwners, Working, stacked_linear, stacks_of
@@ -327,26 +327,34 @@ def frozen_linear(model: nn.Module, name: str) -> nn.Linear:
 
 
 def attach(model: nn.Module, adapters: Sequence[Adapter], routing: Routing) -> None:
-    """Wraps every linear that an adapter targets; the others stay as they are.
+    """Wraps every linear that an adapter targets; the others stay as they are."""
+    for name in sorted({name for adapter in adapters for name in adapter.matrices}):
+        parent, _, child = name.rpartition(".")
+        linear = cast("nn.Linear", model.get_submodule(name))
+        matrices = [adapter.matrices.get(name) for adapter in adapters]
+        wrapped = MultiLoraLinear(name, linear, matrices, routing)
+        setattr(model.get_submodule(parent), child, wrapped)
+    routing.adapters = adapters
+
+
+def require_linear_layers(model: nn.Module, task: str, targets: Shapes) -> None:
+    """Sees that what a task targets, which was told by the weights alone, can be adapted.
 
     Raises:
-        UnsupportedBaseError: a targeted weight does not belong to a plain linear layer.
+        UnfitTaskError: a weight, as of experts, does not belong to a plain linear layer.
     """
-    for name in sorted({name for adapter in adapters for name in adapter.matrices}):
-        parent_name, _, child = name.rpartition(".")
+    for name in targets:
         try:
-            parent = model.get_submodule(parent_name)
-            linear = model.get_submodule(name)
+            module = model.get_submodule(name)
         except AttributeError as error:
-            raise UnsupportedBaseError(
+            raise UnfitTaskError(
+                task,
                 f"the base has no module {name}, only such a weight: name the linear layers to "
-                "adapt by lora.target_modules"
+                "adapt by lora.target_modules",
             ) from error
-        if not isinstance(linear, nn.Linear):
-            raise UnsupportedBaseError(
-                f"{name} is a {type(linear).__name__}, and adapters are made for linear layers: "
-                "name those to adapt by lora.target_modules"
+        if not isinstance(module, nn.Linear):
+            raise UnfitTaskError(
+                task,
+                f"{name} is a {type(module).__name__}, and adapters are made for linear layers: "
+                "name those to adapt by lora.target_modules",
             )
-        matrices = [adapter.matrices.get(name) for adapter in adapters]
-        setattr(parent, child, MultiLoraLinear(name, linear, matrices, routing))
-    routing.adapters = adapters

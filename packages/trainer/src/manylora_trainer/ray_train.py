@@ -15,6 +15,7 @@ import signal
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -51,6 +52,7 @@ class _Job:
     path: Path
     how_to_resume: str
     judge: "Judge | None"
+    date: datetime | None
     desk: Any
     """Handle of the `Desk`."""
 
@@ -64,6 +66,7 @@ def train_on_workers(
     how_to_resume: str,
     allow_changes: Sequence[str] = (),
     judge: "Judge | None" = None,
+    date: datetime | None = None,
 ) -> RunResult:
     """Trains a recipe with the workers it asks for; as `train_run` without them.
 
@@ -72,9 +75,10 @@ def train_on_workers(
         TrainerError: whatever the loop raises in a worker.
     """
     settings = recipe.workers
-    directory = open_run(
+    # Let go again for the worker that writes into it.
+    open_run(
         path, recipe, identify_base(recipe.base), resume=resume, allow_changes=allow_changes
-    )
+    ).close()
     own_cluster = not ray.is_initialized()
     if own_cluster:
         _connect(settings.address, settings.count, settings.cpus)
@@ -86,7 +90,9 @@ def train_on_workers(
         desk: Any = ray.remote(num_cpus=0)(Desk).remote()
         trainer = ray.train.torch.TorchTrainer(
             _work,
-            train_loop_config={"job": _Job(recipe, path.absolute(), how_to_resume, judge, desk)},
+            train_loop_config={
+                "job": _Job(recipe, path.absolute(), how_to_resume, judge, date, desk)
+            },
             torch_config=ray.train.torch.TorchConfig(backend="nccl" if use_gpu else "gloo"),
             scaling_config=ray.train.ScalingConfig(
                 num_workers=settings.count,
@@ -95,7 +101,7 @@ def train_on_workers(
             ),
             run_config=ray.train.RunConfig(
                 name=path.name,
-                storage_path=str(directory.path.absolute() / RAY_DIRECTORY),
+                storage_path=str(path.absolute() / RAY_DIRECTORY),
                 failure_config=ray.train.FailureConfig(max_failures=settings.max_restarts),
                 logging_config=ray.train.LoggingConfig(log_level="WARNING"),
             ),
@@ -110,7 +116,7 @@ def train_on_workers(
         if own_cluster:
             ray.shutdown()
     # What Ray keeps of a run; ours has all it needs in its checkpoints.
-    shutil.rmtree(directory.path / RAY_DIRECTORY, ignore_errors=True)
+    shutil.rmtree(path / RAY_DIRECTORY, ignore_errors=True)
     if isinstance(outcome, TrainerError):
         raise outcome
     if outcome is None:
@@ -194,6 +200,7 @@ def _work(config: Mapping[str, Any]) -> None:
             watch=_Teller(job.desk, tells=first),
             how_to_resume=job.how_to_resume,
             judge=job.judge or nobody,
+            date=job.date,
             workers=workers,
             interruption=_Asked(job.desk, asks=first),
             device=ray.train.torch.get_device(),

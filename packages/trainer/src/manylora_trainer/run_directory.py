@@ -7,6 +7,7 @@ import platform
 import time
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -24,7 +25,7 @@ from manylora_trainer.recipe import Recipe
 from manylora_trainer.recipe_changes import accept_changes
 from manylora_trainer.result import RunResult, TaskProgress, TaskResult
 from manylora_trainer.run_report import write_run_report
-from manylora_trainer.saved_runs import is_locked, read_run
+from manylora_trainer.saved_runs import read_run
 from manylora_trainer.source_files import source_files
 from manylora_trainer.targets import linears_of, targets_of, trainable_parameters
 
@@ -103,10 +104,11 @@ def open_run(
     *,
     resume: bool,
     allow_changes: Sequence[str] = (),
-) -> RunDirectory:
-    """Makes a run directory, or takes up the one that is there.
+) -> "MetricsFile":
+    """Makes a run directory, or takes up the one that is there; no other process has it meanwhile.
 
-    `allow_changes` are dotted paths in which the recipe may differ from the run's.
+    `allow_changes` are dotted paths in which the recipe may differ from the run's. The run is let
+    go by closing its metrics.
 
     Raises:
         RunExistsError: it is not empty and `resume` was not asked for.
@@ -125,12 +127,23 @@ def open_run(
         raise RunExistsError(
             f"{path} is not empty. Go on with its run by --resume, or give another --run-dir."
         )
-    if entries and not entries & {"recipe.yaml", ".recipe.yaml.tmp"}:
+    # Killed before it wrote anything, a run leaves the file that it had locked.
+    only_locked = entries == {directory.metrics.name} and not directory.metrics.stat().st_size
+    if entries and not only_locked and not entries & {"recipe.yaml", ".recipe.yaml.tmp"}:
         raise RunDirectoryError(f"{path} holds no run to resume")
-    if is_locked(directory.metrics):
-        # Seen again by who takes the lock; here before anything of that run is replaced.
-        raise RunDirectoryError(f"{path} is being trained by another process")
-    run = directory.read_run()
+    metrics = MetricsFile(directory.metrics)
+    try:
+        _take_up(directory, recipe, base, allow_changes)
+    except BaseException:
+        metrics.close()
+        raise
+    return metrics
+
+
+def _take_up(
+    directory: RunDirectory, recipe: Recipe, base: BaseModelIdentity, allow_changes: Sequence[str]
+) -> None:
+    path, run = directory.path, directory.read_run()
     if run is not None and run["recipe_digest"] != recipe.digest:
         _change_recipe(directory, run, recipe, allow_changes)
     if run is not None and run["base"]["fingerprint"] != base.fingerprint:
@@ -140,7 +153,6 @@ def open_run(
         _write_recipe(path, recipe)
     if run is None:
         write_file(path / "base.json", json.dumps(asdict(base)).encode())
-    return directory
 
 
 def _write_recipe(path: Path, recipe: Recipe) -> None:
@@ -321,23 +333,27 @@ def run_result(directory: RunDirectory) -> RunResult:
 class MetricsFile:
     """metrics.jsonl: one object a line, cut back to the checkpoint when a run is resumed."""
 
-    def __init__(self, path: Path, length: int) -> None:
-        """Opens the file and keeps its first `length` bytes.
+    def __init__(self, path: Path) -> None:
+        """Opens the file and keeps other processes from the run until it is closed.
 
         Raises:
-            RunDirectoryError: another process is training into the same run, or the bytes to keep
-                are damaged.
+            RunDirectoryError: another process is training into the same run.
         """
+        self._path = path
         self._file = path.open("ab")
-        try:
-            if not self._lock():
-                raise RunDirectoryError(f"{path.parent} is being trained by another process")
-            if self._file.tell():
-                _check_metrics(path, length)
-                self._file.truncate(length)
-        except RunDirectoryError:
+        if not self._lock():
             self._file.close()
-            raise
+            raise RunDirectoryError(f"{path.parent} is being trained by another process")
+
+    def cut(self, length: int) -> None:
+        """Keeps the first `length` bytes.
+
+        Raises:
+            RunDirectoryError: they are damaged.
+        """
+        if self._file.tell():
+            _check_metrics(self._path, length)
+            self._file.truncate(length)
 
     def write(self, entry: Mapping[str, Any]) -> None:
         """Adds one line with the time, readable at once by who follows the file."""
@@ -362,8 +378,10 @@ class MetricsFile:
         return self._file.seek(0, os.SEEK_END)
 
     def close(self) -> None:
-        """Closes the file."""
-        self._file.close()
+        """Closes the file, and lets other processes have the run."""
+        # Each line was flushed; one that could not be has been told of.
+        with suppress(OSError):
+            self._file.close()
 
 
 def _record_start(directory: RunDirectory, threads: int) -> None:
@@ -399,6 +417,9 @@ def _check_metrics(path: Path, length: int) -> None:
 
 class NoMetrics:
     """Metrics of a worker whose neighbour writes them."""
+
+    def cut(self, length: int) -> None:
+        """Keeps nothing."""
 
     def write(self, entry: Mapping[str, Any]) -> None:
         """Writes nothing."""

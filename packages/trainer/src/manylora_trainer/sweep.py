@@ -5,6 +5,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
@@ -135,6 +136,7 @@ def _run(sweep: Sweep, resume: bool, how_to_resume: str, say: Callable[[str], No
                     resume=directory.exists(),
                     how_to_resume=how_to_resume,
                     judge=rungs.losers,
+                    date=_date(sweep.sweep_directory),
                 )
             except UnfitTaskError as error:
                 if RunDirectory(directory).read_run() is not None:
@@ -268,6 +270,14 @@ def _open(sweep: Sweep, recipe: Recipe, *, resume: bool) -> list[Trial]:
             "Undo the change, or give another --sweep-dir."
         )
     return list(read_sweep(directory).trials)
+
+
+def _date(sweep_directory: Path) -> datetime | None:
+    """What a chat template that writes the date writes in all runs: when the first one began."""
+    for directory in sorted((sweep_directory / "runs").glob("*")):
+        if (run := RunDirectory(directory).read_run()) is not None:
+            return datetime.fromisoformat(run["started_at"])
+    return None
 
 
 def _require_replayed(sweep: Sweep, asked: list[tuple[int, Settings]], known: list[Trial]) -> None:
