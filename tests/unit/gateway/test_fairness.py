@@ -11,8 +11,9 @@ import pytest
 
 from manylora_gateway.errors import DisplacedError
 from manylora_gateway.fair import FairOrder, Flow, Share
+from manylora_gateway.figures import Turns
 from manylora_gateway.pool import AdapterPool
-from manylora_gateway.shadow import SHARE
+from manylora_gateway.shadow import IN_TURN, SHARE
 from manylora_registry import Version
 from tests.unit.gateway.simulated import simulate
 from tests.unit.gateway.test_pool import version
@@ -148,6 +149,36 @@ def test_copies_hardly_move_a_clients_first_token() -> None:
         return p95(engine.first["clients"])
 
     assert simulate(answered(copied=True)) < 1.5 * simulate(answered(copied=False))
+
+
+def test_copies_that_wait_their_turn_hardly_move_a_clients_first_token() -> None:
+    """Both slots are always busy, with answers of seconds."""
+    seconds, tokens = 900, 4 * TOKENS
+
+    async def answered() -> float:
+        engine = Engine()
+        loop = asyncio.get_running_loop()
+        turns, chance = Turns(loop.time), random.Random(1)
+
+        async def keep_asking(adapter: Version) -> None:
+            await asyncio.sleep(chance.random())
+            while loop.time() < seconds:
+                await engine.ask("clients", adapter, tokens=chance.randint(tokens // 2, tokens))
+
+        async def copy() -> None:
+            while loop.time() < seconds:
+                if turns.take():
+                    began = loop.time()
+                    await engine.ask("copies", BLUE, tokens=tokens, share=IN_TURN)
+                    turns.end(loop.time() - began)
+                await asyncio.sleep(1)
+
+        await asyncio.gather(copy(), *(keep_asking(one) for one in (RED, GREEN) for _ in range(4)))
+        assert engine.tokens["copies"] > tokens
+        return p95(engine.first["clients"])
+
+    # As long as it takes with a full batch.
+    assert simulate(answered()) <= 2 * PREFILL_S
 
 
 def test_a_cold_adapter_is_served_within_the_bound() -> None:

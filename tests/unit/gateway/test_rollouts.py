@@ -11,7 +11,6 @@ from google.rpc import error_details_pb2
 
 from manylora.admin.v1 import admin_pb2
 from manylora.inference.v1 import inference_pb2 as pb
-from manylora_gateway.shadow import PATIENCE_S
 from manylora_registry import Registry, Version
 from tests.unit.gateway.conftest import Publish, Start
 from tests.unit.gateway.in_process import OTHER_BASE, RunningGateway
@@ -244,7 +243,7 @@ async def test_now_and_then_a_copy_waits_its_turn_like_a_client(
     await divide(gateway, shadow=(2, 100))
     found = gateway.routes.rollout("red")
     assert found is not None
-    found[1].figures.compared_at -= PATIENCE_S
+    found[1].figures.turns.due_at = 0
     red = pb.GenerateRequest(adapter="red", text="hi", sampling=pb.Sampling(max_tokens=1))
     engine = gateway.engine
     engine.hold_answers()

@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 import ray
 import yaml
+from prometheus_client import generate_latest
 
 from manylora_gateway import errors
+from manylora_gateway.metrics import Metrics
 from tests.unit.gateway.test_observing import scraped_names
 
 ROOT = Path(__file__).parents[3]
@@ -48,6 +50,13 @@ def test_an_alert_names_reasons_and_codes_that_there_are(alert: dict[str, Any]) 
     }
     named = re.findall(r'(?:reason|code)=~?"([A-Z_|]+)"', alert["expr"])
     assert {word for words in named for word in words.split("|")} <= known
+
+
+def test_a_counter_is_there_before_what_an_alert_counts_happens(alert: dict[str, Any]) -> None:
+    # Prometheus sees no increase where a series begins.
+    scrape = generate_latest(Metrics().registry).decode()
+    for counter in re.findall(r'manylora_[a-z_]+_total\{\w+="\w+"\}', alert["expr"]):
+        assert f"{counter} 0.0\n" in scrape
 
 
 def test_operators_are_told_of_every_alert_and_of_no_other() -> None:

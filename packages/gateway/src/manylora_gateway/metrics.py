@@ -19,7 +19,12 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from manylora_gateway.engine import Delta, Timing
-from manylora_gateway.errors import GatewayError, StartError
+from manylora_gateway.errors import (
+    GatewayError,
+    QueueFullError,
+    ReplicaLostError,
+    StartError,
+)
 from manylora_gateway.figures import Figures
 from manylora_gateway.logs import log_request
 from manylora_registry import Version
@@ -194,6 +199,12 @@ class Metrics:
         self.registry_age = Gauge(
             "manylora_registry_age_seconds", "Since the registry was last read.", registry=own
         )
+        # To Prometheus a counter that begins above 0 has not increased: streams that a lost replica
+        # breaks off in one moment would raise no alert.
+        for error in (QueueFullError, ReplicaLostError):
+            self.rejections.labels(error.reason)
+        for outcome in ("served", "failed"):
+            self.swaps.labels(outcome)
         self.registry.register(_Replicas(self))
         self.registry.register(_Certificate(self))
 

@@ -18,9 +18,6 @@ from manylora_registry import Version
 MAX_COPIES = 8
 """Copies under way; more are not made, and counted as skipped."""
 SHARE = Share("shadow", tenant_weight=0.1, gives_way=True)
-PATIENCE_S = 30.0
-"""Seconds after which a copy no longer gives way, so that a gateway that is never idle compares
-something too: one in that time costs clients a turn, which they hardly notice."""
 IN_TURN = Share("shadow in turn", tenant_weight=0.1)
 
 logger = logging.getLogger(__name__)
@@ -44,10 +41,9 @@ class Shadows:
         answer: Sequence[int],
     ) -> None:
         """Has `version` answer what was answered with the tokens `answer`."""
-        figures, now = rollout.figures, time.monotonic()
-        share = SHARE
-        if now - figures.compared_at >= PATIENCE_S:
-            share, figures.compared_at = IN_TURN, now
+        figures, share = rollout.figures, SHARE
+        if figures.turns.take():
+            share = IN_TURN
         elif len(self._tasks) >= MAX_COPIES:
             self._skip(rollout)
             return
@@ -100,7 +96,10 @@ class Shadows:
             self._metrics.shadows.labels("failed").inc()
             logger.warning("a copy for %s failed: %s", version.engine_name, error)
             return
-        figures.compared_at = time.monotonic()
+        finally:
+            if share is IN_TURN:
+                figures.turns.end(time.monotonic() - began)
+        figures.turns.put_off()
         if tokens == list(answer):
             figures.same += 1
             self._metrics.shadows.labels("same").inc()
