@@ -1,9 +1,10 @@
 """Floods and cold adapters, over an engine that takes simulated time for each token."""
 
 import asyncio
+import itertools
 import random
 from collections import defaultdict
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import asynccontextmanager, suppress
 from statistics import median, quantiles
 
@@ -239,6 +240,49 @@ def test_newcomers_do_not_starve_who_has_had_much() -> None:
         return share
 
     assert simulate(run()) < 60
+
+
+def test_adapters_that_cannot_be_loaded_hold_up_another_for_a_turn_at_most() -> None:
+    """As while a disk is full; nor do they when it has room again."""
+    mended, ended = 30.0, 90.0
+
+    async def run() -> float:
+        loop = asyncio.get_running_loop()
+        colds = itertools.cycle([version(f"cold-{index}") for index in range(400)])
+        longest = 0.0
+
+        async def load(loaded: Version) -> None:
+            await asyncio.sleep(0.1)
+            if loaded is not RED and loop.time() < mended:
+                raise OSError
+
+        async def unload(_: Version) -> None:
+            return
+
+        pool = AdapterPool(load, unload, slots=SLOTS, capacity=8, seats=8, clock=loop.time)
+
+        async def ask(adapter: Version) -> None:
+            nonlocal longest
+            asked = loop.time()
+            try:
+                async with pool.hold(adapter, tokens=100) as seat:
+                    if adapter is RED:
+                        longest = max(longest, loop.time() - asked)
+                    await asyncio.sleep(1)
+                    seat.used = 100
+            except OSError:
+                await asyncio.sleep(0.1)
+
+        async def client(adapters: Iterator[Version]) -> None:
+            while loop.time() < ended:
+                await ask(next(adapters))
+
+        warm = itertools.repeat(RED)
+        await asyncio.gather(*(client(each) for each in (warm, colds) for _ in range(4)))
+        return longest
+
+    # Without faults it is 6.6 s.
+    assert simulate(run()) < 10
 
 
 def test_weights_divide_the_tokens() -> None:

@@ -15,6 +15,9 @@ from manylora_registry import Version
 
 BARE_BASE = ""
 """The adapter of requests without one: they need a seat and no slot."""
+LOAD_TOKENS = 64.0
+"""What a load that failed is taken to have cost: it had a slot, and others waited for it. At no
+cost, adapters that cannot be loaded, asked for again and again, would keep a slot from the rest."""
 
 
 @dataclass(eq=False)
@@ -141,6 +144,9 @@ class Seats:
     def refuse(self, adapter: str, error: Exception) -> None:
         """Gives `error` to all who wait for an adapter."""
         for line in [line for line in self._lines.values() if line.adapter == adapter]:
+            if line.places:
+                self._order.charge(line.flow, LOAD_TOKENS)
+                self._order.settle(line.flow, LOAD_TOKENS, LOAD_TOKENS)
             for place in line.places:
                 self._order.leave(line.flow)
                 if not place.granted.done():
