@@ -305,3 +305,35 @@ async def test_a_broken_version_at_the_start_does_not_hold_up_the_others(
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await stream(gateway, "alien")
         assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+class CountingRegistry(Registry):
+    """One that counts what is asked about single versions."""
+
+    asked = 0
+
+    def find(self, reference: str | AdapterReference) -> Version:
+        self.asked += 1
+        return super().find(reference)
+
+
+async def test_what_is_served_and_listed_is_read_at_once(tmp_path: Path) -> None:
+    with CountingRegistry.open(tmp_path / "registry") as registry:
+        for seed, name in enumerate(("blue", "green", "red", "white")):
+            publish(registry, tmp_path, name, seed)
+            publish(registry, tmp_path, name, 10 + seed)
+            registry.set_alias(name, "production", 1)
+            registry.set_alias(name, "canary", 1)
+        publish(registry, tmp_path, "alien", 20, base=OTHER_BASE)
+        registry.set_alias("alien", "canary", 1)
+        registry.asked = 0
+        async with running_gateway(registry, tmp_path) as gateway:
+            # Of each that is loaded, what its alias points at just then.
+            assert registry.asked == 2
+            listing = await gateway.inference.ListAdapters(pb.ListAdaptersRequest())
+            assert registry.asked == 2
+            alien, *others = listing.adapters
+            assert not alien.aliases[0].HasField("serving")
+            assert "made for the base" in alien.aliases[0].pending_error
+            assert {alias.serving.number for each in others for alias in each.aliases} == {1}
+            assert (await stream(gateway, "white"))[0] == 1
+
+

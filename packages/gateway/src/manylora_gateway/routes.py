@@ -13,7 +13,12 @@ from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
-from manylora_gateway.errors import RegistryLostError, YankedAdapterError, from_registry
+from manylora_gateway.errors import (
+    RegistryLostError,
+    UnservableError,
+    YankedAdapterError,
+    from_registry,
+)
 from manylora_gateway.rollouts import AliasKey, Rollout, Rollouts
 from manylora_gateway.worker import Servable
 from manylora_registry import AdapterReference, Registry, Version
@@ -242,6 +247,15 @@ class Routes:
 
     def displace(self, version: Version) -> bool:
         """Has `version` reported as drained when its last use ends.
+    def adopt(self, key: AliasKey, target: Version) -> bool:
+        """Has an alias that nobody followed mean `target`; says False where it is unservable."""
+        try:
+            self._servable.check(target)
+        except UnservableError:
+            return False
+        self._routes.setdefault(key, Route(serving=target))
+        return True
+
 
         Says False, and does nothing, where an alias serves it.
         """

@@ -54,12 +54,12 @@ class Swaps:
         while events := await asyncio.to_thread(self._registry.events, self._sequence):
             self._sequence = events[-1].sequence
         for adapter in await asyncio.to_thread(self._registry.adapters):
-            for alias in adapter.aliases:
+            for alias, target in adapter.targets.items():
                 if alias in self._config.aliases:
                     warm -= 1
-                    await self._adopt((adapter.name, alias), load=warm >= 0)
+                    await self._adopt((adapter.name, alias), target, load=warm >= 0)
         self._start(self._follow())
-        self._start(self._retire_drained())
+        self._start(self._retire_displaced())
 
     async def close(self) -> None:
         """Ends following."""
@@ -67,15 +67,12 @@ class Swaps:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    async def _adopt(self, key: AliasKey, *, load: bool) -> None:
+    async def _adopt(self, key: AliasKey, target: Version, *, load: bool) -> None:
         """Serves an alias for the first time; what fails is tried again in the background."""
         if load:
             served = await self._attempt(key)
         else:
-            try:
-                served = bool(await self._routes.resolve("@".join(key)))
-            except GatewayError:
-                served = False
+            served = self._routes.adopt(key, target)
         if not served:
             self._wake(key)
 
