@@ -155,8 +155,7 @@ class Operations:
             before = self.rollouts.put(key, rollout)
             logger.info("%s is divided: %s", "@".join(key), _told(rollout))
             for version in [] if before is None else before.versions:
-                if self._routes.displace(version):
-                    await self._replicas.retire(version)
+                self._routes.displace(version)
             return await self.rollout(key)
 
     async def restore_rollouts(self) -> None:
