@@ -81,7 +81,7 @@ class Operations:
         Raises:
             GatewayError: it names nothing.
         """
-        version = await self._routes.resolve(reference)
+        version = await self._routes.identify(reference)
         return version, await self._replicas.retire(version)
 
     async def pin(self, reference: str, *, release: bool) -> Version:
@@ -91,14 +91,12 @@ class Operations:
             GatewayError: it names nothing, cannot be loaded, or too many are pinned.
         """
         if release:
-            version = await self._routes.resolve(reference)
-            self._fleet.pinned.pop(version.digest, None)
-            await self._replicas.unpin(version)
+            version = await self._routes.identify(reference)
+            await self._fleet.unpin(version)
             return version
         async with self._routes.use(reference) as version:
             assert version is not None
-            await self._replicas.pin(version)
-            self._fleet.pinned[version.digest] = version
+            await self._fleet.pin(version)
             return version
 
     async def drain(self, timeout_s: float | None) -> int:
