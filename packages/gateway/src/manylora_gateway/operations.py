@@ -5,7 +5,7 @@ import logging
 from dataclasses import dataclass
 
 from manylora_gateway.admission import Admission
-from manylora_gateway.errors import GatewayError, InvalidRequestError, Violation
+from manylora_gateway.errors import InvalidRequestError, Violation
 from manylora_gateway.fleet import Fleet
 from manylora_gateway.metrics import Metrics
 from manylora_gateway.replicas import Replicas, ReplicaState
@@ -164,12 +164,14 @@ class Operations:
                 serving = await self._routes.serving(key)
                 if serving.digest != entry["under"]:
                     logger.info("%s has moved: its rollout is over", "@".join(key))
+                    self.rollouts.end(key)
                     continue
                 shares = [(share["version"], share["percent"]) for share in entry["shares"]]
                 shadow = entry["shadow"]
                 copied = None if shadow is None else (shadow["version"], shadow["percent"])
                 await self.set_rollout(key, shares, copied)
-            except (GatewayError, KeyError, TypeError) as error:
+            except Exception as error:
+                # Whatever it is, requests get what their alias points at.
                 logger.error("a saved rollout cannot be set again: %s: %s", entry, error)
 
     async def _share(self, key: AliasKey, number: int, percent: int) -> Share:
