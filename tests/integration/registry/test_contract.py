@@ -78,6 +78,7 @@ def test_an_alias_moves_by_compare_and_set_and_remembers(registry, publish):
     ] == [("production", 1, None, 1, "ann", "first"), ("production", 2, 1, 2, "bob", "")]
     (adapter,) = registry.adapters()
     assert adapter.aliases == {"production": Alias(2, 2)}
+    assert adapter.targets == {"production": registry.find("spelling@2")}
     assert registry.verify().moves == 2
 
 

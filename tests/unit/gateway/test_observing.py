@@ -22,7 +22,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from manylora.admin.v1 import admin_pb2
 from manylora.inference.v1 import inference_pb2 as pb
 from manylora_gateway import tracing
-from manylora_gateway.config import AdapterLimits, LimitsConfig, TracingConfig
+from manylora_gateway.config import AdapterLimits, EngineConfig, LimitsConfig, TracingConfig
 from manylora_gateway.logs import log_to_stderr, requests_logger
 from manylora_gateway.metrics import Metrics
 from manylora_registry import Registry, Version
@@ -242,6 +242,58 @@ async def test_a_pinned_version_outlives_idleness_and_its_alias(
     await gateway.admin.Pin(admin_pb2.PinRequest(adapter="red@1", release=True))
     listing = await gateway.admin.ListReplicas(admin_pb2.ListReplicasRequest())
     assert not any(entry.pinned for entry in listing.replicas[0].adapters)
+
+
+async def pins(gateway: RunningGateway) -> list[set[str]]:
+    """The adapters each replica keeps loaded."""
+    listing = await gateway.admin.ListReplicas(admin_pb2.ListReplicasRequest())
+    return [
+        {entry.adapter.name for entry in replica.adapters if entry.pinned}
+        for replica in listing.replicas
+    ]
+
+
+async def test_a_pinned_version_that_was_withdrawn_can_be_let_go(
+    gateway: RunningGateway, registry: Registry
+) -> None:
+    await gateway.admin.Pin(admin_pb2.PinRequest(adapter="red@1"))
+    registry.yank("red@1")
+    await gateway.until_failed("red@production")
+    await gateway.admin.Pin(admin_pb2.PinRequest(adapter="red@1", release=True))
+    assert await pins(gateway) == [set()]
+    unloaded = await gateway.admin.Unload(admin_pb2.UnloadRequest(adapter="red@1"))
+    assert unloaded.replicas == 1
+
+
+async def test_a_version_that_cannot_be_pinned_everywhere_is_pinned_nowhere(
+    served: dict[str, Version], published: Publish, start: Start
+) -> None:
+    async with start(replicas=2) as gateway:
+        gateway.engines[1].refused.add(published("blue", 5).engine_name)
+        await refused(gateway.admin.Pin(admin_pb2.PinRequest(adapter="blue@1")))
+        async with asyncio.timeout(10):
+            while await pins(gateway) != [set(), set()]:
+                pass
+
+
+async def test_a_new_replica_pins_nothing_that_was_let_go(
+    served: dict[str, Version], start: Start
+) -> None:
+    config = EngineConfig(slots=2, host_adapters=5, turn_s=0)
+    async with start(engine=config, aliases=()) as gateway:
+        await gateway.fleet.look()
+        for name in ("red", "green"):
+            await gateway.admin.Pin(admin_pb2.PinRequest(adapter=f"{name}@1"))
+        engine = await gateway.replicas.restart(0)
+        engine.hold_loads()
+        await gateway.fleet.look()
+        await engine.until_loads(1)
+        await gateway.admin.Pin(admin_pb2.PinRequest(adapter="red@1", release=True))
+        engine.let_load()
+        async with asyncio.timeout(10):
+            while "green" not in (pinned := (await pins(gateway))[0]):
+                pass
+        assert pinned == {"green"}
 
 
 async def test_a_new_replica_gets_what_is_served_before_it_is_asked(

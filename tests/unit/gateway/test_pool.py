@@ -511,3 +511,32 @@ async def test_as_many_leave_as_want_a_slot(make: Callable[..., AdapterPool], cl
     await settled(pool)
     assert all(request.seated.is_set() for request in cold)
     assert not any(request.seated.is_set() for request in late)
+
+
+async def test_what_is_let_go_while_it_loads_is_not_pinned(
+    make: Callable[..., AdapterPool], memory: Memory
+) -> None:
+    pool = make(slots=1, capacity=3, seats=1)
+    memory.may_load.clear()
+    pins = [asyncio.create_task(pool.pin(RED)) for _ in range(2)]
+    await turn()
+    assert pool.unpin(RED)
+    memory.may_load.set()
+    await asyncio.gather(*pins)
+    assert not any(one.pinned for one in pool.residents())
+    await pool.pin(GREEN)
+
+
+async def test_who_gives_up_a_pin_takes_no_other_along(
+    make: Callable[..., AdapterPool], memory: Memory
+) -> None:
+    pool = make(slots=1, capacity=3, seats=1)
+    memory.may_load.clear()
+    pins = [asyncio.create_task(pool.pin(RED)) for _ in range(3)]
+    await turn()
+    pins[0].cancel()
+    pins[2].cancel()
+    await turn()
+    memory.may_load.set()
+    await pins[1]
+    assert [one.version for one in pool.residents() if one.pinned] == [RED]

@@ -4,6 +4,8 @@ import asyncio
 import json
 import sys
 from collections import Counter
+from contextlib import AbstractContextManager
+from pathlib import Path
 
 import grpc
 import pytest
@@ -11,9 +13,14 @@ from google.rpc import error_details_pb2
 
 from manylora.admin.v1 import admin_pb2
 from manylora.inference.v1 import inference_pb2 as pb
-from manylora_registry import Registry, Version
+from manylora_registry import Cache, Registry, Version
 from tests.unit.gateway.conftest import Publish, Start
-from tests.unit.gateway.in_process import OTHER_BASE, RunningGateway
+from tests.unit.gateway.in_process import (
+    OTHER_BASE,
+    RunningGateway,
+    publish,
+    running_gateway,
+)
 from tests.unit.gateway.test_errors import detail, refused, told
 
 
@@ -27,10 +34,13 @@ async def ask(gateway: RunningGateway, session: str, reference: str = "red") -> 
 
 
 async def divide(
-    gateway: RunningGateway, *shares: tuple[int, int], shadow: tuple[int, int] | None = None
+    gateway: RunningGateway,
+    *shares: tuple[int, int],
+    shadow: tuple[int, int] | None = None,
+    adapter: str = "red",
 ) -> admin_pb2.Rollout:
     request = admin_pb2.SetRolloutRequest(
-        adapter="red",
+        adapter=adapter,
         shares=[
             admin_pb2.RolloutShare(version=version, percent=percent) for version, percent in shares
         ],
@@ -93,6 +103,44 @@ async def test_moving_the_alias_ends_the_rollout(
     await gateway.until_serving("red@production", 2)
     assert {await ask(gateway, f"session-{index}") for index in range(20)} == {2}
     await gateway.engine.until_gone(served["red"].engine_name)
+
+
+class Broken(Registry):
+    """One that fails as nobody expects."""
+
+    broken = False
+
+    def hold(self, version: Version, cache: Cache) -> AbstractContextManager[Path]:
+        if self.broken and version.number == 2:
+            raise RuntimeError("as nobody expects")
+        return super().hold(version, cache)
+
+
+async def test_a_rollout_that_cannot_be_set_at_a_start_is_set_at_the_next(tmp_path: Path) -> None:
+    with Broken.open(tmp_path / "registry") as registry:
+        for seed in range(3):
+            publish(registry, tmp_path, "red", seed)
+        for name, seed in (("green", 5), ("green", 6), ("green", 7)):
+            publish(registry, tmp_path, name, seed)
+        for name in ("red", "green"):
+            registry.set_alias(name, "production", 1)
+        async with running_gateway(registry, tmp_path) as gateway:
+            await divide(gateway, (2, 100))
+            await divide(gateway, (3, 100), adapter="green")
+        registry.broken = True
+        async with running_gateway(registry, tmp_path) as gateway:
+            assert await ask(gateway, "", "green") == 3
+            assert await ask(gateway, "", "red") == 1
+            await divide(gateway, adapter="green")
+        registry.broken = False
+        async with running_gateway(registry, tmp_path) as gateway:
+            assert await ask(gateway, "", "green") == 1
+            assert await ask(gateway, "", "red") == 2
+            registry.set_alias("red", "production", 3)
+            await gateway.until_serving("red@production", 3)
+        registry.set_alias("red", "production", 1)
+        async with running_gateway(registry, tmp_path) as gateway:
+            assert await ask(gateway, "", "red") == 1
 
 
 async def test_a_rollout_survives_a_restart_and_not_a_move(

@@ -9,6 +9,7 @@ import pytest
 
 from manylora.admin.v1 import admin_pb2
 from manylora.inference.v1 import inference_pb2 as pb
+from manylora_gateway.errors import YankedAdapterError
 from manylora_registry import AdapterReference, Registry, Version
 from tests.unit.gateway.conftest import Publish, Start
 from tests.unit.gateway.in_process import OTHER_BASE, RunningGateway, publish, running_gateway
@@ -164,6 +165,65 @@ async def test_a_yanked_version_is_served_no_more_and_the_next_one_is(
     assert (await stream(gateway, "red"))[0] == 2
 
 
+async def test_a_withdrawn_version_ends_though_its_successor_cannot_be_served(
+    gateway: RunningGateway, served: dict[str, Version], registry: Registry, published: Publish
+) -> None:
+    version = published("red", 5)
+    gateway.engine.refused.add(version.engine_name)
+    registry.set_alias("red", "production", 2)
+    await gateway.until_failed("red@production")
+    assert (await stream(gateway, "red"))[0] == 1
+    registry.yank("red@1")
+    await gateway.engine.until_gone(served["red"].engine_name)
+    status = await refused(gateway.inference.Generate(pb.GenerateRequest(adapter="red", text="hi")))
+    assert told(status) == ("FAILED_PRECONDITION", "ADAPTER_LOAD_FAILED")
+    gateway.engine.refused.clear()
+    await gateway.until_serving("red@production", 2)
+
+
+async def test_a_version_that_is_withdrawn_while_it_loads_is_never_served(
+    gateway: RunningGateway, registry: Registry, published: Publish
+) -> None:
+    published("red", 5)
+    already = len(gateway.engine.loads)
+    await gateway.core.resolve("red@2")
+    gateway.engine.hold_loads()
+    registry.set_alias("red", "production", 2)
+    await gateway.engine.until_loads(already + 1)
+    registry.yank("red@2")
+
+    async def keep_asking() -> None:
+        while True:
+            await gateway.core.resolve("red@2")
+            await asyncio.sleep(0)
+
+    with pytest.raises(YankedAdapterError):
+        await asyncio.wait_for(keep_asking(), 10)
+    gateway.engine.let_load()
+    entry = await gateway.until_failed("red@production")
+    assert (entry.serving.number, entry.pending.number) == (1, 2)
+    assert (await stream(gateway, "red"))[0] == 1
+
+
+async def test_a_version_that_is_served_again_stays_when_its_requests_end(
+    gateway: RunningGateway, registry: Registry, published: Publish
+) -> None:
+    version = published("red", 5)
+    registry.set_alias("red", "canary", 2)
+    gateway.engine.hold_answers()
+    running = asyncio.create_task(stream(gateway, "red@canary"))
+    await gateway.engine.until_running(1)
+    registry.set_alias("red", "canary", 1)
+    await gateway.until_serving("red@canary", 1)
+    shares = [admin_pb2.RolloutShare(version=2, percent=100)]
+    await gateway.admin.SetRollout(admin_pb2.SetRolloutRequest(adapter="red", shares=shares))
+    gateway.engine.let_answer()
+    assert (await running)[0] == 2
+    for _ in range(5):
+        assert (await stream(gateway, "red"))[0] == 2
+    assert gateway.engine.loads.count(version.engine_name) == 1
+
+
 async def test_a_rollout_ends_with_a_version_it_needs(
     gateway: RunningGateway, registry: Registry, published: Publish
 ) -> None:
@@ -293,6 +353,38 @@ async def test_a_new_adapter_is_served_without_a_restart(
     registry.set_alias("blue", "production", 1)
     await gateway.until_serving("blue@production", 1)
     assert (await stream(gateway, "blue"))[0] == 1
+
+
+class CountingRegistry(Registry):
+    """One that counts what is asked about single versions."""
+
+    asked = 0
+
+    def find(self, reference: str | AdapterReference) -> Version:
+        self.asked += 1
+        return super().find(reference)
+
+
+async def test_what_is_served_and_listed_is_read_at_once(tmp_path: Path) -> None:
+    with CountingRegistry.open(tmp_path / "registry") as registry:
+        for seed, name in enumerate(("blue", "green", "red", "white")):
+            publish(registry, tmp_path, name, seed)
+            publish(registry, tmp_path, name, 10 + seed)
+            registry.set_alias(name, "production", 1)
+            registry.set_alias(name, "canary", 1)
+        publish(registry, tmp_path, "alien", 20, base=OTHER_BASE)
+        registry.set_alias("alien", "canary", 1)
+        registry.asked = 0
+        async with running_gateway(registry, tmp_path) as gateway:
+            # Of each that is loaded, what its alias points at just then.
+            assert registry.asked == 2
+            listing = await gateway.inference.ListAdapters(pb.ListAdaptersRequest())
+            assert registry.asked == 2
+            alien, *others = listing.adapters
+            assert not alien.aliases[0].HasField("serving")
+            assert "made for the base" in alien.aliases[0].pending_error
+            assert {alias.serving.number for each in others for alias in each.aliases} == {1}
+            assert (await stream(gateway, "white"))[0] == 1
 
 
 async def test_a_broken_version_at_the_start_does_not_hold_up_the_others(

@@ -1,6 +1,6 @@
 """What the database knows of versions: their numbers, descriptions, states and events."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -126,11 +126,20 @@ class Catalog:
         with self._database.read() as connection:
             found = connection.execute(page).all()
             ids = [row.id for row in found]
-            pointing = _aliases(connection, ids if limit is not None else None)
-            read = read_versions(connection, [row.latest for row in found])
+            pointing: dict[int, list[Any]] = {}
+            for row in _pointing(connection, ids if limit is not None else None):
+                pointing.setdefault(row.adapter_id, []).append(row)
+            targets = [row.target for rows in pointing.values() for row in rows]
+            wanted = list({*[row.latest for row in found], *targets})
+            read = dict(zip(wanted, read_versions(connection, wanted), strict=True))
         return [
-            Adapter(version.name, version, pointing.get(adapter, {}))
-            for adapter, version in zip(ids, read, strict=True)
+            Adapter(
+                read[row.latest].name,
+                read[row.latest],
+                {at.alias: _alias(at) for at in pointing.get(row.id, ())},
+                {at.alias: read[at.target] for at in pointing.get(row.id, ())},
+            )
+            for row in found
         ]
 
     def aliases(self, name: str) -> Mapping[str, Alias]:
@@ -141,7 +150,7 @@ class Catalog:
         """
         with self._database.read() as connection:
             adapter = adapter_id(connection, name)
-            return _aliases(connection, [adapter]).get(adapter, {})
+            return {row.alias: _alias(row) for row in _pointing(connection, [adapter])}
 
     def versions(self, name: str) -> list[Version]:
         """Every version of one adapter, from 1 upwards, deleted ones too.
@@ -285,13 +294,14 @@ def current_protections() -> sa.Select[Any]:
     return sa.select(protections).where(protections.c.id.in_(newest), protections.c.protected)
 
 
-def _aliases(connection: Connection, of: list[int] | None) -> dict[int, dict[str, Alias]]:
-    """The aliases of some adapters, or of all."""
+def _pointing(connection: Connection, of: list[int] | None) -> Sequence[Any]:
+    """The aliases of some adapters, or of all, by name, with the versions they point at."""
     protected = current_protections().subquery()
     pointing = (
         sa.select(
             aliases.c.adapter_id,
             aliases.c.alias,
+            versions.c.id.label("target"),
             versions.c.number,
             aliases.c.generation,
             protected.c.id.label("protection"),
@@ -307,12 +317,11 @@ def _aliases(connection: Connection, of: list[int] | None) -> dict[int, dict[str
     )
     if of is not None:
         pointing = pointing.where(aliases.c.adapter_id.in_(of))
-    found: dict[int, dict[str, Alias]] = {}
-    for row in connection.execute(pointing):
-        found.setdefault(row.adapter_id, {})[row.alias] = Alias(
-            row.number, row.generation, row.protection is not None
-        )
-    return found
+    return connection.execute(pointing).all()
+
+
+def _alias(row: Row[Any]) -> Alias:
+    return Alias(row.number, row.generation, row.protection is not None)
 
 
 def _restore(connection: Connection, row: Row[Any], blobs: Iterable[str], at: int) -> None:

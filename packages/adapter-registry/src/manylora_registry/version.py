@@ -76,6 +76,8 @@ class Adapter:
     name: str
     latest: Version
     aliases: Mapping[str, Alias]
+    targets: Mapping[str, Version]
+    """What each alias points at, withdrawn or not."""
 
 
 @dataclass(frozen=True)

@@ -37,8 +37,8 @@ class Fleet:
         announce: Callable[[bool], Awaitable[None]],
         warm: int,
     ) -> None:
-        self.pinned: dict[str, Version] = {}
-        """By digest."""
+        # By digest: what a new replica is to keep loaded too.
+        self._pinned: dict[str, Version] = {}
         self._replicas = replicas
         self._routes = routes
         self._admission = admission
@@ -67,6 +67,27 @@ class Fleet:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def pin(self, version: Version) -> None:
+        """Keeps `version` loaded on every replica, new ones too.
+
+        Raises:
+            GatewayError: it cannot be loaded, or too many are pinned; then none keeps it.
+        """
+        first = version.digest not in self._pinned
+        self._pinned[version.digest] = version
+        try:
+            await self._replicas.pin(version)
+        except BaseException:
+            if first:
+                # Those that were quicker than the failure have pinned it.
+                self._start(self._bring(self.unpin, version))
+            raise
+
+    async def unpin(self, version: Version) -> None:
+        """Lets `version` go."""
+        self._pinned.pop(version.digest, None)
+        await self._replicas.unpin(version)
 
     async def announce_end(self) -> None:
         """Tells health checks that no requests are wanted any more."""
@@ -107,14 +128,19 @@ class Fleet:
     async def _warm_up(self) -> None:
         for version in self._routes.served()[: self._warm]:
             await self._bring(self._replicas.prepare, version)
-        for version in list(self.pinned.values()):
-            await self._bring(self._replicas.pin, version)
+            # It may have been replaced meanwhile.
+            self._routes.displace(version)
+        for version in list(self._pinned.values()):
+            if version.digest in self._pinned:
+                await self._bring(self._replicas.pin, version)
+            if version.digest not in self._pinned:
+                await self._bring(self._replicas.unpin, version)
 
-    async def _bring(self, bring: Callable[[Version], Awaitable[None]], version: Version) -> None:
+    async def _bring(self, bring: Callable[[Version], Awaitable[object]], version: Version) -> None:
         try:
             await bring(version)
         except Exception as error:
-            logger.warning("%s is not loaded everywhere: %s", version.engine_name, error)
+            logger.warning("%s is not as it should be everywhere: %s", version.engine_name, error)
 
     def _start(self, work: Coroutine[None, None, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)

@@ -29,10 +29,10 @@ from manylora_gateway.generation import (
 )
 from manylora_gateway.metrics import Metrics, Observation
 from manylora_gateway.replicas import Replicas
-from manylora_gateway.routes import Route, Routes
+from manylora_gateway.routes import Routes
 from manylora_gateway.shadow import Shadows
 from manylora_gateway.tenants import ANONYMOUS, Tenant
-from manylora_registry import Adapter, AdapterReference, Registry, Version
+from manylora_registry import Adapter, Registry, Version
 from manylora_registry.errors import RegistryError
 
 
@@ -214,7 +214,7 @@ class Inference:
             AdapterState(
                 adapter.name,
                 adapter.latest,
-                tuple([await self._alias(adapter, alias) for alias in sorted(adapter.aliases)]),
+                tuple(self._alias(adapter, alias) for alias in sorted(adapter.aliases)),
             )
             for adapter in adapters
             if tenant.may_use(adapter.name)
@@ -229,18 +229,16 @@ class Inference:
         tenant.require_adapter(reference)
         return await self._routes.resolve(reference)
 
-    async def _alias(self, adapter: Adapter, alias: str) -> AliasState:
+    def _alias(self, adapter: Adapter, alias: str) -> AliasState:
         route = self._routes.get((adapter.name, alias))
         if route is None:
             # Nobody asked for it yet: a request would get what the registry says.
-            number = adapter.aliases[alias].version
-            if number == adapter.latest.number:
-                return AliasState(alias, adapter.latest, None, "")
+            target = adapter.targets[alias]
             try:
-                version = await self._routes.look_up(AdapterReference(adapter.name, str(number)))
+                self._routes.check(target)
             except GatewayError as error:
-                return AliasState(alias, None, None, str(error))
-            route = Route(serving=version)
+                return AliasState(alias, None, target, str(error))
+            return AliasState(alias, target, None, "")
         error = route.pending_error
         if error is not None and not isinstance(error, GatewayError):
             error = GatewayError("Internal error; the gateway's log has the cause.")

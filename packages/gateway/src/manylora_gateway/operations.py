@@ -5,7 +5,7 @@ import logging
 from dataclasses import dataclass
 
 from manylora_gateway.admission import Admission
-from manylora_gateway.errors import GatewayError, InvalidRequestError, Violation
+from manylora_gateway.errors import InvalidRequestError, Violation
 from manylora_gateway.fleet import Fleet
 from manylora_gateway.metrics import Metrics
 from manylora_gateway.replicas import Replicas, ReplicaState
@@ -81,7 +81,7 @@ class Operations:
         Raises:
             GatewayError: it names nothing.
         """
-        version = await self._routes.resolve(reference)
+        version = await self._routes.identify(reference)
         return version, await self._replicas.retire(version)
 
     async def pin(self, reference: str, *, release: bool) -> Version:
@@ -91,14 +91,12 @@ class Operations:
             GatewayError: it names nothing, cannot be loaded, or too many are pinned.
         """
         if release:
-            version = await self._routes.resolve(reference)
-            self._fleet.pinned.pop(version.digest, None)
-            await self._replicas.unpin(version)
+            version = await self._routes.identify(reference)
+            await self._fleet.unpin(version)
             return version
         async with self._routes.use(reference) as version:
             assert version is not None
-            await self._replicas.pin(version)
-            self._fleet.pinned[version.digest] = version
+            await self._fleet.pin(version)
             return version
 
     async def drain(self, timeout_s: float | None) -> int:
@@ -155,8 +153,7 @@ class Operations:
             before = self.rollouts.put(key, rollout)
             logger.info("%s is divided: %s", "@".join(key), _told(rollout))
             for version in [] if before is None else before.versions:
-                if self._routes.displace(version):
-                    await self._replicas.retire(version)
+                self._routes.displace(version)
             return await self.rollout(key)
 
     async def restore_rollouts(self) -> None:
@@ -167,12 +164,14 @@ class Operations:
                 serving = await self._routes.serving(key)
                 if serving.digest != entry["under"]:
                     logger.info("%s has moved: its rollout is over", "@".join(key))
+                    self.rollouts.end(key)
                     continue
                 shares = [(share["version"], share["percent"]) for share in entry["shares"]]
                 shadow = entry["shadow"]
                 copied = None if shadow is None else (shadow["version"], shadow["percent"])
                 await self.set_rollout(key, shares, copied)
-            except (GatewayError, KeyError, TypeError) as error:
+            except Exception as error:
+                # Whatever it is, requests get what their alias points at.
                 logger.error("a saved rollout cannot be set again: %s: %s", entry, error)
 
     async def _share(self, key: AliasKey, number: int, percent: int) -> Share:

@@ -94,6 +94,8 @@ class AdapterPool:
         self.counts = PoolCounts()
         self._clock = clock
         self._preparations: dict[str, _Preparation] = {}
+        # Who waits for pins that hold so far because of them alone.
+        self._pinning: dict[str, set[object]] = {}
         self._giving_way = CutOff(lambda: DisplacedError("Another request waited."))
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -175,22 +177,29 @@ class AdapterPool:
             PoolFullError: with it no idle adapter could make room for another.
             Exception: whatever `load` raised.
         """
-        pinned = False
-        while not pinned:
-            # Pinned before it is loaded: nobody takes its place meanwhile, and as many as ask at
-            # once are counted.
-            first = self._slots.pin(version.digest)
-            try:
-                await self.prepare(version)
-            except BaseException:
-                if first:
-                    self.unpin(version)
-                raise
-            # Another caller, who pinned it first, may have given up and taken the pin along.
-            pinned = self._slots.pinned(version.digest)
+        key, caller = version.digest, object()
+        # Pinned before it is loaded: nobody takes its place meanwhile, and as many as ask at once
+        # are counted.
+        if self._slots.pin(key):
+            self._pinning[key] = set()
+        callers = self._pinning.get(key, set())
+        callers.add(caller)
+        try:
+            await self.prepare(version)
+        except BaseException:
+            callers.remove(caller)
+            if not callers and self._pinning.get(key) is callers:
+                self.unpin(version)
+            raise
+        if self._pinning.get(key) is callers:
+            del self._pinning[key]
 
     def unpin(self, version: Version) -> bool:
-        """Lets `version` go when it is idle and room is needed; says whether it was pinned."""
+        """Lets `version` go when it is idle and room is needed; says whether it was pinned.
+
+        One that still loads for a pin stays no longer than others.
+        """
+        self._pinning.pop(version.digest, None)
         if not self._slots.unpin(version.digest):
             return False
         self._arrange()

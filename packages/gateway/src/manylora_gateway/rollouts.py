@@ -105,6 +105,9 @@ class Rollouts:
     def __init__(self, state: Path | None = None) -> None:
         self._file = None if state is None else state / "rollouts.json"
         self._rollouts: dict[AliasKey, Rollout] = {}
+        # What the file says. A rollout that could not be set again when the gateway started stays
+        # there until its alias moves.
+        self._entries: dict[AliasKey, dict[str, Any]] = {}
 
     @property
     def durable(self) -> bool:
@@ -123,10 +126,9 @@ class Rollouts:
         Raises:
             UnavailableError: it cannot be written; nothing has changed.
         """
-        before = self._rollouts.get(key)
-        entries = {**self._rollouts, key: rollout}
-        if not rollout.versions:
-            del entries[key]
+        entries = {each: entry for each, entry in self._entries.items() if each != key}
+        if rollout.versions:
+            entries[key] = _entry(key, rollout)
         try:
             self._write(entries)
         except OSError as error:
@@ -134,7 +136,10 @@ class Rollouts:
             raise UnavailableError(
                 f"The rollout cannot be written ({error.strerror}); nothing has changed."
             ) from error
-        self._rollouts = entries
+        self._entries = entries
+        before = self._rollouts.pop(key, None)
+        if rollout.versions:
+            self._rollouts[key] = rollout
         return before
 
     def end(self, key: AliasKey) -> Rollout | None:
@@ -142,13 +147,12 @@ class Rollouts:
 
         One that the file still has is not set again: its alias has moved, or its version is gone.
         """
-        ended = self._rollouts.pop(key, None)
-        if ended is not None:
+        if self._entries.pop(key, None) is not None:
             try:
-                self._write(self._rollouts)
+                self._write(self._entries)
             except OSError as error:
                 logger.error("the end of a rollout cannot be written: %s", error)
-        return ended
+        return self._rollouts.pop(key, None)
 
     def end_with(self, name: str, number: int) -> list[Rollout]:
         """Ends the rollouts of an adapter that need one of its versions; returns them."""
@@ -168,37 +172,25 @@ class Rollouts:
         )
 
     def saved(self) -> list[dict[str, Any]]:
-        """What the file says, unchecked; a gateway sets it again when it starts."""
+        """What the file says, hardly checked; a gateway sets it again when it starts."""
         if self._file is None or not self._file.is_file():
             return []
         try:
-            return json.loads(self._file.read_text("utf-8"))["rollouts"]
+            entries = json.loads(self._file.read_text("utf-8"))["rollouts"]
+            self._entries = {(entry["adapter"], entry["alias"]): entry for entry in entries}
         except (ValueError, KeyError, TypeError) as error:
             # Half of it would divide traffic as nobody asked for.
             logger.error("%s is not a list of rollouts and is not used: %s", self._file, error)
             return []
+        return list(self._entries.values())
 
-    def _write(self, rollouts: dict[AliasKey, Rollout]) -> None:
+    def _write(self, entries: dict[AliasKey, dict[str, Any]]) -> None:
         if self._file is None:
             return
-        entries = [
-            {
-                "adapter": name,
-                "alias": alias,
-                "under": rollout.under,
-                "shares": [
-                    {"version": share.version.number, "percent": share.percent}
-                    for share in rollout.shares
-                ],
-                "shadow": rollout.shadow
-                and {"version": rollout.shadow.version.number, "percent": rollout.shadow.percent},
-            }
-            for (name, alias), rollout in sorted(rollouts.items(), key=lambda item: item[0])
-        ]
         self._file.parent.mkdir(parents=True, exist_ok=True)
         fresh = self._file.with_suffix(".new")
         with fresh.open("w", encoding="utf-8") as file:
-            json.dump({"rollouts": entries}, file, indent=1)
+            json.dump({"rollouts": list(entries.values())}, file, indent=1)
             file.flush()
             os.fsync(file.fileno())
         fresh.replace(self._file)
@@ -207,6 +199,19 @@ class Rollouts:
             os.fsync(directory)
         finally:
             os.close(directory)
+
+
+def _entry(key: AliasKey, rollout: Rollout) -> dict[str, Any]:
+    shadow = rollout.shadow
+    return {
+        "adapter": key[0],
+        "alias": key[1],
+        "under": rollout.under,
+        "shares": [
+            {"version": share.version.number, "percent": share.percent} for share in rollout.shares
+        ],
+        "shadow": shadow and {"version": shadow.version.number, "percent": shadow.percent},
+    }
 
 
 def _bucket(purpose: str, key: AliasKey, sticky: str) -> int:

@@ -13,7 +13,12 @@ from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
-from manylora_gateway.errors import RegistryLostError, YankedAdapterError, from_registry
+from manylora_gateway.errors import (
+    RegistryLostError,
+    UnservableError,
+    YankedAdapterError,
+    from_registry,
+)
 from manylora_gateway.rollouts import AliasKey, Rollout, Rollouts
 from manylora_gateway.worker import Servable
 from manylora_registry import AdapterReference, Registry, Version
@@ -45,8 +50,8 @@ class Routes:
         max_stale_s: float = math.inf,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.drained: asyncio.Queue[Version] = asyncio.Queue()
-        """Versions that no alias serves any more and whose last use has ended."""
+        self.displaced: asyncio.Queue[Version] = asyncio.Queue()
+        """Versions to unload: each when nothing serves it any more, and when its last use ends."""
         self.rollouts = rollouts or Rollouts()
         self._max_stale_s = max_stale_s
         self._clock = clock
@@ -55,7 +60,7 @@ class Routes:
         self._servable = servable
         self._routes: dict[AliasKey, Route] = {}
         self._uses: dict[str, int] = {}
-        self._displaced: dict[str, Version] = {}
+        self._draining: set[str] = set()
         # Numbers and digests never change their meaning; a busy client costs one look-up.
         self._fixed: OrderedDict[str, Version] = OrderedDict()
         self._changes = 0
@@ -93,8 +98,9 @@ class Routes:
             self._uses[version.digest] -= 1
             if not self._uses[version.digest]:
                 del self._uses[version.digest]
-                if self._displaced.pop(version.digest, None) is not None:
-                    self.drained.put_nowait(version)
+                if version.digest in self._draining:
+                    self._draining.remove(version.digest)
+                    self.displaced.put_nowait(version)
 
     async def resolve(self, reference: str, sticky: Callable[[], str] = str) -> Version:
         """The servable version `reference` means now; its alias, if any, is followed from here on.
@@ -102,10 +108,7 @@ class Routes:
         Raises:
             GatewayError: it names nothing, or a version that cannot be served.
         """
-        try:
-            parsed = AdapterReference.parse(reference)
-        except RegistryError as error:
-            raise from_registry(error) from error
+        parsed = _parsed(reference)
         if self.registry_age_s > self._max_stale_s:
             raise RegistryLostError(
                 f"The registry has not been read for {self.registry_age_s:.0f} s; what references "
@@ -117,6 +120,17 @@ class Routes:
         serving = await self.serving(key)
         rollout = self.rollouts.get(key, serving)
         return serving if rollout is None else rollout.choose(serving, key, sticky())
+
+    async def identify(self, reference: str) -> Version:
+        """The version `reference` means now, servable or not: to let go of it.
+
+        Raises:
+            GatewayError: it names nothing.
+        """
+        parsed = _parsed(reference)
+        if parsed.alias is None:
+            return self._fixed.get(str(parsed)) or await self.look_up(parsed)
+        return await self.serving((parsed.name, parsed.alias))
 
     async def serving(self, key: AliasKey) -> Version:
         """What an alias means here by itself; it is followed from here on.
@@ -223,33 +237,55 @@ class Routes:
         """The followed aliases of an adapter."""
         return [key for key in self._routes if key[0] == name]
 
-    def withdraw(self, key: AliasKey, yanked: Version) -> Version | None:
-        """Has `key` serve nothing, if it serves `yanked`, which it returns then."""
+    def withdraw(self, key: AliasKey, number: int) -> Version | None:
+        """Has `key` serve nothing, if it serves version `number`, which it returns then."""
         route = self._routes.get(key)
-        if route is None or route.serving is None or route.serving.digest != yanked.digest:
+        if route is None or route.serving is None or route.serving.number != number:
             return None
-        serving, route.serving, route.pending = route.serving, None, None
-        route.pending_error = YankedAdapterError(f"{yanked.name}@{yanked.number} was yanked.")
+        serving, route.serving = route.serving, None
+        if route.pending is None:
+            route.pending_error = YankedAdapterError(f"{serving.name}@{number} was yanked.")
         return serving
+
+    def adopt(self, key: AliasKey, target: Version) -> bool:
+        """Has an alias that nobody followed mean `target`; says False where it is unservable."""
+        try:
+            self._servable.check(target)
+        except UnservableError:
+            return False
+        self._routes.setdefault(key, Route(serving=target))
+        return True
 
     def flip(self, key: AliasKey, version: Version) -> Version | None:
         """From here on `key` means `version`; returns what it meant before."""
         route = self._routes[key]
         before = route.serving
         route.serving, route.pending, route.pending_error = version, None, None
-        self._displaced.pop(version.digest, None)
         return before
 
-    def displace(self, version: Version) -> bool:
-        """Has `version` reported as drained when its last use ends.
-
-        Says False, and does nothing, where an alias serves it.
-        """
-        if self.rollouts.serve(version.digest) or any(
-            route.serving is not None and route.serving.digest == version.digest
+    def serves(self, version: Version) -> bool:
+        """Whether an alias or a rollout serves `version`, or an alias is about to."""
+        return self.rollouts.serve(version.digest) or any(
+            each is not None and each.digest == version.digest
             for route in self._routes.values()
-        ):
-            return False
+            for each in (route.serving, route.pending)
+        )
+
+    def displace(self, version: Version) -> None:
+        """Has `version` unloaded, unless something serves it.
+
+        As far as its requests have ended, now; and again when the last of them has, since those
+        on their way to a replica may bring it back.
+        """
+        if self.serves(version):
+            return
         if version.digest in self._uses:
-            self._displaced[version.digest] = version
-        return True
+            self._draining.add(version.digest)
+        self.displaced.put_nowait(version)
+
+
+def _parsed(reference: str) -> AdapterReference:
+    try:
+        return AdapterReference.parse(reference)
+    except RegistryError as error:
+        raise from_registry(error) from error

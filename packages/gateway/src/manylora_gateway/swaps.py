@@ -7,7 +7,7 @@ tried again, later and later, until it works or the alias moves on.
 
 import asyncio
 import logging
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterable
 
 from manylora_gateway.config import FollowConfig
 from manylora_gateway.errors import GatewayError
@@ -54,12 +54,12 @@ class Swaps:
         while events := await asyncio.to_thread(self._registry.events, self._sequence):
             self._sequence = events[-1].sequence
         for adapter in await asyncio.to_thread(self._registry.adapters):
-            for alias in adapter.aliases:
+            for alias, target in adapter.targets.items():
                 if alias in self._config.aliases:
                     warm -= 1
-                    await self._adopt((adapter.name, alias), load=warm >= 0)
+                    await self._adopt((adapter.name, alias), target, load=warm >= 0)
         self._start(self._follow())
-        self._start(self._retire_drained())
+        self._start(self._retire_displaced())
 
     async def close(self) -> None:
         """Ends following."""
@@ -67,15 +67,12 @@ class Swaps:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    async def _adopt(self, key: AliasKey, *, load: bool) -> None:
+    async def _adopt(self, key: AliasKey, target: Version, *, load: bool) -> None:
         """Serves an alias for the first time; what fails is tried again in the background."""
         if load:
             served = await self._attempt(key)
         else:
-            try:
-                served = bool(await self._routes.resolve("@".join(key)))
-            except GatewayError:
-                served = False
+            served = self._routes.adopt(key, target)
         if not served:
             self._wake(key)
 
@@ -104,9 +101,17 @@ class Swaps:
             self._routes.forget_fixed(event.name)
             for ended in self._routes.rollouts.end_with(event.name, event.version):
                 logger.warning("a rollout of %s ended: it needs a withdrawn version", event.name)
-                for version in ended.versions:
-                    self._start(self._retire_unserved(version))
+                self._displace(ended.versions)
             for key in self._routes.aliases_of(event.name):
+                if (withdrawn := self._routes.withdraw(key, event.version)) is not None:
+                    logger.warning(
+                        "%s: version %d was %s and is served no more",
+                        "@".join(key),
+                        event.version,
+                        event.kind,
+                    )
+                    self._end_rollout(key)
+                    self._displace([withdrawn])
                 self._wake(key)
         elif event.kind == "alias_moved" and event.alias is not None:
             key = (event.name, event.alias)
@@ -140,19 +145,14 @@ class Swaps:
         """One try to serve what the registry's alias points at; says whether it is served now."""
         label = "@".join(key)
         before = self._routes.get(key)
-        abandoned = None if before is None else before.pending
+        abandoned = [] if before is None or before.pending is None else [before.pending]
         try:
             target = await self._routes.look_up(AdapterReference(*key))
         except Exception as error:
             logger.warning("%s cannot be resolved: %s", label, _why(error))
             return False
-        if abandoned is not None and abandoned.digest != target.digest:
-            await self._retire_unserved(abandoned)
-        if target.yanked and (withdrawn := self._routes.withdraw(key, target)) is not None:
-            logger.warning("%s: version %d was yanked, nothing is served", label, target.number)
-            await self._retire_unserved(withdrawn)
-            return True
         route = self._routes.follow(key, target)
+        self._displace(abandoned)
         if route.pending is None:
             return True
         try:
@@ -173,31 +173,31 @@ class Swaps:
             self._metrics.swaps.labels("failed").inc()
             route.pending_error = error
             return False
+        if (moved := self._moved.get(key)) is not None and moved.is_set():
+            # What was prepared may be withdrawn by now.
+            return False
         old = self._routes.flip(key, target)
-        ended = self._routes.rollouts.end(key)
+        self._end_rollout(key)
         self._metrics.swaps.labels("served").inc()
         logger.info("%s serves version %d", label, target.number)
-        replaced = [*([] if old is None else [old]), *([] if ended is None else ended.versions)]
-        for version in replaced:
-            await self._retire_unserved(version)
+        self._displace([] if old is None else [old])
         return True
 
-    async def _retire_unserved(self, version: Version) -> None:
-        """Frees the engines of `version` as far as its requests have ended.
+    def _end_rollout(self, key: AliasKey) -> None:
+        if (ended := self._routes.rollouts.end(key)) is not None:
+            self._displace(ended.versions)
 
-        Requests on their way to a replica may bring it back; when the last of them has ended it
-        is reported drained and retired for good.
-        """
-        if self._routes.displace(version):
-            self._metrics.forget(version)
-            await self._retire(version)
+    def _displace(self, versions: Iterable[Version]) -> None:
+        for version in versions:
+            self._routes.displace(version)
 
-    async def _retire_drained(self) -> None:
+    async def _retire_displaced(self) -> None:
         while True:
-            version = await self._routes.drained.get()
-            # Its last requests were counted after it was displaced.
-            self._metrics.forget(version)
-            await self._retire(version)
+            version = await self._routes.displaced.get()
+            # One that is served again meanwhile stays.
+            if not self._routes.serves(version):
+                self._metrics.forget(version)
+                self._start(self._retire(version))
 
     async def _retire(self, version: Version) -> None:
         try:
