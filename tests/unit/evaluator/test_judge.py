@@ -284,6 +284,35 @@ def test_verdicts_are_kept_by_content(
     assert not list((tmp_path / "cache").rglob("*.tmp"))
 
 
+def test_a_judge_that_fails_midway_is_asked_only_the_rest_again(
+    judge: Callable[..., ScriptedJudge],
+    serve: Callable[..., ScriptedServer],
+    write_suite: Callable[..., Path],
+    tmp_path: Path,
+) -> None:
+    well = [False]
+    server = judge(
+        lambda body: by_reference(body) if well[0] or shown(body, "answer") == "5" else Status(403)
+    )
+    path = write_suite(ROWS, scorers=f"[{{kind: judge, by: j, criteria: {CORRECT}}}]")
+    path.write_text(
+        f"{path.read_text()}judges: {{j: {{kind: openai, url: {server.url}, model: m}}}}\n"
+    )
+    target, out = serve(arithmetic).target, tmp_path / "out"
+    with pytest.raises(EvaluationFailedError, match="did not answer 2 questions"):
+        evaluate(path, target, out=out)
+    well[0] = True
+    server.asked.clear()
+
+    result = evaluate(path, target, out=out, resume=True)
+
+    assert [shown(body, "answer") for body in server.asked] == ["4", "6"]
+    assert result.score("spelling", "spelling", "judge").mean == 1
+    assert sorted(entry.name for entry in out.iterdir()) == ["report.html", "results.json"]
+    evaluate(path, target, out=out)
+    assert len(server.asked) == 2 + 4, "a whole evaluation leaves nothing to the next"
+
+
 @pytest.mark.parametrize(
     ("scorer", "good"),
     [

@@ -35,12 +35,12 @@ SHAPE = {
 def base_of(tiny_base, tmp_path):
     """A random base of a family, with the tokenizer of the tiny one."""
 
-    def made(family: str, **changes: Any) -> Path:
+    def made(family: str, seed: int = 0, **changes: Any) -> Path:
         from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
         directory = tmp_path / family
         vocabulary = len(AutoTokenizer.from_pretrained(tiny_base))
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         config = AutoConfig.for_model(family, vocab_size=vocabulary, **{**SHAPE, **changes})
         AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(directory)
         for file in tiny_base.glob("*token*"):
@@ -173,6 +173,29 @@ def test_experts_are_refused_and_the_layers_beside_them_train(
     task = make_task("one", steps=2, lora={"rank": 4, "target_modules": ["q_proj", "v_proj"]})
     result = manylora_trainer.train(recipe_over(base, write_recipe(task)), tmp_path / "beside")
     assert result.tasks["one"].adapter is not None
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("mixtral", {"num_local_experts": 4}),
+        (
+            "qwen3_moe",
+            {"head_dim": 16, "num_experts": 8, "num_experts_per_tok": 2, "hidden_size": 128},
+        ),
+    ],
+)
+@pytest.mark.parametrize("seed", range(3))
+def test_rounding_that_sends_a_token_to_another_expert_is_no_fault(base_of, family, changes, seed):
+    base = base_of(family, seed=seed, **changes)
+    BaseModel(base, torch.bfloat16, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_carried_from_one_example_to_the_next_is_refused(base_of, dtype):
+    base = base_of("lfm2", layer_types=["conv", "full_attention"])
+    with pytest.raises(UnsupportedBaseError, match="own logits"):
+        BaseModel(base, dtype, torch.device("cpu"))
 
 
 def test_a_trial_that_targets_experts_does_not_stop_the_others(

@@ -5,12 +5,17 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import distributed
 
 import manylora_trainer
 from manylora_trainer.dataset import load_task
+from manylora_trainer.interruption import Signals
+from manylora_trainer.loop import nobody, train_run
+from manylora_trainer.progress import Progress
 from manylora_trainer.recipe import load_recipe
 from manylora_trainer.sampling import ExampleStream
 from manylora_trainer.tokenization import ChatTokenizer
+from manylora_trainer.workers import ProcessGroup
 
 PISSA = {"rank": 3, "alpha": 6, "init_weights": "pissa"}
 EVA = {"rank": 3, "alpha": 6, "init_weights": "eva"}
@@ -46,6 +51,32 @@ def test_pissa_begins_as_the_principal_part_of_the_weights_and_changes_nothing(s
         left, values, right = torch.linalg.svd(base[f"{module}.weight"], full_matrices=False)
         principal = left[:, :3] * values[:3] @ right[:3]
         torch.testing.assert_close(2 * up[:, :3] @ down[:3], principal, rtol=1e-3, atol=1e-3)
+
+
+def test_pissa_begins_so_too_where_workers_divide_the_base(
+    started, make_task, write_recipe, tmp_path
+):
+    recipe = write_recipe(make_task("pissa", lora=PISSA, optimizer=STILL, steps=1))
+    store = (tmp_path / "store").as_uri()
+    distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+    workers = ProcessGroup(sharded=True)
+    try:
+        with Signals() as interruption, Progress() as watch:
+            train_run(
+                load_recipe(recipe),
+                tmp_path / "divided",
+                resume=False,
+                watch=watch,
+                how_to_resume="",
+                judge=nobody,
+                interruption=interruption,
+                workers=workers,
+            )
+    finally:
+        workers.leave()
+    expected = adapter_of(started, "pissa")
+    for name, tensor in adapter_of(tmp_path / "divided", "pissa").items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-4, atol=1e-5)
 
 
 def test_pissa_takes_a_rank_beyond_the_smaller_side_of_a_layer(make_task, write_recipe, tmp_path):

@@ -132,7 +132,8 @@ def test_damaged_records_of_a_run_are_said_in_one_line(runs, tmp_path):
         assert match in str(error)
 
     held_out = runs / "cut" / "held_out" / "first.jsonl"
-    for content in ("{", "[]\n", '{"messages": []}\n'):
+    bare = '{"messages": [{"role": "user"}], "expected": ""}\n'
+    for content in ("{", "[]\n", '{"messages": []}\n', bare):
         held_out.write_text(content)
         fails(f"{held_out} cannot be read")
     strange = ({"environment": {"gpus": ["H100"]}}, {"environment": {}, "git": "abc"})
@@ -147,7 +148,7 @@ def test_damaged_records_of_a_run_are_said_in_one_line(runs, tmp_path):
     metrics.write_text(before)
     recipe = runs / "cut" / "recipe.yaml"
     resolved = recipe.read_text()
-    for seed in ("2026-01-01", "&a [*a]"):
+    for seed in ("2026-01-01", "&a [*a]", ".inf"):
         recipe.write_text(resolved.replace("seed: 7", f"seed: {seed}"))
         fails("recipe.yaml cannot be read")
     assert listed(runs)[f"{runs}/cut"]["state"] == "broken"

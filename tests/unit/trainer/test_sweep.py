@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from datetime import date
 
 import pytest
 import typer
@@ -243,6 +244,7 @@ def test_a_wrong_range_is_one_mistake(write_sweep):
         ({"space": {"tasks.0.split.validation": [0.1, 0.2]}}, "would not compare"),
         ({"space": {RATE: [1.0], "tasks.1.lora.rank": [1]}}, "one sweep is of one task"),
         ({"space": {"tasks.7.lora.rank": [1, 2]}}, "nothing can be set|no tasks.7"),
+        ({"space": {RANK: [date(2026, 1, 1), 4]}}, "space.*JSON"),
         ({"space": {RANK: [4, 9999]}}, "9999 is refused: tasks.0.lora.rank"),
         ({"space": {RATE: {"low": 1, "high": 1}}}, "must be below"),
         ({"space": {RATE: {"low": 0, "high": 1, "log": True}}}, "must begin above 0"),

@@ -1,6 +1,7 @@
 """Answers on disk as they come, so that an evaluation that was broken off can go on."""
 
 import logging
+import shutil
 from pathlib import Path
 from typing import TextIO
 
@@ -26,11 +27,14 @@ class KeptAnswer(BaseModel, frozen=True):
 
 
 class KeptAnswers:
-    """The answers in `directory/answers.jsonl`, a line each; a context manager.
+    """The answers in `directory/answers.jsonl`, a line each.
 
     Each is written when it comes, so that whatever ends the evaluation costs no more than the
     requests under way.
     """
+
+    verdicts: Path
+    """Directory where judges without a cache of their own keep theirs meanwhile."""
 
     def __init__(self, directory: Path, *, resume: bool) -> None:
         """Opens the file, and makes the directory.
@@ -43,11 +47,14 @@ class KeptAnswers:
             ResultsError: the directory cannot be written.
         """
         self.path = directory / NAME
+        self.verdicts = directory / "verdicts"
         self._answers: dict[str, KeptAnswer] = {}
         try:
             directory.mkdir(parents=True, exist_ok=True)
             if resume and self.path.exists():
                 self._read(self.path.read_bytes())
+            if not resume and self.verdicts.exists():
+                shutil.rmtree(self.verdicts)
             # What follows a line that was cut off begins a line of its own.
             mode = "a" if self._answers else "w"
             self._file: TextIO | None = self.path.open(mode, encoding="utf-8")
@@ -71,8 +78,9 @@ class KeptAnswers:
             self._file = None
 
     def discard(self) -> None:
-        """Deletes the file: the results have it all."""
+        """Deletes what was kept: the results have it all."""
         self.path.unlink(missing_ok=True)
+        shutil.rmtree(self.verdicts, ignore_errors=True)
 
     def _read(self, content: bytes) -> None:
         for line in content.splitlines():

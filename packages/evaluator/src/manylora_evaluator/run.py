@@ -52,17 +52,17 @@ def evaluate(
         suite_path: YAML, see suite.py.
         server: HOST:PORT; None: MANYLORA_SERVER, or 127.0.0.1:50051.
         adapters: references scored in each task beside the bare base and the task's own.
-        out: directory for results.json and report.html, and for answers.jsonl as long as some
-            answer is missing; None: nothing is written.
+        out: directory for results.json and report.html, and for answers.jsonl and verdicts as
+            long as some answer or verdict is missing; None: nothing is written.
         tasks: names of the tasks to run; empty: all.
         limit: most rows of a task; None: as the suite says.
         baseline: reference that is scored too and that no other adapter may be worse than; the
             result's gates tell.
         only: whether nobody is asked but `adapters`, the baseline (the bare base where there is
             none), and whom pairwise scorers set answers against: what a gate needs.
-        resume: whether answers that an earlier evaluation left in `out` are used again, so that
-            only what it did not get is asked. An adapter is known by its digest, the bare base by
-            the server's address.
+        resume: whether answers and verdicts that an earlier evaluation left in `out` are used
+            again, so that only what it did not get is asked. An adapter is known by its digest,
+            the bare base by the server's address.
         token: what the gateway is shown; None: MANYLORA_TOKEN.
         console: where progress bars go; None: nowhere.
 
@@ -182,7 +182,8 @@ async def _evaluate(
         client = await stack.enter_async_context(
             AsyncClient(server, token=token, timeout=suite.timeout, retries=RETRIES)
         )
-        callers = await _callers(suite, tasks, client.target, token, stack)
+        verdicts = None if kept is None else kept.verdicts
+        callers = await _callers(suite, tasks, client.target, token, verdicts, stack)
         # All of them first: an alias may be moved while the rows are asked, and a reference that
         # cannot be served costs nobody's answers.
         rows = {name: task.rows[0] for task in tasks for name in asked[task.settings.name]}
@@ -238,9 +239,10 @@ async def _callers(
     tasks: Sequence[PreparedTask],
     server: str,
     token: str | None,
+    verdicts: Path | None,
     stack: AsyncExitStack,
 ) -> dict[str, Caller]:
-    """A caller for every judge that these tasks use."""
+    """A caller for every judge that these tasks use; `verdicts` is for those without a cache."""
     used = {
         scorer.by
         for task in tasks
@@ -248,7 +250,11 @@ async def _callers(
         if isinstance(scorer, JudgeSettings | PairwiseSettings)
     }
     return {
-        name: Caller(settings, await stack.enter_async_context(open_model(settings, server, token)))
+        name: Caller(
+            settings,
+            await stack.enter_async_context(open_model(settings, server, token)),
+            verdicts,
+        )
         for name, settings in suite.judges.items()
         if name in used
     }

@@ -4,6 +4,8 @@
 # pyright: reportUnknownMemberType=false
 
 import functools
+from collections.abc import Generator
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Any, cast
 
@@ -47,6 +49,51 @@ def keep_activations_in_float32(model: nn.Module) -> None:
         else:
             for parameter in module.parameters(recurse=False):
                 parameter.data = parameter.data.float()
+
+
+@contextmanager
+def computing_in_float32(model: nn.Module) -> Generator[None]:
+    """Inside the block each module's weights are widened while it computes, one after the other.
+
+    What a narrow type makes of them stays, as does the place they take.
+    """
+    hooks: list[Any] = []
+    four_bit: list[Any] = []
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and hasattr(module.weight, "quant_state"):
+            four_bit.append(module)
+            continue
+        own = [p for p in module.parameters(recurse=False) if p.is_floating_point()]
+        narrow: list[Tensor] = []
+        hooks += [
+            module.register_forward_pre_hook(functools.partial(_widen, own, narrow)),
+            module.register_forward_hook(functools.partial(_narrow, own, narrow), always_call=True),
+        ]
+    for module in four_bit:
+        module.forward = functools.partial(_widened_product, module)
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module in four_bit:
+            del module.forward
+
+
+def _widen(own: list[nn.Parameter], narrow: list[Tensor], *_: Any) -> None:
+    narrow[:] = [parameter.data for parameter in own]
+    for parameter in own:
+        parameter.data = parameter.data.float()
+
+
+def _narrow(own: list[nn.Parameter], narrow: list[Tensor], *_: Any) -> None:
+    for parameter, kept in zip(own, narrow, strict=True):
+        parameter.data = kept
+
+
+def _widened_product(linear: Any, inputs: Tensor) -> Tensor:
+    bias = None if linear.bias is None else linear.bias.float()
+    return F.linear(inputs, dense_weight(linear).float(), bias)
 
 
 def _widened(forward: Any, *tokens: Tensor, **named: Any) -> Tensor:

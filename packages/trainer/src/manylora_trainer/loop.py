@@ -198,6 +198,8 @@ def train_run(
                 )
             else:
                 trainee.start(base, pack_tokens)
+        # Only now: PiSSA starts from whole weights.
+        workers.share(base.decoder)
         run["kind"] = recipe.kind
         progress = {trainee.name: trainee.progress for trainee in trainees}
 

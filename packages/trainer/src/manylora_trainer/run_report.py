@@ -53,7 +53,8 @@ def _samples(path: Path) -> list[dict[str, Any]]:
     try:
         with path.open(encoding="utf-8") as lines:
             rows = [json.loads(line) for line in islice(lines, SHOWN_ROWS)]
-        _ = [(row["messages"][0]["role"], row["expected"]) for row in rows]
-    except (ValueError, KeyError, TypeError, IndexError) as error:
+        _ = [row["expected"] for row in rows]
+        _ = [(m["role"], m["content"]) for row in rows for m in row["messages"]]
+    except (ValueError, KeyError, TypeError) as error:
         raise UnreadableRunError(f"{path} cannot be read: {error}") from error
     return rows

@@ -232,7 +232,7 @@ def _read_recipe(path: Path) -> Mapping[str, Any]:
             raise ValueError("it has no list of tasks")
         _ = [task["name"] for task in recipe["tasks"]]  # pyright: ignore[reportUnknownVariableType]
         # A run writes what JSON can hold; YAML can name dates, and lists that hold themselves.
-        _ = json.dumps(recipe)
+        _ = json.dumps(recipe, allow_nan=False)
     except (OSError, ValueError, KeyError, TypeError, RecursionError, yaml.YAMLError) as error:
         why = " ".join(str(error).split())
         raise UnreadableRunError(f"{path.parent}: recipe.yaml cannot be read: {why}") from error

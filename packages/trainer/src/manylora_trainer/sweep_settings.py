@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, cast
 from pydantic import (
     Discriminator,
     Field,
+    JsonValue,
     Tag,
     ValidationError,
     ValidationInfo,
@@ -100,7 +101,7 @@ class Sweep(ConfigModel):
     space: Mapping[
         str,
         Annotated[
-            Annotated[Range, Tag("range")] | Annotated[tuple[Any, ...], Tag("values")],
+            Annotated[Range, Tag("range")] | Annotated[tuple[JsonValue, ...], Tag("values")],
             # So that a range that is wrong is not told that it is no list as well.
             Discriminator(lambda given: "values" if isinstance(given, list | tuple) else "range"),
         ],

@@ -227,7 +227,6 @@ class Trainees:
                 self._references[index] = len(adapters)
                 adapters.append(trainee.reference)
         attach(base.model, adapters, self._routing)
-        workers.share(base.decoder)
         streams = [trainee.stream for trainee in trainees]
         self._packer = Packer(streams, pack_tokens, workers.size)
 

@@ -5,6 +5,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -36,15 +37,18 @@ class Counts:
 class Caller:
     """One judge for one evaluation. The same question is asked once, even while under way."""
 
-    def __init__(self, settings: JudgeModel, model: Model) -> None:
+    def __init__(self, settings: JudgeModel, model: Model, kept: Path | None = None) -> None:
         """Prepares to ask `model`.
+
+        Verdicts are kept in the directory `kept` where the settings name no cache.
 
         Raises:
             JudgeError: the directory of its cache cannot be written.
         """
         self._settings = settings
         self._model = model
-        self._cache = None if settings.cache is None else Cache(settings.cache)
+        directory = settings.cache or kept
+        self._cache = None if directory is None else Cache(directory)
         self._free = asyncio.Semaphore(settings.concurrency)
         self._asked: dict[str, asyncio.Task[Completion]] = {}
         self.concurrency = settings.concurrency

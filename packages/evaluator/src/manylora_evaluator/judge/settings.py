@@ -32,8 +32,9 @@ class _Model(ConfigModel):
     completion_price: float = Field(default=0, ge=0)
     """Of a million tokens made, in the same."""
     cache: SuitePath | None = None
-    """Directory that keeps verdicts by content, relative to the suite; unset: none are kept. It
-    knows an adapter by its digest, but another model by its address and name alone."""
+    """Directory that keeps verdicts by content, relative to the suite; unset: in that of
+    `--out`, until the evaluation is whole. It knows an adapter by its digest, but another model by
+    its address and name alone."""
 
 
 class GatewayModel(_Model):
