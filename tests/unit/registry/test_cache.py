@@ -4,6 +4,7 @@ import os
 import signal
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -49,6 +50,21 @@ def test_the_longest_unused_goes_first(registry, cache, versions):
     take(registry, cache, versions[3])
     assert kept(cache, versions) == [3, 4]
     assert not [path for path in cache.directory.iterdir() if path.suffix == ".wrong"]
+
+
+def test_a_disk_that_is_full_below_the_limit_takes_the_longest_unused(
+    registry, cache, versions, monkeypatch
+):
+    """Other files may fill the disk that the copies are on."""
+    take(registry, cache, versions[0])
+    free = versions[0].size // 2
+
+    def disk_usage(path):
+        return SimpleNamespace(free=free if kept(cache, versions) else 2 * versions[0].size)
+
+    monkeypatch.setattr("shutil.disk_usage", disk_usage)
+    take(registry, cache, versions[1])
+    assert kept(cache, versions) == [2]
 
 
 def test_what_is_held_stays_even_over_the_limit(registry, cache, versions):

@@ -44,7 +44,8 @@ class Cache:
 
     directory: Path
     limit: int = DEFAULT_BYTES
-    """Bytes of all versions together. What is in use stays, even where that is more."""
+    """Bytes of all versions together, as far as the disk has room. What is in use stays, even where
+    that is more."""
 
     @classmethod
     def from_environment(cls) -> "Cache":
@@ -94,7 +95,9 @@ class Cache:
             self._sweep()
             leases = sorted(self._leases(), key=lambda lease: lease[1])
             sizes = {name: _size(self.directory / name) for name, _ in leases}
-            excess = sum(sizes.values()) + needed - self.limit
+            free = shutil.disk_usage(self.directory).free
+            # The disk may be full before the limit is reached.
+            excess = max(sum(sizes.values()) + needed - self.limit, needed - free)
             for name, _ in leases:
                 if excess <= 0:
                     return
