@@ -6,6 +6,7 @@ import sys
 from collections import Counter
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -255,11 +256,8 @@ async def test_a_failing_shadow_hurts_nobody(gateway: RunningGateway, published:
     assert (await told_of(gateway)).shadow.failed == 1
 
 
-async def test_a_copy_gives_way_to_a_client_that_waits(
-    gateway: RunningGateway, published: Publish
-) -> None:
-    published("red", 5)
-    await divide(gateway, shadow=(2, 100))
+async def with_a_copy_under_way(gateway: RunningGateway) -> list[Any]:
+    """Requests for red, which has a slot as the copy does, and for green, which waits for one."""
     red = pb.GenerateRequest(adapter="red", text="hi", sampling=pb.Sampling(max_tokens=1))
     engine = gateway.engine
     engine.hold_answers()
@@ -270,16 +268,24 @@ async def test_a_copy_gives_way_to_a_client_that_waits(
     engine.hold_answers()
     await copied
     await engine.until_running(1)
-    # The copy and a client have the two slots.
     others = [gateway.inference.Generate(red)]
     await engine.until_running(2)
     others.append(gateway.inference.Generate(pb.GenerateRequest(adapter="green", text="hi")))
+    return others
+
+
+async def test_a_copy_gives_way_to_a_client_that_waits(
+    gateway: RunningGateway, published: Publish
+) -> None:
+    published("red", 5)
+    await divide(gateway, shadow=(2, 100))
+    others = await with_a_copy_under_way(gateway)
     async with asyncio.timeout(10):
         await gateway.core.shadows.settle()
     shadow = (await told_of(gateway)).shadow
     assert (shadow.skipped, shadow.failed) == (1, 0)
-    await engine.until_running(2)
-    engine.let_answer()
+    await gateway.engine.until_running(2)
+    gateway.engine.let_answer()
     assert [(await other).adapter.name for other in others] == ["red", "green"]
 
 
@@ -292,24 +298,12 @@ async def test_now_and_then_a_copy_waits_its_turn_like_a_client(
     found = gateway.routes.rollout("red")
     assert found is not None
     found[1].figures.turns.due_at = 0
-    red = pb.GenerateRequest(adapter="red", text="hi", sampling=pb.Sampling(max_tokens=1))
-    engine = gateway.engine
-    engine.hold_answers()
-    copied = gateway.inference.Generate(red)
-    await engine.until_running(1)
-    engine.let_answer()
-    engine.hold_answers()
-    await copied
-    await engine.until_running(1)
-    others = [gateway.inference.Generate(red)]
-    await engine.until_running(2)
-    green = pb.GenerateRequest(adapter="green", text="hi")
-    others.append(gateway.inference.Generate(green))
+    others = await with_a_copy_under_way(gateway)
     async with asyncio.timeout(10):
         while not (await gateway.replicas.states())[0].waiting:
             await told_of(gateway)
     assert (await told_of(gateway)).shadow.skipped == 0
-    engine.let_answer()
+    gateway.engine.let_answer()
     await asyncio.gather(*others)
     await gateway.core.shadows.settle()
     assert (await told_of(gateway)).shadow.same >= 1
