@@ -55,9 +55,9 @@ class EngineConfig(ConfigModel):
     replicas: int = Field(default=1, ge=1, le=256)
     """Engine processes, each with a copy of the base."""
     slots: int = Field(default=16, ge=1, le=256)
-    """Adapters that may generate at once in one replica: as many as `max_concurrent`, where memory
-    has room for them, and no request waits for another's adapter. The engine gets one more, kept
-    for the version that replaces another."""
+    """Adapters that may generate at once in one replica. With fewer than requests, which are up to
+    `max_concurrent` and `express`, some may wait for another's adapter to leave. The engine gets
+    one more, kept for the version that replaces another."""
     host_adapters: int = Field(default=32, ge=2)
     """Adapters a replica keeps in memory, busy or idle; the longest idle goes first."""
     max_rank: Literal[1, 8, 16, 32, 64, 128, 256, 320, 512] = 16
