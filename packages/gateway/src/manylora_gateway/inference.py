@@ -16,8 +16,10 @@ from manylora_gateway.admission import Admission, Ticket
 from manylora_gateway.calls import current_call
 from manylora_gateway.engine import Delta, Prompt
 from manylora_gateway.errors import (
+    CorruptAdapterError,
     GatewayError,
     ReplicaLostError,
+    UnservableError,
     from_registry,
 )
 from manylora_gateway.generation import (
@@ -174,6 +176,10 @@ class Inference:
                 self.metrics.retries.inc()
                 ticket.used = 0
                 continue
+            except (UnservableError, CorruptAdapterError):
+                if started.version is not None:
+                    self._routes.doubt(started.version)
+                raise
             for delta in held:
                 yield delta
             return
