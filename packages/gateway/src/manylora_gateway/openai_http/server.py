@@ -63,8 +63,13 @@ class HttpServer:
         self._server: uvicorn.Server | None = None
         self._serving: asyncio.Task[None] | None = None
 
-    async def start(self, app: ASGIApp) -> None:
-        """Answers from here on."""
+    async def start(self, app: ASGIApp, stall_s: float) -> None:
+        """Answers from here on; a client that takes nothing for `stall_s` is cut off."""
+        # Only the kernel sees it early: it takes megabytes of an answer that nobody reads. Its
+        # connections inherit this, also those that are closed with something left to send.
+        self._socket.setsockopt(
+            socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, math.ceil(1000 * stall_s)
+        )
         tls = self._tls
         config = uvicorn.Config(
             app,
