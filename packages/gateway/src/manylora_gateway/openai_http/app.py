@@ -78,8 +78,6 @@ def application(
         Route("/v1/chat/completions", _Completions("chat", inference, reading), methods=["POST"]),
         Route("/v1/completions", _Completions("text", inference, reading), methods=["POST"]),
         Route("/v1/models", _list_models(inference, reading), methods=["GET"]),
-        # Else it would be the model without a name.
-        Route("/v1/models/", _list_models(inference, reading), methods=["GET"]),
         Route("/v1/models/{reference:path}", _show_model(inference, reading), methods=["GET"]),
     ]
     # Starlette raises again, for the server to log, what has a handler as Exception alone.
