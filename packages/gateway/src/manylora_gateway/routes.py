@@ -10,7 +10,7 @@ import math
 import time
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, Callable
-from contextlib import aclosing, asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 
 from manylora_gateway.errors import (
@@ -162,13 +162,12 @@ class Routes:
         try:
             self.check(target)
         except UnservableError as error:
-            async with aclosing(self.earlier(key, target)) as versions:
-                async for version in versions:
-                    return Route(version, target, error)
+            for version in await self.earlier(key, target):
+                return Route(version, target, error)
             raise
         return Route(target)
 
-    async def earlier(self, key: AliasKey, target: Version) -> AsyncGenerator[Version, None]:
+    async def earlier(self, key: AliasKey, target: Version) -> list[Version]:
         """What `key` pointed at before `target`, newest first, as far as it may be served.
 
         A withdrawn one is the end: whoever withdrew it did not ask for the one before.
@@ -176,25 +175,23 @@ class Routes:
         Raises:
             GatewayError: the registry cannot be read.
         """
-        if target.yanked or target.deleted:
-            return
         name, alias = key
         try:
             moves = await asyncio.to_thread(self._registry.history, name)
+            versions = await asyncio.to_thread(self._registry.versions, name)
         except RegistryError as error:
             raise from_registry(error) from error
-        before = (move.previous for move in reversed(moves) if move.alias == alias)
-        for number in dict.fromkeys(before):
-            if number is None or number == target.number:
-                continue
-            version = await self.look_up(AdapterReference(name, str(number)))
-            if version.yanked or version.deleted:
-                return
-            try:
-                self.check(version)
-            except UnservableError:
-                continue
-            yield version
+        numbers = [move.previous for move in reversed(moves) if move.alias == alias]
+        found: list[Version] = []
+        for number in dict.fromkeys([target.number, *numbers]):
+            if number is not None:
+                version = versions[number - 1]
+                if version.yanked or version.deleted:
+                    break
+                with suppress(UnservableError):
+                    self.check(version)
+                    found.append(version)
+        return [version for version in found if version.number != target.number]
 
     def rollout(self, reference: str) -> tuple[AliasKey, Rollout] | None:
         """The rollout of the alias that `reference` names, if there is one."""
@@ -294,6 +291,19 @@ class Routes:
             return False
         self._routes.setdefault(key, Route(target))
         return True
+
+    async def adopt_earlier(self, key: AliasKey, target: Version) -> None:
+        """Has an alias that nobody followed mean what it meant before a `target` that may not be.
+
+        Raises:
+            GatewayError: the registry cannot be read.
+        """
+        try:
+            self.check(target)
+        except UnservableError:
+            for version in await self.earlier(key, target):
+                self._routes.setdefault(key, Route(version, target))
+                return
 
     def flip(self, key: AliasKey, version: Version) -> Version | None:
         """From here on `key` means `version`; returns what it meant before."""

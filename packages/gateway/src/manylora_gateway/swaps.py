@@ -9,7 +9,6 @@ gateway that was started anew learns from the alias's history.
 import asyncio
 import logging
 from collections.abc import Coroutine, Iterable
-from contextlib import aclosing
 
 from manylora_gateway.config import FollowConfig
 from manylora_gateway.errors import (
@@ -67,7 +66,8 @@ class Swaps:
                     continue
                 if warm <= 0 and self._routes.adopt(key, target):
                     continue
-                if not await self._serve(key, target):
+                # Where all slots are full, nothing waits for what has to be looked up.
+                if warm <= 0 or not await self._serve(key, target):
                     self._wake(key)
                 if (route := self._routes.get(key)) is not None and route.serving is not None:
                     warm -= 1
@@ -150,6 +150,8 @@ class Swaps:
         """One try to serve what the registry's alias points at; says whether it is settled."""
         try:
             target = await self._routes.look_up(AdapterReference(*key))
+            if self._routes.get(key) is None:
+                await self._routes.adopt_earlier(key, target)
         except Exception as error:
             logger.warning("%s cannot be resolved: %s", "@".join(key), _why(error))
             return False
@@ -208,18 +210,17 @@ class Swaps:
         Says False where the alias's history could not be read.
         """
         try:
-            async with aclosing(self._routes.earlier(key, target)) as versions:
-                async for version in versions:
-                    try:
-                        await self._replicas.prepare(version)
-                    except (UnservableError, CorruptAdapterError) as error:
-                        logger.debug("nor can %s: %s", version.engine_name, _why(error))
-                        continue
-                    if self._has_moved(key):
-                        self._displace([version])
-                    else:
-                        self._routes.fall_back(key, version)
-                    break
+            for version in await self._routes.earlier(key, target):
+                try:
+                    await self._replicas.prepare(version)
+                except (UnservableError, CorruptAdapterError) as error:
+                    logger.debug("nor can %s: %s", version.engine_name, _why(error))
+                    continue
+                if self._has_moved(key):
+                    self._displace([version])
+                else:
+                    self._routes.fall_back(key, version)
+                break
         except Exception as error:
             logger.warning("%s: what it was before: %s", "@".join(key), _why(error))
             return False
