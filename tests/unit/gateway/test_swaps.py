@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import grpc
@@ -10,7 +11,7 @@ import pytest
 from manylora.admin.v1 import admin_pb2
 from manylora.inference.v1 import inference_pb2 as pb
 from manylora_gateway.errors import YankedAdapterError
-from manylora_registry import AdapterReference, Registry, Version
+from manylora_registry import Adapter, AdapterReference, Registry, Version
 from tests.unit.gateway.conftest import Publish, Start
 from tests.unit.gateway.in_process import OTHER_BASE, RunningGateway, publish, running_gateway
 from tests.unit.gateway.test_errors import refused, told
@@ -384,6 +385,48 @@ async def test_what_is_served_and_listed_is_read_at_once(tmp_path: Path) -> None
             assert "made for the base" in alien.aliases[0].pending_error
             assert {alias.serving.number for each in others for alias in each.aliases} == {1}
             assert (await stream(gateway, "white"))[0] == 1
+
+
+class ManyAdapters(Registry):
+    """One that lists each adapter a thousand times, and when it was looked at."""
+
+    def adapters(self, *, limit: int | None = None, after: str | None = None) -> list[Adapter]:
+        return WatchedList(super().adapters(limit=limit, after=after) * 1000)
+
+
+class WatchedList(list[Adapter]):
+    """Counts how many are taken from it between two turns of the event loop, at most."""
+
+    most = 0
+
+    def __iter__(self) -> Iterator[Adapter]:
+        taken, ended = 0, False
+
+        def begin_anew() -> None:
+            nonlocal taken
+            taken = 0
+            if not ended:
+                loop.call_soon(begin_anew)
+
+        loop = asyncio.get_running_loop()
+        loop.call_soon(begin_anew)
+        for adapter in super().__iter__():
+            taken += 1
+            WatchedList.most = max(WatchedList.most, taken)
+            yield adapter
+        ended = True
+
+
+async def test_a_long_listing_lets_streams_go_on(tmp_path: Path) -> None:
+    with Registry.open(tmp_path / "registry") as registry:
+        publish(registry, tmp_path, "red", 1)
+        registry.set_alias("red", "production", 1)
+    with ManyAdapters.open(tmp_path / "registry") as registry:
+        async with running_gateway(registry, tmp_path) as gateway:
+            WatchedList.most = 0
+            listing = await gateway.inference.ListAdapters(pb.ListAdaptersRequest())
+            assert len(listing.adapters) == 1000
+            assert 0 < WatchedList.most <= 100
 
 
 async def test_a_broken_version_at_the_start_does_not_hold_up_the_others(

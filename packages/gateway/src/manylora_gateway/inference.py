@@ -37,6 +37,9 @@ from manylora_gateway.tenants import ANONYMOUS, Tenant
 from manylora_registry import Adapter, Registry, Version
 from manylora_registry.errors import RegistryError
 
+LISTED_AT_ONCE = 100
+"""Adapters of a listing that are looked at in one go, which takes a millisecond."""
+
 
 @dataclass(frozen=True)
 class AliasState:
@@ -216,15 +219,15 @@ class Inference:
             adapters = await asyncio.to_thread(self._registry.adapters)
         except RegistryError as error:
             raise from_registry(error) from error
-        return [
-            AdapterState(
-                adapter.name,
-                adapter.latest,
-                tuple(self._alias(adapter, alias) for alias in sorted(adapter.aliases)),
-            )
-            for adapter in adapters
-            if tenant.may_use(adapter.name)
-        ]
+        states: list[AdapterState] = []
+        for index, adapter in enumerate(adapters):
+            if index % LISTED_AT_ONCE == 0:
+                # Streams go on meanwhile.
+                await asyncio.sleep(0)
+            if tenant.may_use(adapter.name):
+                aliases = tuple(self._alias(adapter, alias) for alias in sorted(adapter.aliases))
+                states.append(AdapterState(adapter.name, adapter.latest, aliases))
+        return states
 
     async def resolve(self, reference: str, tenant: Tenant = ANONYMOUS) -> Version:
         """The version a request of `tenant` for `reference` would get now.

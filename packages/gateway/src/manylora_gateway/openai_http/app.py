@@ -220,8 +220,13 @@ class _Completions:
 def _list_models(inference: Inference, reading: Reading) -> Callable[..., Awaitable[Response]]:
     async def endpoint(_request: Request) -> Response:
         adapters = await inference.adapters(caller())
-        listing = models(adapters, reading.base, with_base=caller().may_use(""))
-        return JSONResponse({"object": "list", "data": listing})
+        with_base = caller().may_use("")
+
+        def listing() -> Response:
+            data = models(adapters, reading.base, with_base=with_base)
+            return JSONResponse({"object": "list", "data": data})
+
+        return await asyncio.to_thread(listing)
 
     return endpoint
 
