@@ -304,6 +304,31 @@ async def test_a_change_during_the_first_look_at_an_alias_is_not_missed(
                     await asking
 
 
+async def test_a_version_that_is_yanked_as_its_new_alias_is_looked_up_is_not_served(
+    tmp_path: Path,
+) -> None:
+    READ.clear()
+    ARRIVES.clear()
+    with SlowRegistry.open(tmp_path / "registry") as registry:
+        for seed in (1, 2):
+            publish(registry, tmp_path, "red", seed)
+        publish(registry, tmp_path, "green", 3)
+        publish(registry, tmp_path, "green", 4)
+        registry.set_alias("green", "production", 1)
+        async with running_gateway(registry, tmp_path, aliases=("production", "canary")) as gateway:
+            registry.set_alias("red", "canary", 1)
+            assert await asyncio.to_thread(READ.wait, 20)
+            registry.yank("red@1")
+            # Events come in order: what is followed has moved, so the other change was seen too.
+            registry.set_alias("green", "production", 2)
+            await gateway.until_serving("green@production", 2)
+            ARRIVES.set()
+            entry = await gateway.until_failed("red@canary")
+            assert not entry.HasField("serving")
+            with pytest.raises(grpc.aio.AioRpcError, match="yanked"):
+                await stream(gateway, "red@canary")
+
+
 async def test_a_full_disk_under_a_rollout_does_not_end_following(
     gateway: RunningGateway, registry: Registry, published: Publish, tmp_path: Path
 ) -> None:

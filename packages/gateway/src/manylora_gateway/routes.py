@@ -298,11 +298,13 @@ class Routes:
         Raises:
             GatewayError: the registry cannot be read.
         """
+        changes = self._changes
         try:
             self.check(target)
         except UnservableError:
             for version in await self.earlier(key, target):
-                self._routes.setdefault(key, Route(version, target))
+                if changes == self._changes:
+                    self._routes.setdefault(key, Route(version, target))
                 return
 
     def flip(self, key: AliasKey, version: Version) -> Version | None:

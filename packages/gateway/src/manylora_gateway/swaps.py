@@ -107,7 +107,9 @@ class Swaps:
             for ended in self._routes.rollouts.end_with(event.name, event.version):
                 logger.warning("a rollout of %s ended: it needs a withdrawn version", event.name)
                 self._displace(ended.versions)
-            for key in self._routes.aliases_of(event.name):
+            # One that is looked up for the first time may be served as it was before.
+            looked_up = [key for key in self._moved if key[0] == event.name]
+            for key in {*self._routes.aliases_of(event.name), *looked_up}:
                 if (withdrawn := self._routes.withdraw(key, event.version)) is not None:
                     logger.warning(
                         "%s: version %d was %s and is served no more",
