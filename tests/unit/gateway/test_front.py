@@ -48,7 +48,7 @@ async def test_probes_are_answered_while_the_engine_is_still_loading() -> None:
 @pytest.mark.parametrize("sent", [b"", b"GET /health HTTP/1.1\r\nhost: x\r\nx-slow: "])
 async def test_a_connection_without_a_whole_request_is_closed(sent: bytes) -> None:
     server = HttpServer("127.0.0.1:0", "listen.http", idle_s=1)
-    await server.start(probes(lambda: True))
+    await server.start(probes(lambda: True), stall_s=60)
     host, _, port = server.address.rpartition(":")
     async with asyncio.timeout(30):
         reader, writer = await asyncio.open_connection(host, int(port))
@@ -68,7 +68,7 @@ async def test_two_gateways_do_not_share_a_port() -> None:
 
 async def test_a_want_of_files_is_one_line_and_passes(caplog: pytest.LogCaptureFixture) -> None:
     server = HttpServer("127.0.0.1:0", "listen.http")
-    await server.start(probes(lambda: True))
+    await server.start(probes(lambda: True), stall_s=60)
     host, _, port = server.address.rpartition(":")
     await answered(server)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)

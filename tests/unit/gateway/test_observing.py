@@ -296,6 +296,24 @@ async def test_a_new_replica_pins_nothing_that_was_let_go(
         assert pinned == {"green"}
 
 
+async def test_a_new_replica_that_cannot_load_a_pinned_version_tries_again(
+    served: dict[str, Version], start: Start
+) -> None:
+    async with start(aliases=()) as gateway:
+        await gateway.fleet.look()
+        await gateway.admin.Pin(admin_pb2.PinRequest(adapter="red@1"))
+        engine = await gateway.replicas.restart(0)
+        engine.refused.add(served["red"].engine_name)
+        await gateway.fleet.look()
+        await engine.until_loads(1)
+        engine.refused.clear()
+        async with asyncio.timeout(20):
+            while await pins(gateway) != [{"red"}]:
+                await gateway.fleet.look()
+        await gateway.fleet.look()
+        assert len(engine.loads) == 2
+
+
 async def test_a_new_replica_gets_what_is_served_before_it_is_asked(
     served: dict[str, Version], start: Start
 ) -> None:

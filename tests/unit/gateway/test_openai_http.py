@@ -372,6 +372,14 @@ async def test_a_token_below_the_vocabulary_is_named(client: AsyncOpenAI) -> Non
         ({"messages": ASK, "stream_options": 3}, "stream_options: must be an object"),
         ({"messages": ASK, "response_format": {}}, "its type must be text, json_object or"),
         ({"messages": ASK, "response_format": {"type": "xml"}}, "its type must be text, json_"),
+        ({"messages": 5}, "messages: must be an array"),
+        ({"messages": ASK, "stop": 5}, "stop: must be a string or an array of strings"),
+        ({"messages": ASK, "stop": [5]}, "stop[0]: must be a string"),
+        ({"messages": ASK, "max_tokens": 1.5}, "max_tokens: must be an integer"),
+        ({"messages": ASK, "temperature": "hot"}, "temperature: must be a number"),
+        ({"messages": ASK, "stream": "yes"}, "stream: must be true or false"),
+        ({"messages": ASK, "structured_outputs": {"json": 5}}, ".json: must be an object or a"),
+        ({"messages": [{"role": "user", "content": 5}]}, "content: must be a string or an array"),
     ],
 )
 async def test_a_wrong_form_is_told_in_words_of_json(
@@ -550,9 +558,25 @@ async def test_what_is_not_there_is_said_in_the_same_form(gateway: RunningGatewa
         assert wrong.json()["error"]["message"].startswith("Method Not Allowed: GET /v1/comp")
 
 
-async def test_the_list_of_models_may_end_with_a_slash(gateway: RunningGateway) -> None:
+async def test_a_path_may_end_with_a_slash(gateway: RunningGateway) -> None:
     async with httpx.AsyncClient(base_url=gateway.http) as http:
-        assert (await http.get("/v1/models/")).json() == (await http.get("/v1/models")).json()
+        for path in ("/v1/models", "/v1/models/red", "/health"):
+            reply = await http.get(f"{path}/")
+            assert (reply.status_code, reply.content) == (200, (await http.get(path)).content)
+        body = {"model": "red", "messages": ASK}
+        assert (await http.post("/v1/chat/completions/", json=body)).json()["model"] == "red@1"
+
+
+async def test_a_target_may_be_a_whole_url(gateway: RunningGateway) -> None:
+    host, _, port = gateway.front.addresses["http"].rpartition(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    for target in ("http://somewhere/v1/models/red?x=1", "https://somewhere:1/v1/models/red"):
+        writer.write(f"GET {target} HTTP/1.1\r\nhost: somewhere\r\n\r\n".encode())
+        head = await reader.readuntil(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 200")
+        length = int(head.lower().split(b"content-length: ")[1].split(b"\r\n")[0])
+        assert json.loads(await reader.readexactly(length))["id"] == "red"
+    writer.close()
 
 
 async def test_an_offer_of_http_2_is_passed_over_in_silence(

@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import grpc
@@ -10,7 +11,7 @@ import pytest
 from manylora.admin.v1 import admin_pb2
 from manylora.inference.v1 import inference_pb2 as pb
 from manylora_gateway.errors import YankedAdapterError
-from manylora_registry import AdapterReference, Registry, Version
+from manylora_registry import Adapter, AdapterReference, Registry, Version
 from tests.unit.gateway.conftest import Publish, Start
 from tests.unit.gateway.in_process import OTHER_BASE, RunningGateway, publish, running_gateway
 from tests.unit.gateway.test_errors import refused, told
@@ -303,6 +304,31 @@ async def test_a_change_during_the_first_look_at_an_alias_is_not_missed(
                     await asking
 
 
+async def test_a_version_that_is_yanked_as_its_new_alias_is_looked_up_is_not_served(
+    tmp_path: Path,
+) -> None:
+    READ.clear()
+    ARRIVES.clear()
+    with SlowRegistry.open(tmp_path / "registry") as registry:
+        for seed in (1, 2):
+            publish(registry, tmp_path, "red", seed)
+        publish(registry, tmp_path, "green", 3)
+        publish(registry, tmp_path, "green", 4)
+        registry.set_alias("green", "production", 1)
+        async with running_gateway(registry, tmp_path, aliases=("production", "canary")) as gateway:
+            registry.set_alias("red", "canary", 1)
+            assert await asyncio.to_thread(READ.wait, 20)
+            registry.yank("red@1")
+            # Events come in order: what is followed has moved, so the other change was seen too.
+            registry.set_alias("green", "production", 2)
+            await gateway.until_serving("green@production", 2)
+            ARRIVES.set()
+            entry = await gateway.until_failed("red@canary")
+            assert not entry.HasField("serving")
+            with pytest.raises(grpc.aio.AioRpcError, match="yanked"):
+                await stream(gateway, "red@canary")
+
+
 async def test_a_full_disk_under_a_rollout_does_not_end_following(
     gateway: RunningGateway, registry: Registry, published: Publish, tmp_path: Path
 ) -> None:
@@ -376,15 +402,56 @@ async def test_what_is_served_and_listed_is_read_at_once(tmp_path: Path) -> None
         registry.set_alias("alien", "canary", 1)
         registry.asked = 0
         async with running_gateway(registry, tmp_path) as gateway:
-            # Of each that is loaded, what its alias points at just then.
-            assert registry.asked == 2
+            assert registry.asked == 0
             listing = await gateway.inference.ListAdapters(pb.ListAdaptersRequest())
-            assert registry.asked == 2
+            assert registry.asked == 0
             alien, *others = listing.adapters
             assert not alien.aliases[0].HasField("serving")
             assert "made for the base" in alien.aliases[0].pending_error
             assert {alias.serving.number for each in others for alias in each.aliases} == {1}
             assert (await stream(gateway, "white"))[0] == 1
+
+
+class ManyAdapters(Registry):
+    """One that lists each adapter a thousand times, and when it was looked at."""
+
+    def adapters(self, *, limit: int | None = None, after: str | None = None) -> list[Adapter]:
+        return WatchedList(super().adapters(limit=limit, after=after) * 1000)
+
+
+class WatchedList(list[Adapter]):
+    """Counts how many are taken from it between two turns of the event loop, at most."""
+
+    most = 0
+
+    def __iter__(self) -> Iterator[Adapter]:
+        taken, ended = 0, False
+
+        def begin_anew() -> None:
+            nonlocal taken
+            taken = 0
+            if not ended:
+                loop.call_soon(begin_anew)
+
+        loop = asyncio.get_running_loop()
+        loop.call_soon(begin_anew)
+        for adapter in super().__iter__():
+            taken += 1
+            WatchedList.most = max(WatchedList.most, taken)
+            yield adapter
+        ended = True
+
+
+async def test_a_long_listing_lets_streams_go_on(tmp_path: Path) -> None:
+    with Registry.open(tmp_path / "registry") as registry:
+        publish(registry, tmp_path, "red", 1)
+        registry.set_alias("red", "production", 1)
+    with ManyAdapters.open(tmp_path / "registry") as registry:
+        async with running_gateway(registry, tmp_path) as gateway:
+            WatchedList.most = 0
+            listing = await gateway.inference.ListAdapters(pb.ListAdaptersRequest())
+            assert len(listing.adapters) == 1000
+            assert 0 < WatchedList.most <= 100
 
 
 async def test_a_broken_version_at_the_start_does_not_hold_up_the_others(

@@ -2,18 +2,20 @@
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import aclosing
 
 from manylora_gateway.admission import Admission
 from manylora_gateway.engine import Sampling, TextPrompt
 from manylora_gateway.errors import ReplicaLostError
 from manylora_gateway.metrics import Metrics
-from manylora_gateway.replicas import Replicas
+from manylora_gateway.replicas import Replicas, ReplicaState
 from manylora_gateway.routes import Routes
 from manylora_registry import Version
 
 WATCH_S = 1.0
+FIRST_RETRY_S = 1.0
+LAST_RETRY_S = 60.0
 FAILURES = 3
 """Looks in a row that must fail before nobody is let in: a busy replica may miss one."""
 
@@ -37,8 +39,10 @@ class Fleet:
         announce: Callable[[bool], Awaitable[None]],
         warm: int,
     ) -> None:
-        # By digest: what a new replica is to keep loaded too.
+        # By digest: what every replica is to keep loaded, new ones too.
         self._pinned: dict[str, Version] = {}
+        self._pinning = False
+        self._retry_s = FIRST_RETRY_S
         self._replicas = replicas
         self._routes = routes
         self._admission = admission
@@ -47,7 +51,7 @@ class Fleet:
         self._warm = warm
         self._known: set[str] = set()
         self._failures = 0
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[object]] = set()
 
     async def begin(self) -> None:
         """Has the base answer once, then watches.
@@ -115,6 +119,12 @@ class Fleet:
             # It knows nothing: what is served now is loaded before it is asked for.
             self._start(self._warm_up())
         self._known = present
+        lacking = [version for version in self._pinned.values() if not _pinned(states, version)]
+        if not lacking:
+            self._retry_s = FIRST_RETRY_S
+        elif not self._pinning:
+            self._pinning = True
+            self._start(self._pin_again(lacking))
         if self._admission.lost is not None:
             logger.info("engine replicas answer again")
             self._admission.lost = None
@@ -130,19 +140,36 @@ class Fleet:
             await self._bring(self._replicas.prepare, version)
             # It may have been replaced meanwhile.
             self._routes.displace(version)
-        for version in list(self._pinned.values()):
+
+    async def _pin_again(self, versions: Sequence[Version]) -> None:
+        failed = False
+        for version in versions:
             if version.digest in self._pinned:
-                await self._bring(self._replicas.pin, version)
+                failed |= not await self._bring(self._replicas.pin, version)
             if version.digest not in self._pinned:
                 await self._bring(self._replicas.unpin, version)
+        if failed:
+            await asyncio.sleep(self._retry_s)
+            self._retry_s = min(2 * self._retry_s, LAST_RETRY_S)
+        self._pinning = False
 
-    async def _bring(self, bring: Callable[[Version], Awaitable[object]], version: Version) -> None:
+    async def _bring(self, bring: Callable[[Version], Awaitable[object]], version: Version) -> bool:
         try:
             await bring(version)
         except Exception as error:
             logger.warning("%s is not as it should be everywhere: %s", version.engine_name, error)
+            return False
+        return True
 
-    def _start(self, work: Coroutine[None, None, None]) -> None:
+    def _start(self, work: Coroutine[None, None, object]) -> None:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+
+def _pinned(states: Sequence[ReplicaState], version: Version) -> bool:
+    """Whether every replica keeps `version`."""
+    return all(
+        any(held.pinned and held.version.digest == version.digest for held in state.residents)
+        for state in states
+    )

@@ -100,7 +100,7 @@ class Front:
     async def answer_probes(self) -> None:
         """Says on the port for probes how it goes, before anything else is served."""
         if self._probes is not None:
-            await self._probes.start(probes(lambda: self._serving))
+            await self._probes.start(probes(lambda: self._serving), KEEPALIVE_MS / 1000)
 
     async def start(
         self, inference: Inference, operations: Operations, limits: Limits, base: str
@@ -130,7 +130,7 @@ class Front:
             app = application(inference, reading, lambda: self._serving)
             if self._access is not None:
                 app = HttpAuthentication(app, self._access)
-            await self._http.start(app)
+            await self._http.start(app, limits.config.stall_s)
 
     async def announce(self, serving: bool) -> None:
         """Tells health checks whether new requests are wanted; answers go on."""

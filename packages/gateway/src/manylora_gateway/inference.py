@@ -16,8 +16,10 @@ from manylora_gateway.admission import Admission, Ticket
 from manylora_gateway.calls import current_call
 from manylora_gateway.engine import Delta, Prompt
 from manylora_gateway.errors import (
+    CorruptAdapterError,
     GatewayError,
     ReplicaLostError,
+    UnservableError,
     from_registry,
 )
 from manylora_gateway.generation import (
@@ -34,6 +36,9 @@ from manylora_gateway.shadow import Shadows
 from manylora_gateway.tenants import ANONYMOUS, Tenant
 from manylora_registry import Adapter, Registry, Version
 from manylora_registry.errors import RegistryError
+
+LISTED_AT_ONCE = 100
+"""Adapters of a listing that are looked at in one go, which takes a millisecond."""
 
 
 @dataclass(frozen=True)
@@ -174,6 +179,10 @@ class Inference:
                 self.metrics.retries.inc()
                 ticket.used = 0
                 continue
+            except (UnservableError, CorruptAdapterError):
+                if started.version is not None:
+                    self._routes.doubt(started.version)
+                raise
             for delta in held:
                 yield delta
             return
@@ -210,15 +219,15 @@ class Inference:
             adapters = await asyncio.to_thread(self._registry.adapters)
         except RegistryError as error:
             raise from_registry(error) from error
-        return [
-            AdapterState(
-                adapter.name,
-                adapter.latest,
-                tuple(self._alias(adapter, alias) for alias in sorted(adapter.aliases)),
-            )
-            for adapter in adapters
-            if tenant.may_use(adapter.name)
-        ]
+        states: list[AdapterState] = []
+        for index, adapter in enumerate(adapters):
+            if index % LISTED_AT_ONCE == 0:
+                # Streams go on meanwhile.
+                await asyncio.sleep(0)
+            if tenant.may_use(adapter.name):
+                aliases = tuple(self._alias(adapter, alias) for alias in sorted(adapter.aliases))
+                states.append(AdapterState(adapter.name, adapter.latest, aliases))
+        return states
 
     async def resolve(self, reference: str, tenant: Tenant = ANONYMOUS) -> Version:
         """The version a request of `tenant` for `reference` would get now.

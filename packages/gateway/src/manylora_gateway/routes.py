@@ -10,7 +10,7 @@ import math
 import time
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 
 from manylora_gateway.errors import (
@@ -37,6 +37,8 @@ class Route:
     """What the registry's alias points at, where that is not served yet."""
     pending_error: Exception | None = None
     """Why `pending` could not be loaded at the last try."""
+    tried: bool = False
+    """Whether `serving` was loaded everywhere before it came to be served."""
 
 
 class Routes:
@@ -52,6 +54,8 @@ class Routes:
     ) -> None:
         self.displaced: asyncio.Queue[Version] = asyncio.Queue()
         """Versions to unload: each when nothing serves it any more, and when its last use ends."""
+        self.doubted: asyncio.Queue[AliasKey] = asyncio.Queue()
+        """Aliases to look at again: what they served untried could not be loaded."""
         self.rollouts = rollouts or Rollouts()
         self._max_stale_s = max_stale_s
         self._clock = clock
@@ -140,11 +144,11 @@ class Routes:
         """
         while (route := self._routes.get(key)) is None:
             changes = self._changes
-            version = await self._ask_registry(AdapterReference(*key))
+            found = await self._first_look(key)
             # What was read before a change and arrives after it is asked again: nobody follows
             # the alias yet, so nobody else would.
             if changes == self._changes:
-                self._routes.setdefault(key, Route(serving=version))
+                self._routes.setdefault(key, found)
         if route.serving is not None:
             return route.serving
         if route.pending_error is not None:
@@ -152,6 +156,42 @@ class Routes:
             raise route.pending_error.with_traceback(None)
         assert route.pending is not None
         return route.pending
+
+    async def _first_look(self, key: AliasKey) -> Route:
+        target = await self.look_up(AdapterReference(*key))
+        try:
+            self.check(target)
+        except UnservableError as error:
+            for version in await self.earlier(key, target):
+                return Route(version, target, error)
+            raise
+        return Route(target)
+
+    async def earlier(self, key: AliasKey, target: Version) -> list[Version]:
+        """What `key` pointed at before `target`, newest first, as far as it may be served.
+
+        A withdrawn one is the end: whoever withdrew it did not ask for the one before.
+
+        Raises:
+            GatewayError: the registry cannot be read.
+        """
+        name, alias = key
+        try:
+            moves = await asyncio.to_thread(self._registry.history, name)
+            versions = await asyncio.to_thread(self._registry.versions, name)
+        except RegistryError as error:
+            raise from_registry(error) from error
+        numbers = [move.previous for move in reversed(moves) if move.alias == alias]
+        found: list[Version] = []
+        for number in dict.fromkeys([target.number, *numbers]):
+            if number is not None:
+                version = versions[number - 1]
+                if version.yanked or version.deleted:
+                    break
+                with suppress(UnservableError):
+                    self.check(version)
+                    found.append(version)
+        return [version for version in found if version.number != target.number]
 
     def rollout(self, reference: str) -> tuple[AliasKey, Rollout] | None:
         """The rollout of the alias that `reference` names, if there is one."""
@@ -180,17 +220,13 @@ class Routes:
         version = self._fixed.get(text)
         if version is None:
             changes = self._changes
-            version = await self._ask_registry(reference)
+            version = await self.look_up(reference)
+            self.check(version)
             # What was read before a withdrawal and arrives after it must not be kept.
             if changes == self._changes:
                 self._fixed[text] = version
             if len(self._fixed) > FIXED_REFERENCES_KEPT:
                 self._fixed.popitem(last=False)
-        return version
-
-    async def _ask_registry(self, reference: AdapterReference) -> Version:
-        version = await self.look_up(reference)
-        self._servable.check(version)
         return version
 
     async def look_up(self, reference: AdapterReference) -> Version:
@@ -250,18 +286,45 @@ class Routes:
     def adopt(self, key: AliasKey, target: Version) -> bool:
         """Has an alias that nobody followed mean `target`; says False where it is unservable."""
         try:
-            self._servable.check(target)
+            self.check(target)
         except UnservableError:
             return False
-        self._routes.setdefault(key, Route(serving=target))
+        self._routes.setdefault(key, Route(target))
         return True
+
+    async def adopt_earlier(self, key: AliasKey, target: Version) -> None:
+        """Has an alias that nobody followed mean what it meant before a `target` that may not be.
+
+        Raises:
+            GatewayError: the registry cannot be read.
+        """
+        changes = self._changes
+        try:
+            self.check(target)
+        except UnservableError:
+            for version in await self.earlier(key, target):
+                if changes == self._changes:
+                    self._routes.setdefault(key, Route(version, target))
+                return
 
     def flip(self, key: AliasKey, version: Version) -> Version | None:
         """From here on `key` means `version`; returns what it meant before."""
-        route = self._routes[key]
-        before = route.serving
-        route.serving, route.pending, route.pending_error = version, None, None
+        before = self._routes[key].serving
+        self._routes[key] = Route(version, tried=True)
         return before
+
+    def fall_back(self, key: AliasKey, version: Version) -> None:
+        """From here on `key`, which serves nothing, means `version` until what is pending works."""
+        route = self._routes[key]
+        route.serving, route.tried = version, True
+
+    def doubt(self, version: Version) -> None:
+        """Has the aliases that came to serve `version` untried, which was not loaded, try it."""
+        for key, route in self._routes.items():
+            serving = route.serving
+            if serving is not None and serving.digest == version.digest and not route.tried:
+                route.serving, route.pending = None, route.pending or version
+                self.doubted.put_nowait(key)
 
     def serves(self, version: Version) -> bool:
         """Whether an alias or a rollout serves `version`, or an alias is about to."""

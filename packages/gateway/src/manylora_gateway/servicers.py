@@ -151,7 +151,8 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         """Lists the registry's adapters and what is served of them."""
         del request
         async with _answering(context):
-            return messages.adapters_response(await self._inference.adapters(caller()))
+            adapters = await self._inference.adapters(caller())
+            return await asyncio.to_thread(messages.adapters_response, adapters)
 
     async def _one_of_batch(
         self, index: int, message: pb.GenerateRequest, request_id: str

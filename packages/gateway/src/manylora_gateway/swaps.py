@@ -2,7 +2,8 @@
 
 For each alias that moved, one task: resolve it, prepare the version on every replica, flip the
 route, retire the old version. A version that cannot be prepared leaves the old one serving and is
-tried again, later and later, until it works or the alias moves on.
+tried again, later and later, until it works or the alias moves on. Which one is the old one, a
+gateway that was started anew learns from the alias's history.
 """
 
 import asyncio
@@ -10,7 +11,12 @@ import logging
 from collections.abc import Coroutine, Iterable
 
 from manylora_gateway.config import FollowConfig
-from manylora_gateway.errors import GatewayError
+from manylora_gateway.errors import (
+    CorruptAdapterError,
+    GatewayError,
+    UnservableError,
+    WrongBaseError,
+)
 from manylora_gateway.metrics import Metrics
 from manylora_gateway.replicas import Replicas
 from manylora_gateway.rollouts import AliasKey
@@ -55,10 +61,18 @@ class Swaps:
             self._sequence = events[-1].sequence
         for adapter in await asyncio.to_thread(self._registry.adapters):
             for alias, target in adapter.targets.items():
-                if alias in self._config.aliases:
+                key = (adapter.name, alias)
+                if alias not in self._config.aliases:
+                    continue
+                if warm <= 0 and self._routes.adopt(key, target):
+                    continue
+                # Where all slots are full, nothing waits for what has to be looked up.
+                if warm <= 0 or not await self._serve(key, target):
+                    self._wake(key)
+                if (route := self._routes.get(key)) is not None and route.serving is not None:
                     warm -= 1
-                    await self._adopt((adapter.name, alias), target, load=warm >= 0)
         self._start(self._follow())
+        self._start(self._look_again())
         self._start(self._retire_displaced())
 
     async def close(self) -> None:
@@ -66,15 +80,6 @@ class Swaps:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-
-    async def _adopt(self, key: AliasKey, target: Version, *, load: bool) -> None:
-        """Serves an alias for the first time; what fails is tried again in the background."""
-        if load:
-            served = await self._attempt(key)
-        else:
-            served = self._routes.adopt(key, target)
-        if not served:
-            self._wake(key)
 
     async def _follow(self) -> None:
         readable = True
@@ -102,7 +107,9 @@ class Swaps:
             for ended in self._routes.rollouts.end_with(event.name, event.version):
                 logger.warning("a rollout of %s ended: it needs a withdrawn version", event.name)
                 self._displace(ended.versions)
-            for key in self._routes.aliases_of(event.name):
+            # One that is looked up for the first time may be served as it was before.
+            looked_up = [key for key in self._moved if key[0] == event.name]
+            for key in {*self._routes.aliases_of(event.name), *looked_up}:
                 if (withdrawn := self._routes.withdraw(key, event.version)) is not None:
                     logger.warning(
                         "%s: version %d was %s and is served no more",
@@ -142,15 +149,21 @@ class Swaps:
         del self._moved[key]
 
     async def _attempt(self, key: AliasKey) -> bool:
-        """One try to serve what the registry's alias points at; says whether it is served now."""
+        """One try to serve what the registry's alias points at; says whether it is settled."""
+        try:
+            target = await self._routes.look_up(AdapterReference(*key))
+            if self._routes.get(key) is None:
+                await self._routes.adopt_earlier(key, target)
+        except Exception as error:
+            logger.warning("%s cannot be resolved: %s", "@".join(key), _why(error))
+            return False
+        return await self._serve(key, target)
+
+    async def _serve(self, key: AliasKey, target: Version) -> bool:
+        """One try to serve `target`; says whether nothing is left to do until the alias moves."""
         label = "@".join(key)
         before = self._routes.get(key)
         abandoned = [] if before is None or before.pending is None else [before.pending]
-        try:
-            target = await self._routes.look_up(AdapterReference(*key))
-        except Exception as error:
-            logger.warning("%s cannot be resolved: %s", label, _why(error))
-            return False
         route = self._routes.follow(key, target)
         self._displace(abandoned)
         if route.pending is None:
@@ -159,21 +172,27 @@ class Swaps:
             self._routes.check(target)
             await self._replicas.prepare(target)
         except Exception as error:
+            looked = False
+            if route.serving is None and isinstance(error, UnservableError | CorruptAdapterError):
+                looked = await self._fall_back(key, target)
+            foreign = looked and route.serving is None and isinstance(error, WrongBaseError)
             if str(error) != str(route.pending_error):
-                still = "nothing" if route.serving is None else f"@{route.serving.number}"
-                known = isinstance(error, GatewayError)
-                logger.warning(
+                still = "nothing" if route.serving is None else f"version {route.serving.number}"
+                logger.log(
+                    logging.INFO if foreign else logging.WARNING,
                     "%s: version %d cannot be served, %s goes on serving: %s",
                     label,
                     target.number,
                     still,
                     _why(error),
-                    exc_info=None if known else error,
+                    exc_info=None if isinstance(error, GatewayError) else error,
                 )
-            self._metrics.swaps.labels("failed").inc()
             route.pending_error = error
-            return False
-        if (moved := self._moved.get(key)) is not None and moved.is_set():
+            if not foreign:
+                self._metrics.swaps.labels("failed").inc()
+            # An adapter of another base is the business of a gateway over that base.
+            return foreign
+        if self._has_moved(key):
             # What was prepared may be withdrawn by now.
             return False
         old = self._routes.flip(key, target)
@@ -182,6 +201,36 @@ class Swaps:
         logger.info("%s serves version %d", label, target.number)
         self._displace([] if old is None else [old])
         return True
+
+    def _has_moved(self, key: AliasKey) -> bool:
+        """Whether its task was told so and has not looked yet."""
+        return (moved := self._moved.get(key)) is not None and moved.is_set()
+
+    async def _fall_back(self, key: AliasKey, target: Version) -> bool:
+        """Serves the newest version before `target` that can be loaded.
+
+        Says False where the alias's history could not be read.
+        """
+        try:
+            for version in await self._routes.earlier(key, target):
+                try:
+                    await self._replicas.prepare(version)
+                except (UnservableError, CorruptAdapterError) as error:
+                    logger.debug("nor can %s: %s", version.engine_name, _why(error))
+                    continue
+                if self._has_moved(key):
+                    self._displace([version])
+                else:
+                    self._routes.fall_back(key, version)
+                break
+        except Exception as error:
+            logger.warning("%s: what it was before: %s", "@".join(key), _why(error))
+            return False
+        return True
+
+    async def _look_again(self) -> None:
+        while True:
+            self._wake(await self._routes.doubted.get())
 
     def _end_rollout(self, key: AliasKey) -> None:
         if (ended := self._routes.rollouts.end(key)) is not None:

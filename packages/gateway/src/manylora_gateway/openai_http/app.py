@@ -78,8 +78,6 @@ def application(
         Route("/v1/chat/completions", _Completions("chat", inference, reading), methods=["POST"]),
         Route("/v1/completions", _Completions("text", inference, reading), methods=["POST"]),
         Route("/v1/models", _list_models(inference, reading), methods=["GET"]),
-        # Else it would be the model without a name.
-        Route("/v1/models/", _list_models(inference, reading), methods=["GET"]),
         Route("/v1/models/{reference:path}", _show_model(inference, reading), methods=["GET"]),
     ]
     # Starlette raises again, for the server to log, what has a handler as Exception alone.
@@ -222,8 +220,13 @@ class _Completions:
 def _list_models(inference: Inference, reading: Reading) -> Callable[..., Awaitable[Response]]:
     async def endpoint(_request: Request) -> Response:
         adapters = await inference.adapters(caller())
-        listing = models(adapters, reading.base, with_base=caller().may_use(""))
-        return JSONResponse({"object": "list", "data": listing})
+        with_base = caller().may_use("")
+
+        def listing() -> Response:
+            data = models(adapters, reading.base, with_base=with_base)
+            return JSONResponse({"object": "list", "data": data})
+
+        return await asyncio.to_thread(listing)
 
     return endpoint
 

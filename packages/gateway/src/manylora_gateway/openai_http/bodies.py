@@ -47,6 +47,27 @@ EMPTY_IN_REPLIES = ("annotations", "tool_calls")
 reply back as a turn of the chat asks for nothing with them."""
 
 
+TYPES = {
+    "bool_type": "must be true or false",
+    "dict_type": "must be an object",
+    "float_type": "must be a number",
+    "int_type": "must be an integer",
+    "list_type": "must be an array",
+    "literal_error": "must be text",
+    "model_attributes_type": "must be an object",
+    "model_type": "must be an object",
+    "string_type": "must be a string",
+}
+"""What pydantic calls a value of another type, and what we say."""
+
+EITHER = {
+    "content": "must be a string or an array of text parts",
+    "json": "must be an object or a string",
+    "prompt": "must be a string, or an array of strings, of token ids or of arrays of them",
+    "stop": "must be a string or an array of strings",
+}
+"""Fields of several types: pydantic tells of one of them."""
+
 MOST_MEMBERS = 200
 """Of one object that has parameters; pydantic takes seconds to tell of 100,000 unknown ones."""
 
@@ -237,8 +258,8 @@ def _violations(error: ValidationError) -> Iterator[Violation]:
                 text = "is not supported"
             case "missing":
                 text = "is required"
-            case "model_type" | "model_attributes_type":
-                text = "must be an object"
+            case kind if kind in TYPES:
+                text = EITHER.get(field.rpartition(".")[2], TYPES[kind])
             case "union_tag_invalid" | "union_tag_not_found":
                 text = "its type must be text, json_object or json_schema"
             case _:

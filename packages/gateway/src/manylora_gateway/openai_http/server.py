@@ -9,9 +9,10 @@ import socket
 import ssl
 from collections.abc import Generator
 from typing import Any, cast
+from urllib.parse import urlsplit
 
 import uvicorn
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
 from manylora_gateway.errors import StartError
@@ -63,11 +64,16 @@ class HttpServer:
         self._server: uvicorn.Server | None = None
         self._serving: asyncio.Task[None] | None = None
 
-    async def start(self, app: ASGIApp) -> None:
-        """Answers from here on."""
+    async def start(self, app: ASGIApp, stall_s: float) -> None:
+        """Answers from here on; a client that takes nothing for `stall_s` is cut off."""
+        # Only the kernel sees it early: it takes megabytes of an answer that nobody reads. Its
+        # connections inherit this, also those that are closed with something left to send.
+        self._socket.setsockopt(
+            socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, math.ceil(1000 * stall_s)
+        )
         tls = self._tls
         config = uvicorn.Config(
-            app,
+            _plain_paths(app),
             http=_Connection,
             ws="none",
             lifespan="off",
@@ -90,6 +96,21 @@ class HttpServer:
             return
         self._server.should_exit = True
         await self._serving
+
+
+def _plain_paths(app: ASGIApp) -> ASGIApp:
+    """`app` for targets as proxies send them, `http://host/path`, and with a slash at the end.
+
+    For the latter Starlette redirects to a URL of its own, http:// behind a proxy that ends TLS.
+    """
+
+    async def plain(scope: Scope, receive: Receive, send: Send) -> None:
+        path: str = scope["path"]
+        if not path.startswith("/"):
+            path = urlsplit(path).path
+        await app({**scope, "path": path.rstrip("/") or "/"}, receive, send)
+
+    return plain
 
 
 class _Complaints:
