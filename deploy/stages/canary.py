@@ -31,6 +31,8 @@ class Reading:
     present: Figures
     """What the present one did since the canary began."""
     copies: Copies | None = None
+    said: str = ""
+    """What the first probe that failed was told."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ def judge(canary: Canary, reading: Reading) -> Verdict:
     if seen.errors > allowed:
         return Verdict(
             "broken",
-            (f"{seen.errors} of {seen.requests} requests failed, {allowed} may",),
+            (f"{seen.errors} of {seen.requests} requests failed, {allowed} may{_why(reading)}",),
         )
     enough = seen.requests >= canary.requests
     if enough and (broken := _broken(bounds, reading)):
@@ -74,6 +76,11 @@ def did(now: Figures, before: Figures) -> Figures:
         now.errors - before.errors,
         now.tokens - before.tokens,
         now.first_token_p95_s,
+        {
+            reason: count - before.reasons.get(reason, 0)
+            for reason, count in now.reasons.items()
+            if count > before.reasons.get(reason, 0)
+        },
     )
 
 
@@ -114,6 +121,13 @@ def _broken(bounds: Bounds, reading: Reading) -> tuple[str, ...]:
                 f"{most:.0%} may be"
             )
     return tuple(reasons)
+
+
+def _why(reading: Reading) -> str:
+    told = [f"{count} {reason}" for reason, count in reading.candidate.reasons.items()]
+    if reading.said:
+        told.append(f"a probe was told: {reading.said}")
+    return f" ({'; '.join(told)})" if told else ""
 
 
 def _answer(figures: Figures) -> float:

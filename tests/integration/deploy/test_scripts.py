@@ -1,6 +1,7 @@
 """What each script does, seen from outside: the registry, the gateways, exit status and output."""
 
 import json
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -103,7 +104,9 @@ def test_a_version_that_breaks_a_bound_is_taken_back_by_itself(world: World) -> 
     with breaking(world, name, 2):
         line = world.scripts.refused("promote", name)
     assert f"{name}@2 was taken back at canary 10 %, and everybody is on version 1 again" in line
-    assert "requests failed" in line
+    assert re.search(r"requests failed, 0 may \(\d+ \w+; a probe was told: \w", line), line
+    (rolled_back,) = world.registry.deployments(name, stage="production")[-1:]
+    assert "a probe was told" in str(rolled_back.detail["reasons"])
     assert (world.serving(name), world.division(name)) == (1, {})
     assert world.outcomes(name, "promote")[-1] == ("canary 10 %", "rolled-back")
     with world.client(name):
