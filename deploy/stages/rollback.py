@@ -16,8 +16,8 @@ from deploy.stages.operator import Operator
 from deploy.stages.settings import Stage
 from deploy.stages.work import Outcome, Work, audit
 from manylora_registry import Alias, AliasMove, Registry, Version
-from manylora_registry.aliases import way
 from manylora_registry.errors import AliasNotFoundError
+from manylora_registry.history import way
 
 
 def rollback(stage: Stage, name: str, to: str | None, work: Work) -> Outcome:
