@@ -16,6 +16,8 @@ FEWEST_COMPARED = 10
 """Copies below which nothing is said about how many differ."""
 PATIENCE = 10
 """Windows watched after which a version that nothing can be said about is taken back."""
+LEAST_PATIENCE_S = 300.0
+"""Seconds before which it is not, however short the window: a probe alone may take a minute."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ def judge(canary: Canary, reading: Reading) -> Verdict:
     missing = _missing(canary, reading)
     if not missing:
         return Verdict("passed")
-    if reading.watched_s > PATIENCE * canary.window_s:
+    if reading.watched_s > max(PATIENCE * canary.window_s, LEAST_PATIENCE_S):
         return Verdict("broken", (f"after {reading.watched_s:.0f} s: {missing[0]}",))
     return Verdict("watch", missing)
 
