@@ -330,7 +330,7 @@ def test_a_plan_changes_nothing(world: World) -> None:
         f"· would give version 2 100 % of {name}@production and watch it for 0.05 s and 3 requests",
         f"· would move {name}@production from version 1 to 2, if it is at generation 1 still",
     ]
-    world.scripts.good("rollback", name, "--stage", "production", "--to", "2", "--plan")
+    world.scripts.good("rollback", name, "--stage", "production", "--to", "1", "--plan")
     assert world.registry.deployments() == before
     assert world.serving(name) == 1
 
@@ -347,6 +347,20 @@ def test_a_rollback_goes_back_once_and_not_to_and_fro(world: World) -> None:
     assert "no version 7" in world.scripts.refused(
         "rollback", name, "--stage", "production", "--to", "7"
     )
+
+
+def test_a_rollback_goes_to_no_version_that_never_served_the_stage(world: World) -> None:
+    name = world.adapter(versions=3)
+    world.registry.set_alias(name, "production", 2)
+    world.scripts.good("candidate", f"{name}@3")
+    other = world.adapter(versions=2)
+    for wrong in (f"{name}@3", f"{other}@1"):
+        line = world.scripts.refused("rollback", name, "--stage", "production", "--to", wrong)
+        assert f"{wrong} never served production as {name}" in line
+    assert world.serving(name) == 2
+    world.scripts.good("rollback", name, "--stage", "production", "--to", "1")
+    world.scripts.good("rollback", name, "--stage", "production", "--to", "2")
+    assert world.serving(name) == 2
 
 
 def test_a_version_that_was_withdrawn_can_be_rolled_back_and_replaced(world: World) -> None:
