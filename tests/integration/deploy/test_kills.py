@@ -185,7 +185,7 @@ def killed_in_canary(world: World) -> tuple[str, int]:
     raise AssertionError("no share was given")
 
 
-@pytest.mark.parametrize("by", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("by", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_who_interrupts_a_canary_sends_everybody_back(world: World, by: signal.Signals) -> None:
     _, moment = killed_in_canary(world)
     name = candidate(world)
