@@ -192,8 +192,13 @@ def main() -> None:
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     app.command()(_interruptible(SCRIPTS[script]))
-    # As Ctrl-C, so that both are cleaned up after in one way.
+    # Shells have what they start in a script's background ignore SIGINT; whoever sends it means it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    # As Ctrl-C, so that all are cleaned up after in one way.
     signal.signal(signal.SIGTERM, _as_interrupt)
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        # A terminal that closes; under `nohup` it is nothing.
+        signal.signal(signal.SIGHUP, _as_interrupt)
     from manylora_cli.main import is_stated, one_line
 
     def stated(error: Exception) -> bool:

@@ -16,6 +16,8 @@ FEWEST_COMPARED = 10
 """Copies below which nothing is said about how many differ."""
 PATIENCE = 10
 """Windows watched after which a version that nothing can be said about is taken back."""
+LEAST_PATIENCE_S = 300.0
+"""Seconds before which it is not, however short the window: a probe alone may take a minute."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,8 @@ class Reading:
     present: Figures
     """What the present one did since the canary began."""
     copies: Copies | None = None
+    said: str = ""
+    """What the first probe that failed was told."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,7 @@ def judge(canary: Canary, reading: Reading) -> Verdict:
     if seen.errors > allowed:
         return Verdict(
             "broken",
-            (f"{seen.errors} of {seen.requests} requests failed, {allowed} may",),
+            (f"{seen.errors} of {seen.requests} requests failed, {allowed} may{_why(reading)}",),
         )
     enough = seen.requests >= canary.requests
     if enough and (broken := _broken(bounds, reading)):
@@ -57,7 +61,7 @@ def judge(canary: Canary, reading: Reading) -> Verdict:
     missing = _missing(canary, reading)
     if not missing:
         return Verdict("passed")
-    if reading.watched_s > PATIENCE * canary.window_s:
+    if reading.watched_s > max(PATIENCE * canary.window_s, LEAST_PATIENCE_S):
         return Verdict("broken", (f"after {reading.watched_s:.0f} s: {missing[0]}",))
     return Verdict("watch", missing)
 
@@ -74,6 +78,11 @@ def did(now: Figures, before: Figures) -> Figures:
         now.errors - before.errors,
         now.tokens - before.tokens,
         now.first_token_p95_s,
+        {
+            reason: count - before.reasons.get(reason, 0)
+            for reason, count in now.reasons.items()
+            if count > before.reasons.get(reason, 0)
+        },
     )
 
 
@@ -114,6 +123,13 @@ def _broken(bounds: Bounds, reading: Reading) -> tuple[str, ...]:
                 f"{most:.0%} may be"
             )
     return tuple(reasons)
+
+
+def _why(reading: Reading) -> str:
+    told = [f"{count} {reason}" for reason, count in reading.candidate.reasons.items()]
+    if reading.said:
+        told.append(f"a probe was told: {reading.said}")
+    return f" ({'; '.join(told)})" if told else ""
 
 
 def _answer(figures: Figures) -> float:

@@ -4,8 +4,8 @@
 # pyright: reportMissingTypeStubs=false
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
@@ -35,6 +35,8 @@ class Figures:
     errors: int = 0
     tokens: int = 0
     first_token_p95_s: float = 0.0
+    reasons: Mapping[str, int] = field(default_factory=dict[str, int])
+    """The errors by reason."""
 
 
 @dataclass(frozen=True)
@@ -193,6 +195,7 @@ def _rollout(message: admin_pb2.Rollout) -> Rollout:
                 share.figures.errors,
                 share.figures.tokens,
                 share.figures.ttft_p95_s,
+                dict(share.figures.errors_by_reason),
             ),
         )
         for share in message.shares

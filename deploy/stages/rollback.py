@@ -16,8 +16,8 @@ from deploy.stages.operator import Operator
 from deploy.stages.settings import Stage
 from deploy.stages.work import Outcome, Work, audit
 from manylora_registry import Alias, AliasMove, Registry, Version
-from manylora_registry.aliases import way
 from manylora_registry.errors import AliasNotFoundError
+from manylora_registry.history import way
 
 
 def rollback(stage: Stage, name: str, to: str | None, work: Work) -> Outcome:
@@ -26,7 +26,7 @@ def rollback(stage: Stage, name: str, to: str | None, work: Work) -> Outcome:
     A promotion under way is ended first.
 
     Raises:
-        NothingBeforeError: the alias never meant another version.
+        NothingBeforeError: the alias never meant another version, or not the one named.
         NotRunningError: a rollout must end, and the gateway does not run.
         BusyError: another rollback is under way.
         RegistryError: there is no such version, or it was withdrawn.
@@ -36,12 +36,14 @@ def rollback(stage: Stage, name: str, to: str | None, work: Work) -> Outcome:
         alias = registry.aliases(name).get(stage.alias)
         if alias is None:
             raise AliasNotFoundError(f"{name} has no alias {stage.alias!r}")
+        # Before a promotion is ended for it.
+        named = None if to is None else _named(registry, stage, name, to)
         if work.plan:
-            return _go_back(_Place(registry, stage, journal, name), alias, to, work)
+            return _go_back(_Place(registry, stage, journal, name), alias, named, work)
         with journal.alone("rollback", instead_of="promote"):
             # Whoever was ended may have moved it.
             alias = registry.aliases(name)[stage.alias]
-            return _go_back(_Place(registry, stage, journal, name), alias, to, work)
+            return _go_back(_Place(registry, stage, journal, name), alias, named, work)
 
 
 class _Place:
@@ -77,12 +79,15 @@ class _Place:
         return rollout.division != {serving: 100} or rollout.copies is not None
 
 
-def _go_back(place: _Place, alias: Alias, to: str | None, work: Work) -> Outcome:
+def _go_back(place: _Place, alias: Alias, named: int | None, work: Work) -> Outcome:
     registry, stage, name = place.registry, place.stage, place.name
     begun = place.journal.read()
-    if not isinstance(begun, Rollback) or to is not None or _over(begun, alias):
-        promotion = begun if isinstance(begun, Promotion) else None
-        begun = _intention(place, promotion, alias, to)
+    if isinstance(begun, Rollback) and not _still_meant(begun, alias, named):
+        if not work.plan:
+            place.journal.end()
+        begun = None
+    if not isinstance(begun, Rollback):
+        begun = _intention(place, begun, alias, named)
         if begun is None:
             return _already(place, alias)
         if not work.plan:
@@ -119,13 +124,27 @@ def _go_back(place: _Place, alias: Alias, to: str | None, work: Work) -> Outcome
     )
 
 
-def _over(begun: Rollback, alias: Alias) -> bool:
-    """Whether somebody moved the alias elsewhere since."""
-    return alias.generation != begun.generation and alias.version != begun.target
+def _named(registry: Registry, stage: Stage, name: str, to: str) -> int:
+    """The version that --to names."""
+    version = registry.resolve(to if "@" in to else f"{name}@{to}")
+    served = {move.version for move in registry.history(name) if move.alias == stage.alias}
+    if version.name != name or version.number not in served:
+        # It would pass no gate on its way.
+        raise NothingBeforeError(
+            f"{version.name}@{version.number} never served {stage.name} as {name}: new versions "
+            "enter by deploy/promote"
+        )
+    return version.number
+
+
+def _still_meant(begun: Rollback, alias: Alias, named: int | None) -> bool:
+    """Whether nobody moved the alias elsewhere since, and no other version is named."""
+    moved = alias.generation != begun.generation and alias.version != begun.target
+    return not moved and named in (None, alias.version if begun.target is None else begun.target)
 
 
 def _intention(
-    place: _Place, promotion: Promotion | None, alias: Alias, to: str | None
+    place: _Place, promotion: Promotion | None, alias: Alias, named: int | None
 ) -> Rollback | None:
     """What is to be done; None: nothing."""
     attempt = uuid.uuid4().hex if promotion is None else promotion.attempt
@@ -138,9 +157,8 @@ def _intention(
             f"and the gateway of {place.stage.name} does not run: deploy/up {place.stage.name}"
         )
     target: int | None
-    if to is not None:
-        reference = to if "@" in to else f"{place.name}@{to}"
-        target = place.registry.resolve(reference).number
+    if named is not None:
+        target = named
         if target == alias.version and not place.divided(alias.version):
             return None
     elif not withdrawn and (promotion is not None or place.divided(alias.version)):

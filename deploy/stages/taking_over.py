@@ -146,6 +146,7 @@ class _Step:
             candidate=seen,
             present=present,
             copies=rollout.copies,
+            said=self._probing.said,
         )
         return replace(promotion, present_did=present), reading
 
@@ -222,6 +223,7 @@ class _Probing:
     def reset(self) -> None:
         """Counts anew, for another step."""
         self.sent = self.failed = 0
+        self.said = ""
 
     def send(self, count: int, percent: int) -> None:
         """Asks the version itself `count` times, and its alias as often: for what it is held to."""
@@ -244,7 +246,9 @@ class _Probing:
             max_tokens=gates.max_tokens,
         )
         self.sent += len(requests)
-        self.failed += sum(bool(one.error) for one in load.asked[:count])
+        errors = [one.error for one in load.asked[:count] if one.error]
+        self.failed += len(errors)
+        self.said = self.said or next(iter(errors), "")
 
 
 def _division(place: Place, percent: int) -> dict[int, int]:

@@ -128,6 +128,8 @@ def run(arguments: list[str], kill: int | None, by: int, counted: int) -> None:
     for owner, name in effects():
         setattr(owner, name, between_moments(getattr(owner, name)))
     sys.argv = ["deploy", *arguments]
+    # What shells do to a script that another one has begun in its background.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     main()
 
 

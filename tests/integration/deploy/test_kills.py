@@ -123,6 +123,34 @@ def test_a_rollback(world: World) -> None:
     assert killed_everywhere(world, prepare, lambda name: ("rollback", name, *arguments), check) > 8
 
 
+def test_a_rollback_to_a_version_by_number(world: World) -> None:
+    def prepare() -> str:
+        name = quick(world)
+        world.registry.set_alias(name, "production", 2)
+        return name
+
+    def check(name: str, ended: Ended) -> None:
+        assert ended.status == 0, ended.err
+        assert [move.version for move in world.registry.history(name)] == [1, 2, 1]
+        assert world.outcomes(name, "rollback") == [("alias", "done")]
+
+    arguments = ("--stage", "production", "--to", "1")
+    assert killed_everywhere(world, prepare, lambda name: ("rollback", name, *arguments), check) > 8
+
+
+def test_a_rollback_that_somebody_else_finished_otherwise_is_over(world: World) -> None:
+    name = quick(world, versions=3)
+    for number in (2, 3):
+        world.registry.set_alias(name, "production", number)
+    assert world.scripts.run("rollback", name, "--stage", "production", kill=1).killed
+    world.registry.set_alias(name, "production", 1)
+    world.registry.set_alias(name, "staging", 2)
+    assert "interrupted" in world.scripts.refused("promote", name)
+    world.scripts.good("rollback", name, "--stage", "production")
+    world.scripts.good("promote", name)
+    assert world.serving(name) == 2
+
+
 def test_a_rollback_of_a_canary_whose_script_was_killed(world: World) -> None:
     def prepare() -> str:
         name, _ = killed_in_canary(world)
@@ -157,7 +185,7 @@ def killed_in_canary(world: World) -> tuple[str, int]:
     raise AssertionError("no share was given")
 
 
-@pytest.mark.parametrize("by", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("by", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_who_interrupts_a_canary_sends_everybody_back(world: World, by: signal.Signals) -> None:
     _, moment = killed_in_canary(world)
     name = candidate(world)

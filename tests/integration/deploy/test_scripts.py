@@ -1,6 +1,7 @@
 """What each script does, seen from outside: the registry, the gateways, exit status and output."""
 
 import json
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -103,7 +104,9 @@ def test_a_version_that_breaks_a_bound_is_taken_back_by_itself(world: World) -> 
     with breaking(world, name, 2):
         line = world.scripts.refused("promote", name)
     assert f"{name}@2 was taken back at canary 10 %, and everybody is on version 1 again" in line
-    assert "requests failed" in line
+    assert re.search(r"requests failed, 0 may \(\d+ \w+; a probe was told: \w", line), line
+    (rolled_back,) = world.registry.deployments(name, stage="production")[-1:]
+    assert "a probe was told" in str(rolled_back.detail["reasons"])
     assert (world.serving(name), world.division(name)) == (1, {})
     assert world.outcomes(name, "promote")[-1] == ("canary 10 %", "rolled-back")
     with world.client(name):
@@ -327,7 +330,7 @@ def test_a_plan_changes_nothing(world: World) -> None:
         f"· would give version 2 100 % of {name}@production and watch it for 0.05 s and 3 requests",
         f"· would move {name}@production from version 1 to 2, if it is at generation 1 still",
     ]
-    world.scripts.good("rollback", name, "--stage", "production", "--to", "2", "--plan")
+    world.scripts.good("rollback", name, "--stage", "production", "--to", "1", "--plan")
     assert world.registry.deployments() == before
     assert world.serving(name) == 1
 
@@ -344,6 +347,20 @@ def test_a_rollback_goes_back_once_and_not_to_and_fro(world: World) -> None:
     assert "no version 7" in world.scripts.refused(
         "rollback", name, "--stage", "production", "--to", "7"
     )
+
+
+def test_a_rollback_goes_to_no_version_that_never_served_the_stage(world: World) -> None:
+    name = world.adapter(versions=3)
+    world.registry.set_alias(name, "production", 2)
+    world.scripts.good("candidate", f"{name}@3")
+    other = world.adapter(versions=2)
+    for wrong in (f"{name}@3", f"{other}@1"):
+        line = world.scripts.refused("rollback", name, "--stage", "production", "--to", wrong)
+        assert f"{wrong} never served production as {name}" in line
+    assert world.serving(name) == 2
+    world.scripts.good("rollback", name, "--stage", "production", "--to", "1")
+    world.scripts.good("rollback", name, "--stage", "production", "--to", "2")
+    assert world.serving(name) == 2
 
 
 def test_a_version_that_was_withdrawn_can_be_rolled_back_and_replaced(world: World) -> None:

@@ -245,5 +245,6 @@ def garbage(tmp_path, prepared, make_adapter):
     with Registry.open(tmp_path / "prepared" / "registry") as registry:
         registry.publish("spelling", make_adapter(2), base=BASE)
         registry.set_alias("spelling", "production", 2)
+        registry.yank("spelling@1")
         registry.delete("spelling@1")
     return prepared

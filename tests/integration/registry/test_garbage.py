@@ -33,6 +33,7 @@ def test_a_deleted_version_gives_up_its_own_bytes_and_keeps_its_record(
     first, second = publish(1, metrics={"loss": 0.1}), publish(2)
     registry.set_alias("spelling", "production", 1)
     registry.set_alias("spelling", "production", 2)
+    registry.yank("spelling@1")
     before = set(blobs.digests())
 
     assert registry.delete("spelling@1").deleted
@@ -55,7 +56,7 @@ def test_a_deleted_version_gives_up_its_own_bytes_and_keeps_its_record(
     registry.materialize(second, tmp_path / "cache")
     assert registry.verify().problems == ()
     kinds = [event.kind for event in registry.events() if event.version == 1]
-    assert kinds == ["published", "alias_moved", "deleted", "collected"]
+    assert kinds == ["published", "alias_moved", "yanked", "deleted", "collected"]
 
 
 def test_publishing_the_same_files_restores_a_deleted_version(registry, publish, tmp_path):
@@ -82,6 +83,23 @@ def test_an_alias_keeps_its_version_from_being_deleted(registry, publish):
         registry.set_alias("spelling", "production", 2)
     registry.collect_garbage(grace=NOW)
     assert registry.resolve("spelling").number == 1
+
+
+def test_a_version_that_a_rollback_goes_to_is_deleted_only_once_it_was_yanked(registry, publish):
+    for number in (1, 2, 3):
+        publish(number)
+        registry.set_alias("spelling", "production", number)
+
+    with pytest.raises(VersionInUseError, match=r"a rollback of production goes.* registry yank"):
+        registry.delete("spelling@2")
+    assert registry.delete("spelling@1").deleted
+    assert registry.rollback("spelling", "production").version == 2
+    # Where it was rolled back to there is no further way back.
+    registry.delete("spelling@3")
+    publish(4)
+    registry.set_alias("spelling", "production", 4)
+    registry.yank("spelling@2")
+    assert registry.delete("spelling@2").deleted
 
 
 def test_a_child_keeps_its_parent(registry, publish):

@@ -33,6 +33,9 @@ class RegistryModel(RuleBasedStateMachine):
         self.adapters = {seed: write_adapter(self.place / f"a{seed}", seed) for seed in range(4)}
         self.seeds: list[int] = []
         self.aliases: dict[str, tuple[int, int]] = {}
+        self.ways: dict[str, list[int]] = {}
+        """Where each alias came by."""
+        self.went_back: set[str] = set()
         self.moves = 0
         self.parents: dict[int, int] = {}
         self.yanked: set[int] = set()
@@ -85,6 +88,34 @@ class RegistryModel(RuleBasedStateMachine):
             assert move().generation == generation + 1
             self.aliases[alias] = (number, generation + 1)
             self.moves += 1
+            way = self.ways.setdefault(alias, [])
+            if number not in way:
+                way.append(number)
+                self.went_back.discard(alias)
+            elif way[-1] != number:
+                del way[way.index(number) + 1 :]
+                self.went_back.add(alias)
+
+    @rule(alias=ALIASES)
+    def rollback(self, alias):
+        before = self.before(alias)
+        if before is None:
+            with pytest.raises(NotFoundError):
+                self.registry.rollback("a", alias)
+        elif before in self.yanked:
+            with pytest.raises(YankedError):
+                self.registry.rollback("a", alias)
+        else:
+            assert self.registry.rollback("a", alias).version == before
+            self.aliases[alias] = (before, self.aliases[alias][1] + 1)
+            self.moves += 1
+            self.ways[alias].pop()
+            self.went_back.add(alias)
+
+    def before(self, alias):
+        """Where a rollback goes."""
+        way = self.ways.get(alias, [])
+        return way[-2] if len(way) > 1 and alias not in self.went_back else None
 
     @rule(number=NUMBERS)
     def yank(self, number):
@@ -96,7 +127,8 @@ class RegistryModel(RuleBasedStateMachine):
     def delete(self, number):
         if number > len(self.seeds):
             return
-        if number in {at for at, _ in self.aliases.values()}:
+        back = {self.before(alias) for alias in self.aliases} - self.yanked
+        if number in {at for at, _ in self.aliases.values()} | back:
             with pytest.raises(VersionInUseError):
                 self.registry.delete(f"a@{number}")
         else:

@@ -79,6 +79,12 @@ def test_a_version_without_requests_is_not_waited_for_for_ever() -> None:
     assert verdict(seconds=1001, candidate=Figures(5)).state == "broken"
 
 
+def test_probes_may_be_answered_slowly_however_short_the_window_is() -> None:
+    short = CANARY.model_copy(update={"window_s": 2})
+    assert judge(short, Reading(299, 299, Figures(5), PRESENT)).state == "watch"
+    assert judge(short, Reading(301, 301, Figures(5), PRESENT)).state == "broken"
+
+
 def test_the_time_in_which_a_killed_script_watched_nothing_is_not_held_against_a_version() -> None:
     few = Reading(1001, 0, Figures(5), PRESENT, COPIES)
     assert judge(CANARY, few).state == "watch"

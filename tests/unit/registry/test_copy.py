@@ -4,6 +4,7 @@ import contextlib
 import os
 import signal
 import sqlite3
+from datetime import timedelta
 
 import pytest
 
@@ -141,3 +142,13 @@ def test_damage_is_told_of_the_database_that_has_it(filled, target, tmp_path):
 
     with pytest.raises(DatabaseDamagedError, match=f"{file} is damaged"):
         copy_registry(filled, target)
+
+
+def test_what_is_collected_meanwhile_is_left_out(filled, target):
+    filled.delete("spelling@2")
+    steps = iter([lambda: filled.collect_garbage(grace=timedelta(0))])
+
+    copy_registry(filled, target, lambda *_: next(steps, lambda: None)())
+
+    assert target.find("spelling@2").collected
+    assert everything(target) == everything(filled)

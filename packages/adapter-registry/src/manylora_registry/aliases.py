@@ -7,7 +7,6 @@ Protections are rows that are only added to, so that lifting one leaves a trace 
 import getpass
 import os
 import socket
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +23,7 @@ from manylora_registry.errors import (
     VersionNotFoundError,
 )
 from manylora_registry.evaluations import why_not_passed
-from manylora_registry.history import MOVES, last_link, link
+from manylora_registry.history import MOVES, last_link, link, way
 from manylora_registry.reference import AdapterReference
 from manylora_registry.rows import (
     adapter_id,
@@ -169,24 +168,6 @@ class Aliases:
             return [
                 Protection(row.alias, row.suite, row.actor, row.why, time(row.at)) for row in rows
             ]
-
-
-def way(moved: Iterable[int]) -> tuple[list[int], bool]:
-    """The versions an alias came by to the present one, and whether its last move went back.
-
-    Moving to a version that it meant before undoes everything since.
-
-    Args:
-        moved: where it was moved, oldest first.
-    """
-    came: list[int] = []
-    back = False
-    for version in moved:
-        if came and came[-1] == version:
-            continue
-        back = version in came
-        came = came[: came.index(version) + 1] if back else [*came, version]
-    return came, back
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from sqlalchemy.engine import Connection, Row
 from manylora_registry.database import Database
 from manylora_registry.description import check_description
 from manylora_registry.errors import DescriptionError, VersionInUseError
+from manylora_registry.history import way
 from manylora_registry.leases import end_upload
 from manylora_registry.manifest import Manifest
 from manylora_registry.reference import AdapterReference
@@ -26,6 +27,7 @@ from manylora_registry.rows import (
 )
 from manylora_registry.schema import (
     adapters,
+    alias_moves,
     aliases,
     events,
     protections,
@@ -220,7 +222,8 @@ class Catalog:
 
         Raises:
             NotFoundError: there is no such version.
-            VersionInUseError: an alias points at it.
+            VersionInUseError: an alias points at it, or a rollback of one would go to it and it
+                was not yanked.
         """
         with self._database.write() as connection:
             row = find_row(connection, reference)
@@ -231,6 +234,12 @@ class Catalog:
                 raise VersionInUseError(
                     f"{reference.name}@{row.number} is what {', '.join(pointing)} points at: move "
                     "the alias first (`manylora registry alias`)"
+                )
+            going_back = [] if row.yanked_at is not None else _going_back_to(connection, row)
+            if going_back:
+                raise VersionInUseError(
+                    f"{reference.name}@{row.number} is where a rollback of {', '.join(going_back)} "
+                    "goes: withdraw it first, if nobody may go back (`manylora registry yank`)"
                 )
             if row.deleted_at is None:
                 at = self._database.clock(connection)
@@ -322,6 +331,21 @@ def _pointing(connection: Connection, of: list[int] | None) -> Sequence[Any]:
 
 def _alias(row: Row[Any]) -> Alias:
     return Alias(row.number, row.generation, row.protection is not None)
+
+
+def _going_back_to(connection: Connection, version: Row[Any]) -> list[str]:
+    """The aliases whose rollback would go to a version."""
+    moved: dict[str, list[int]] = {}
+    moves = sa.select(alias_moves.c.alias, alias_moves.c.version)
+    here = alias_moves.c.adapter_id == version.adapter_id
+    for move in connection.execute(moves.where(here).order_by(alias_moves.c.id)):
+        moved.setdefault(move.alias, []).append(move.version)
+    ways = {alias: way(numbers) for alias, numbers in moved.items()}
+    return [
+        alias
+        for alias, (came, back) in sorted(ways.items())
+        if came[-2:-1] == [version.number] and not back
+    ]
 
 
 def _restore(connection: Connection, row: Row[Any], blobs: Iterable[str], at: int) -> None:

@@ -14,7 +14,7 @@ from sqlalchemy.engine import Connection
 
 from manylora_registry.blobs import BlobStore, Progress, copy_verified
 from manylora_registry.database import Database
-from manylora_registry.errors import DestinationError
+from manylora_registry.errors import CorruptBlobError, DestinationError
 from manylora_registry.schema import metadata, version_blobs
 
 TRANSIENT = frozenset({"leases", "lease_blobs", "condemned"})
@@ -31,13 +31,32 @@ def copy(
 ) -> None:
     """Makes the second registry, which must be new or a copy begun before, equal to the first.
 
-    Others may publish to the first one meanwhile: the copy is of one moment.
+    Others may publish to the first one and collect its garbage meanwhile: the copy is of one
+    moment.
 
     Raises:
         CorruptBlobError: a blob of the first is damaged.
         BlobStoreError: blobs cannot be read or written.
         DestinationError: the second holds something else.
     """
+    while True:
+        try:
+            return _copy(blobs, database, to_blobs, to_database, progress)
+        except CorruptBlobError as error:
+            with database.read() as connection:
+                needed = _needed(connection)
+            # It is gone with the version that needed it: the copy is of a later moment.
+            if error.digest in needed:
+                raise
+
+
+def _copy(
+    blobs: BlobStore,
+    database: Database,
+    to_blobs: BlobStore,
+    to_database: Database,
+    progress: Progress,
+) -> None:
     with database.read() as connection:
         needed = _needed(connection)
     with to_database.read() as connection:

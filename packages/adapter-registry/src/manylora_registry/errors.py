@@ -22,7 +22,7 @@ RegistryError
 ├── DescriptionError           tags, metrics or a record cannot be kept; every problem at once
 ├── AliasConflictError         somebody else moved the alias first
 ├── AliasProtectedError        the version has not passed the gate of a protected alias
-├── VersionInUseError          a version cannot be deleted while an alias points at it
+├── VersionInUseError          a version cannot be deleted while an alias needs it
 ├── LeaseError                 a lease was asked for that cannot be given
 ├── LeaseExpiredError          a lease ran out before what it protected was done
 ├── QueryError                 a filter or an order of `list` cannot be read
@@ -241,7 +241,7 @@ class AliasProtectedError(RegistryError):
 
 
 class VersionInUseError(RegistryError):
-    """A version was to be deleted while an alias points at it; nothing was changed."""
+    """A version was to be deleted while an alias points or goes back to it; nothing was changed."""
 
     reason = "VERSION_IN_USE"
 

@@ -27,6 +27,24 @@ MOVES = (
 )
 
 
+def way(moved: Iterable[int]) -> tuple[list[int], bool]:
+    """The versions an alias came by to the present one, and whether its last move went back.
+
+    Moving to a version that it meant before undoes everything since.
+
+    Args:
+        moved: where it was moved, oldest first.
+    """
+    came: list[int] = []
+    back = False
+    for version in moved:
+        if came and came[-1] == version:
+            continue
+        back = version in came
+        came = came[: came.index(version) + 1] if back else [*came, version]
+    return came, back
+
+
 def last_link(connection: Connection) -> str:
     """The chain value of the last move of all."""
     newest = sa.select(alias_moves.c.chain).order_by(alias_moves.c.id.desc()).limit(1)

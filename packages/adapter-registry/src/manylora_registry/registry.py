@@ -297,7 +297,8 @@ class Registry(Reading):
 
         Raises:
             NotFoundError: there is no such version.
-            VersionInUseError: an alias points at it.
+            VersionInUseError: an alias points at it, or a rollback of one would go to it and it
+                was not yanked.
         """
         return self._catalog.delete(reference_to(version))
 

@@ -158,8 +158,8 @@ def metric(
 def delete(reference: Reference, registry: Location = None, as_json: AsJson = False) -> None:
     """Mark a version as deleted: it is not served, and `gc` removes its bytes.
 
-    Refused while an alias points at it. Number, digest, description and history stay; publishing
-    the same files again restores it.
+    Refused while an alias points at it, and, until it was yanked, while a rollback goes to it.
+    Number, digest, description and history stay; publishing the same files again restores it.
     """
     with open_registry(registry) as opened:
         version = opened.delete(reference)

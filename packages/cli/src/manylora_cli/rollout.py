@@ -164,8 +164,11 @@ def _plain(rollout: "Rollout") -> dict[str, object]:
                 "digest": share.version.digest,
                 "percent": share.percent,
                 "figures": {
-                    field.name: getattr(share.figures, field.name)
-                    for field in share.figures.DESCRIPTOR.fields
+                    **{
+                        field.name: getattr(share.figures, field.name)
+                        for field in share.figures.DESCRIPTOR.fields
+                    },
+                    "errors_by_reason": dict(share.figures.errors_by_reason),
                 },
             }
             for share in rollout.shares

@@ -28,7 +28,8 @@ class JudgeUsage:
     """Its name in the suite."""
     model: str
     requests: int
-    """Questions sent, without those a cache or an equal question answered."""
+    """Questions sent, without those a cache or an equal question answered, and with those sent
+    before the evaluation was broken off."""
     cached: int
     retries: int
     failures: int

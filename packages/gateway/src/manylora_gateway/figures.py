@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -38,8 +38,8 @@ class VersionFigures:
     """What one version did."""
 
     requests: int = 0
-    errors: int = 0
-    """Of the requests, those that failed for a reason that was not the client's."""
+    errors: Counter[str] = field(default_factory=Counter[str])
+    """By reason; of the requests, those that failed for one that was not the client's."""
     tokens: int = 0
     first_token: Latencies = field(default_factory=Latencies)
 

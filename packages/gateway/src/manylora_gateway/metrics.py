@@ -251,7 +251,7 @@ class Metrics:
     def follow(self, seen: Observation) -> Generator[None, None, None]:
         """Follows one request to its end, however it ends."""
         self.in_flight.inc()
-        code = "OK"
+        code, reason = "OK", ""
         try:
             yield
         except BaseException as error:
@@ -261,10 +261,10 @@ class Metrics:
         finally:
             self.in_flight.dec()
             if seen.resolved:
-                self._count(seen, code)
+                self._count(seen, code, reason)
             log_request("request ended", seen.told(code))
 
-    def _count(self, seen: Observation, code: str) -> None:
+    def _count(self, seen: Observation, code: str, reason: str) -> None:
         labels = self.labels(seen.version)
         self.requests.labels(*labels, code).inc()
         self.prompt_tokens.labels(*labels).inc(seen.prompt_tokens)
@@ -274,7 +274,8 @@ class Metrics:
             self.load_wait.observe(seen.timing.load_s)
         figures = self.figures.of("" if seen.version is None else seen.version.digest)
         figures.requests += 1
-        figures.errors += code != "OK" and code not in NOT_OURS
+        if code != "OK" and code not in NOT_OURS:
+            figures.errors[reason] += 1
         figures.tokens += seen.tokens
         if seen.first_token_s is not None:
             figures.first_token.add(seen.first_token_s)

@@ -53,10 +53,11 @@ def rollout(state: RolloutState, operations: Operations) -> admin_pb2.Rollout:
 def _figures(figures: VersionFigures) -> admin_pb2.VersionFigures:
     return admin_pb2.VersionFigures(
         requests=figures.requests,
-        errors=figures.errors,
+        errors=figures.errors.total(),
         tokens=figures.tokens,
         ttft_p50_s=figures.first_token.quantile(0.5),
         ttft_p95_s=figures.first_token.quantile(0.95),
+        errors_by_reason=figures.errors,
     )
 
 

@@ -42,6 +42,10 @@ class Cache:
                 f"the judge's cache {directory} cannot be written: {error.strerror}"
             ) from error
 
+    def keys(self) -> frozenset[str]:
+        """What is kept."""
+        return frozenset(path.stem for path in self._directory.glob("*/*.json"))
+
     def get(self, key: str) -> Completion | None:
         """What is kept under `key`; a file that is damaged counts as none."""
         try:

@@ -33,6 +33,11 @@ class Counts:
     completion_tokens: int = 0
     seconds: list[float] = field(default_factory=list[float])
 
+    def spend(self, completion: Completion) -> None:
+        """Counts what an answer took."""
+        self.prompt_tokens += completion.prompt_tokens
+        self.completion_tokens += completion.completion_tokens
+
 
 class Caller:
     """One judge for one evaluation. The same question is asked once, even while under way."""
@@ -40,7 +45,8 @@ class Caller:
     def __init__(self, settings: JudgeModel, model: Model, kept: Path | None = None) -> None:
         """Prepares to ask `model`.
 
-        Verdicts are kept in the directory `kept` where the settings name no cache.
+        Verdicts are kept in the directory `kept` where the settings name no cache; those that are
+        there already are what the evaluation asked before it was broken off.
 
         Raises:
             JudgeError: the directory of its cache cannot be written.
@@ -49,6 +55,8 @@ class Caller:
         self._model = model
         directory = settings.cache or kept
         self._cache = None if directory is None else Cache(directory)
+        own = self._cache if settings.cache is None else None
+        self._asked_before = frozenset[str]() if own is None else own.keys()
         self._free = asyncio.Semaphore(settings.concurrency)
         self._asked: dict[str, asyncio.Task[Completion]] = {}
         self.concurrency = settings.concurrency
@@ -91,7 +99,11 @@ class Caller:
     ) -> Completion:
         kept = None if self._cache is None else self._cache.get(key)
         if kept is not None and readable(kept.text):
-            self.counts.cached += 1
+            if key in self._asked_before:
+                self.counts.requests += 1
+                self.counts.spend(kept)
+            else:
+                self.counts.cached += 1
             return kept
         async with self._free:
             completion = await self._attempts(chat, schema, sample)
@@ -120,8 +132,7 @@ class Caller:
                 wait *= 2
             else:
                 self.counts.seconds.append(time.monotonic() - begun)
-                self.counts.prompt_tokens += completion.prompt_tokens
-                self.counts.completion_tokens += completion.completion_tokens
+                self.counts.spend(completion)
                 return completion
         raise AssertionError("the last attempt returns or raises")
 

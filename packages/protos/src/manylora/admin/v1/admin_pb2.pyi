@@ -513,11 +513,32 @@ class VersionFigures(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class ErrorsByReasonEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     REQUESTS_FIELD_NUMBER: _builtins.int
     ERRORS_FIELD_NUMBER: _builtins.int
     TOKENS_FIELD_NUMBER: _builtins.int
     TTFT_P50_S_FIELD_NUMBER: _builtins.int
     TTFT_P95_S_FIELD_NUMBER: _builtins.int
+    ERRORS_BY_REASON_FIELD_NUMBER: _builtins.int
     requests: _builtins.int
     errors: _builtins.int
     """Of those, the ones that failed for a reason that was not the client's."""
@@ -526,6 +547,10 @@ class VersionFigures(_message.Message):
     ttft_p50_s: _builtins.float
     """Seconds from admission to the first token, over the newest 1,000 requests."""
     ttft_p95_s: _builtins.float
+    @_builtins.property
+    def errors_by_reason(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """The errors by the reason of their ErrorInfo."""
+
     def __init__(
         self,
         *,
@@ -534,10 +559,11 @@ class VersionFigures(_message.Message):
         tokens: _builtins.int = ...,
         ttft_p50_s: _builtins.float = ...,
         ttft_p95_s: _builtins.float = ...,
+        errors_by_reason: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["errors", b"errors", "requests", b"requests", "tokens", b"tokens", "ttft_p50_s", b"ttft_p50_s", "ttft_p95_s", b"ttft_p95_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["errors", b"errors", "errors_by_reason", b"errors_by_reason", "requests", b"requests", "tokens", b"tokens", "ttft_p50_s", b"ttft_p50_s", "ttft_p95_s", b"ttft_p95_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
