@@ -5,6 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+import yaml
+from safetensors.numpy import load_file
+
 import manylora_trainer
 from manylora_trainer.saved_runs import read_run
 
@@ -69,3 +73,22 @@ def test_a_row_that_fails_for_one_worker_alone_keeps_what_all_have_trained(
     assert step.name > "step-00000005"
     manylora_trainer.train(recipe, run, resume=True)
     assert read_run(run).state == "finished"
+
+
+def test_workers_that_divide_the_base_may_hold_adapters_of_different_layers(
+    make_task, write_recipe, tmp_path
+):
+    # A pack of 128 tokens is one example, so that the two workers hold one adapter each.
+    low, high = (
+        make_task(name, lora={"rank": 4, "target_modules": [module]}, batch_size=1, steps=3)
+        for name, module in (("low", "layers.0.mlp.up_proj"), ("high", "layers.1.mlp.up_proj"))
+    )
+    recipe = write_recipe(low, high)
+    manylora_trainer.train(recipe, tmp_path / "alone")
+    settings = yaml.safe_load(recipe.read_text())
+    recipe.write_text(yaml.safe_dump({**settings, "workers": {"count": 2, "sharding": "fsdp"}}))
+    trained_by_two(recipe, tmp_path / "divided")
+    for name in ("low", "high"):
+        weights = Path("adapters") / name / "adapter_model.safetensors"
+        ours, theirs = (load_file(tmp_path / run / weights) for run in ("divided", "alone"))
+        assert ours == {key: pytest.approx(value, abs=1e-5) for key, value in theirs.items()}

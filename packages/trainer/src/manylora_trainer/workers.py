@@ -110,6 +110,10 @@ class ProcessGroup:
         within = {id(parameter) for layer in layers for parameter in layer.parameters()}
         rest = {p for p in decoder.parameters() if id(p) not in within}
         fully_shard(decoder, mesh=mesh, ignored_params=rest)
+        # All layers take part in each backward, wherever the adapters of a worker's pack begin:
+        # else its neighbour would wait for it to gather those below.
+        embedding = cast("nn.Module", decoder.get_input_embeddings())  # pyright: ignore[reportCallIssue]
+        embedding.register_forward_hook(lambda _, __, states: states.requires_grad_())
 
 
 def own_share(packs: Sequence[Pack], workers: Workers) -> list[tuple[Pack, bool]]:
