@@ -186,3 +186,11 @@ def test_what_is_taken_as_it_is_may_hold_itself(write):
 def test_numbers_are_finite(write, text):
     with pytest.raises(ConfigError, match=r"(share|pair\.1): Input should be a finite number"):
         load_config(write(text), Numbers)
+
+
+def test_a_directory_whose_name_is_no_utf8_is_told(tmp_path):
+    directory = tmp_path / "caf\udce9"
+    directory.mkdir()
+    (directory / "recipe.yaml").write_text("base: b\ntasks: []")
+    with pytest.raises(ConfigError, match=r"name is no UTF-8: rename it"):
+        load_config(directory / "recipe.yaml", Recipe)

@@ -221,6 +221,17 @@ def test_nobody_who_reads_along_costs_a_run_nothing(recipe, tmp_path, monkeypatc
     assert read_run(tmp_path / "run").state == "finished"
 
 
+def test_a_plain_file_among_the_checkpoints_is_none_of_them(make_task, write_recipe, tmp_path):
+    recipe, run = write_recipe(make_task("a", steps=6)), tmp_path / "run"
+    with pytest.raises(RunInterruptedError):
+        manylora_trainer.train(recipe, run, progress=StopAt(3, signal.SIGTERM))
+    for step in (4, 99):
+        (run / "checkpoints" / f"step-{step:08d}").write_text("mine")
+    manylora_trainer.train(recipe, run, resume=True)
+    checkpoints = sorted(path.name for path in (run / "checkpoints").iterdir() if path.is_dir())
+    assert checkpoints == ["step-00000004", "step-00000006"]
+
+
 @pytest.mark.parametrize("resume", [False, True])
 def test_a_signal_ends_the_reading_of_rows(make_task, write_recipe, tmp_path, resume):
     (tmp_path / "endless.py").write_text(

@@ -15,6 +15,7 @@ import manylora_trainer
 from manylora_cli.runs import app
 from manylora_trainer.errors import RunInterruptedError, UnreadableRunError
 from manylora_trainer.progress import Progress
+from manylora_trainer.run_report import write_run_report
 from manylora_trainer.saved_runs import read_run
 from tests.unit.trainer.conftest import StopAt
 
@@ -188,6 +189,14 @@ def test_a_closed_standard_output_ends_no_verb(tmp_path, options):
 def test_a_page_is_not_written_in_the_place_of_a_directory(runs, tmp_path):
     assert invoke("show", runs / "whole", "--out", tmp_path).exit_code == 2
     assert [entry.name for entry in tmp_path.parent.glob(".*.tmp")] == []
+
+
+def test_a_page_is_written_of_records_that_hold_half_a_surrogate(runs, tmp_path):
+    run = shutil.copytree(runs / "whole", tmp_path / "run")
+    environment = run / "environment.json"
+    environment.write_text(environment.read_text().replace('"cpu": "', '"cpu": "\\ud800'))
+    write_run_report(read_run(run), tmp_path / "page.html")
+    assert "\\ud800" in (tmp_path / "page.html").read_text()
 
 
 def test_what_is_no_run_is_said_in_one_line(tmp_path):

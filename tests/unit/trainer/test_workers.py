@@ -153,3 +153,29 @@ def test_what_tells_the_whole_group_leaves_a_checkpoint(make_task, write_recipe,
     )  # fmt: skip
     assert f"RunInterruptedError: stopped by {name}" in done.stderr
     assert any((tmp_path / "run" / "checkpoints").iterdir())
+
+
+GIVE_UP = """
+import pathlib, sys
+import manylora_trainer
+from manylora_trainer.progress import Progress
+
+class GivesUp(Progress):
+    def start(self, steps, done):
+        raise KeyboardInterrupt  # As a second Ctrl-C does.
+
+recipe, run = map(pathlib.Path, sys.argv[1:])
+recipe = manylora_trainer.load_recipe(recipe, ["workers.count=2"])
+manylora_trainer.train(recipe, run, progress=GivesUp())
+"""
+
+
+def test_a_run_that_is_broken_off_leaves_nothing_of_ray(make_task, write_recipe, tmp_path):
+    recipe, run = write_recipe(make_task("one", steps=300)), tmp_path / "run"
+    done = subprocess.run(
+        [sys.executable, "-c", GIVE_UP, recipe, run],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert (run / "run.json").exists()
+    assert not (run / "ray").exists()

@@ -37,10 +37,16 @@ def load_config(path: Path, model: type[Model], overrides: Sequence[str] = ()) -
     Raises:
         ConfigError: with every mistake of the file, each with its path and line.
     """
+    directory = path.resolve().parent
     try:
+        # What is made from here on is recorded with its place, in files that are UTF-8.
+        _ = str(directory).encode()
         text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigError(path, [Problem("", f"cannot be read: {error.strerror}")]) from error
+    except UnicodeEncodeError as error:
+        problem = Problem("", "lies in a directory whose name is no UTF-8: rename it")
+        raise ConfigError(path, [problem]) from error
     except UnicodeDecodeError as error:
         raise ConfigError(path, [Problem("", f"is no UTF-8: {error}")]) from error
     try:
@@ -57,7 +63,7 @@ def load_config(path: Path, model: type[Model], overrides: Sequence[str] = ()) -
     if overridden:
         raise ConfigError(path, [*problems, *overridden])
     try:
-        found = model.model_validate(data, context={"directory": path.resolve().parent})
+        found = model.model_validate(data, context={"directory": directory})
     except ValidationError as error:
         problems += [
             Problem(_dotted(e["loc"]), _say(e["type"], e["msg"]), _line(node, e["loc"]))

@@ -7,6 +7,7 @@
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pyarrow
 
 from manylora_trainer.files import why
@@ -34,18 +35,13 @@ def rows_of(batch: Any, source: str, number: int, place: Place) -> Iterator[Row]
 def _with_short_floats(batch: Any) -> Any:
     """Narrow floats as the numbers they were written from: 0.1 and not 0.10000000149011612."""
     for place, kind in enumerate(batch.schema.types):
-        wide = _with_leaves_as(kind, _is_narrow, pyarrow.float64())
+        wide = _with_leaves_as(kind, pyarrow.types.is_float32, pyarrow.float64())
         if wide != kind:
-            column = batch.column(place)
             # Text is the shortest that gives the same narrow float.
-            for leaf in (pyarrow.float32(), pyarrow.string(), pyarrow.float64()):
-                column = column.cast(_with_leaves_as(kind, _is_narrow, leaf))
+            text = _with_leaves_as(kind, pyarrow.types.is_float32, pyarrow.string())
+            column = batch.column(place).cast(text).cast(wide)
             batch = batch.set_column(place, batch.schema.names[place], column)
     return batch
-
-
-def _is_narrow(kind: Any) -> bool:
-    return pyarrow.types.is_float32(kind) or pyarrow.types.is_float16(kind)
 
 
 def _is_time_of_nanoseconds(kind: Any) -> bool:
@@ -80,7 +76,26 @@ def _values(column: Any) -> list[Any]:
     kind = _with_leaves_as(column.type, _is_time_of_nanoseconds, pyarrow.time64("us"))
     if kind != column.type:
         column = column.cast(kind)
-    return column.to_pylist(maps_as_pydicts="strict")
+    values = column.to_pylist(maps_as_pydicts="strict")
+    if _with_leaves_as(kind, pyarrow.types.is_float16, pyarrow.float32()) == kind:
+        return values
+    return [_with_short_halves(value, kind) for value in values]
+
+
+def _with_short_halves(value: Any, kind: Any) -> Any:
+    """Floats of 16 bits as the numbers they were written from; pyarrow's text of them is longer."""
+    types = pyarrow.types
+    if value is None:
+        return None
+    if types.is_float16(kind):
+        return float(str(np.float16(value)))
+    if types.is_struct(kind):
+        return {f.name: _with_short_halves(value[f.name], f.type) for f in kind}
+    if types.is_map(kind):
+        return {key: _with_short_halves(item, kind.item_type) for key, item in value.items()}
+    if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
+        return [_with_short_halves(entry, kind.value_type) for entry in value]
+    return value
 
 
 def _decode(batch: Any) -> Iterator[dict[str, Any] | tuple[str, str]]:

@@ -107,7 +107,7 @@ def _progress(state: dict[str, Any]) -> TaskProgress:
 
 
 def _newest_first(directory: Path) -> list[Path]:
-    return sorted(directory.glob("step-*"), reverse=True)
+    return sorted((path for path in directory.glob("step-*") if path.is_dir()), reverse=True)
 
 
 def _digest_of(state: dict[str, Any]) -> str:

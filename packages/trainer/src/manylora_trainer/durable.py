@@ -65,7 +65,7 @@ def write_file(path: Path, data: bytes) -> None:
 def write_directory(path: Path, fill: Callable[[Path], None]) -> None:
     """Makes the directory `path` with the files that `fill` writes into the path it is given.
 
-    Files are on disk before the name appears. A directory of that name is removed first.
+    Files are on disk before the name appears. What had that name is removed first.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -80,8 +80,10 @@ def write_directory(path: Path, fill: Callable[[Path], None]) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     sync_directory(temporary)
-    if path.exists():
+    if path.is_dir():
         shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
     temporary.rename(path)
     sync_directory(path.parent)
 

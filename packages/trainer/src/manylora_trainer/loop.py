@@ -145,8 +145,8 @@ def train_run(
         transformers.utils.logging.disable_progress_bar()
         footprint = Footprint.of(recipe, identity, device)
         # Workers whose devices differ must all plan the same step.
-        agreed = workers.agreed(str(footprint.pack_tokens))
-        pack_tokens = footprint.pack_tokens if agreed is None else int(agreed)
+        pack_tokens = workers.agreed(footprint.pack_tokens)
+        assert pack_tokens is not None
         with stating_memory_faults(pack_tokens, how_to_resume):
             base = BaseModel(
                 recipe.base,

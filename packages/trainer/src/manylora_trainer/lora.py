@@ -9,6 +9,7 @@ checkpoint then handle one tensor an adapter, whatever the number of layers.
 # pyright: reportUnknownMemberType=false, reportUntypedBaseClass=false
 
 import math
+import re
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from manylora_trainer.errors import UnfitTaskError
 from manylora_trainer.frozen import input_gradient, product
 from manylora_trainer.packing import Range
 from manylora_trainer.stacked import Member, PackOwners, Working, stacked_linear, stacks_of
-from manylora_trainer.targets import Shapes
+from manylora_trainer.targets import Shapes, last_names
 
 
 @dataclass(frozen=True)
@@ -341,20 +342,18 @@ def require_linear_layers(model: nn.Module, task: str, targets: Shapes) -> None:
     """Sees that what a task targets, which was told by the weights alone, can be adapted.
 
     Raises:
-        UnfitTaskError: a weight, as of experts, does not belong to a plain linear layer.
+        UnfitTaskError: a weight, as of experts, does not belong to a plain linear layer; it tells
+            which names do.
     """
-    for name in targets:
-        try:
-            module = model.get_submodule(name)
-        except AttributeError as error:
-            raise UnfitTaskError(
-                task,
-                f"the base has no module {name}, only such a weight: name the linear layers to "
-                "adapt by lora.target_modules",
-            ) from error
-        if not isinstance(module, nn.Linear):
-            raise UnfitTaskError(
-                task,
-                f"{name} is a {type(module).__name__}, and adapters are made for linear layers: "
-                "name those to adapt by lora.target_modules",
-            )
+    modules: dict[str, nn.Module] = dict(cast("Any", model).named_modules())
+    others = [name for name in targets if not isinstance(modules.get(name), nn.Linear)]
+    if others:
+        within = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
+        fit = last_names([name for name in within if re.search(r"\.\d+\.", name)])
+        names = ", ".join(name for name in fit if name not in last_names(others))
+        what = f"write lora.target_modules: [{names}], or some of them" if names else "it has none"
+        raise UnfitTaskError(
+            task,
+            f"{others[0]} is no linear layer of its own, as those of experts are not, and adapters "
+            f"are made for linear layers: {what}",
+        )

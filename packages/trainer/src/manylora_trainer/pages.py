@@ -21,7 +21,8 @@ def write_page(path: Path, template: str, **context: Any) -> None:
         number=_number, shown=_shown, **context
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_file(path, text.encode())
+    # A half of a surrogate, which JSON can name, has no form in UTF-8.
+    write_file(path, text.encode(errors="backslashreplace"))
 
 
 def _number(value: float | None) -> str:

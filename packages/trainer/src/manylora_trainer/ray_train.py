@@ -113,10 +113,11 @@ def train_on_workers(
         failure = _follow(trainer, desk, watch)
         outcome = cast("RunResult | TrainerError | None", ray.get(desk.outcome.remote()))
     finally:
+        # What Ray keeps of a run; ours has all it needs in its checkpoints. First, as Ray ends
+        # this process where it is shut down under a run that goes on.
+        shutil.rmtree(path / RAY_DIRECTORY, ignore_errors=True)
         if own_cluster:
             ray.shutdown()
-    # What Ray keeps of a run; ours has all it needs in its checkpoints.
-    shutil.rmtree(path / RAY_DIRECTORY, ignore_errors=True)
     if isinstance(outcome, TrainerError):
         raise outcome
     if outcome is None:

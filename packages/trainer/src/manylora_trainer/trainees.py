@@ -18,6 +18,7 @@ from manylora_trainer.base_model import BaseModel
 from manylora_trainer.dataset import TaskData
 from manylora_trainer.device import on_device
 from manylora_trainer.dropout import step_key, token_keys
+from manylora_trainer.errors import DataError
 from manylora_trainer.formats import Rendered
 from manylora_trainer.full import BaseWeights
 from manylora_trainer.initialisation import start_from_data, start_from_weights
@@ -241,9 +242,12 @@ class Trainees:
         """Step `step`, counted from 0, of every adapter that takes part in it.
 
         An adapter whose loss or gradient is not finite is left as it was and marked as stopped.
+
+        Raises:
+            DataError: the rows of an adapter failed, be it for another worker; nothing changed.
         """
         started = time.perf_counter()
-        batches = [self._trainees[index].next_batch(index) for index in self._taking_part(step)]
+        batches = self._draw(step)
         # Once all are there: a source that fails must not leave others a batch ahead.
         for batch in batches:
             trainee = self._trainees[batch.adapter]
@@ -289,6 +293,18 @@ class Trainees:
             if rate is not None:
                 trainee.progress.record(loss, batch.tokens, seconds * batch.tokens / total)
         return reports
+
+    def _draw(self, step: int) -> list[Batch]:
+        batches: list[Batch] = []
+        failure: DataError | None = None
+        try:
+            batches = [self._trainees[index].next_batch(index) for index in self._taking_part(step)]
+        except DataError as error:
+            failure = error
+        # Else the others would wait for the worker whose rows failed, and never save what they did.
+        if (failure := self._workers.agreed(failure)) is not None:
+            raise failure
+        return batches
 
     @torch.no_grad()
     def validate(self, step: int, names: Sequence[str]) -> dict[str, float]:

@@ -9,13 +9,15 @@ worker and for many, and the workers' weights stay equal without ever being exch
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
 
 from collections.abc import Sequence
-from typing import Protocol, cast
+from typing import Protocol, TypeVar, cast
 
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from manylora_trainer.packing import Pack
+
+T = TypeVar("T")
 
 
 class Workers(Protocol):
@@ -35,8 +37,8 @@ class Workers(Protocol):
         """Returns once every worker has called it."""
         ...
 
-    def agreed(self, text: str | None) -> str | None:
-        """What worker 0 says, for all to act on."""
+    def agreed(self, word: T | None) -> T | None:
+        """What the first of them with anything to say says, for all to act on."""
         ...
 
     def share(self, decoder: nn.Module) -> None:
@@ -57,9 +59,9 @@ class Alone:
     def wait(self) -> None:
         """Nobody to wait for."""
 
-    def agreed(self, text: str | None) -> str | None:
+    def agreed(self, word: T | None) -> T | None:
         """What it says itself."""
-        return text
+        return word
 
     def share(self, decoder: nn.Module) -> None:
         """Nobody to share with."""
@@ -82,11 +84,11 @@ class ProcessGroup:
         """Returns once every worker has called it."""
         distributed.barrier()
 
-    def agreed(self, text: str | None) -> str | None:
-        """What worker 0 says, for all to act on."""
-        said = [text]
-        distributed.broadcast_object_list(said, src=0)
-        return said[0]
+    def agreed(self, word: T | None) -> T | None:
+        """What the first of them with anything to say says, for all to act on."""
+        said: list[T | None] = [None] * self.size
+        distributed.all_gather_object(said, word)
+        return next((each for each in said if each is not None), None)
 
     def leave(self) -> None:
         """Closes the group: what the others wait for fails."""
@@ -108,6 +110,10 @@ class ProcessGroup:
         within = {id(parameter) for layer in layers for parameter in layer.parameters()}
         rest = {p for p in decoder.parameters() if id(p) not in within}
         fully_shard(decoder, mesh=mesh, ignored_params=rest)
+        # All layers take part in each backward, wherever the adapters of a worker's pack begin:
+        # else its neighbour would wait for it to gather those below.
+        embedding = cast("nn.Module", decoder.get_input_embeddings())  # pyright: ignore[reportCallIssue]
+        embedding.register_forward_hook(lambda _, __, states: states.requires_grad_())
 
 
 def own_share(packs: Sequence[Pack], workers: Workers) -> list[tuple[Pack, bool]]:
