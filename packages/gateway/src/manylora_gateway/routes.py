@@ -168,30 +168,27 @@ class Routes:
         return Route(target)
 
     async def earlier(self, key: AliasKey, target: Version) -> list[Version]:
-        """What `key` pointed at before `target`, newest first, as far as it may be served.
+        """What `key` came by to `target`, newest first, as far as it may be served.
 
-        A withdrawn one is the end: whoever withdrew it did not ask for the one before.
+        One that was rolled back from is not among it. A withdrawn one is the end: whoever
+        withdrew it did not ask for the one before.
 
         Raises:
             GatewayError: the registry cannot be read.
         """
-        name, alias = key
         try:
-            moves = await asyncio.to_thread(self._registry.history, name)
-            versions = await asyncio.to_thread(self._registry.versions, name)
+            came = await asyncio.to_thread(self._registry.way, *key)
         except RegistryError as error:
             raise from_registry(error) from error
-        numbers = [move.previous for move in reversed(moves) if move.alias == alias]
         found: list[Version] = []
-        for number in dict.fromkeys([target.number, *numbers]):
-            if number is not None:
-                version = versions[number - 1]
-                if version.yanked or version.deleted:
-                    break
+        for version in reversed(came):
+            if version.yanked or version.deleted:
+                break
+            if version.number != target.number:
                 with suppress(UnservableError):
                     self.check(version)
                     found.append(version)
-        return [version for version in found if version.number != target.number]
+        return found
 
     def rollout(self, reference: str) -> tuple[AliasKey, Rollout] | None:
         """The rollout of the alias that `reference` names, if there is one."""
