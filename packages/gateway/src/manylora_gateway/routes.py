@@ -12,6 +12,7 @@ from collections import OrderedDict
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
+from itertools import dropwhile
 
 from manylora_gateway.errors import (
     RegistryLostError,
@@ -155,6 +156,8 @@ class Routes:
             # One error for many requests: each raise would lengthen its traceback for good.
             raise route.pending_error.with_traceback(None)
         assert route.pending is not None
+        # Not one that was withdrawn, while it is looked up what there was before it.
+        self.check(route.pending)
         return route.pending
 
     async def _first_look(self, key: AliasKey) -> Route:
@@ -181,7 +184,8 @@ class Routes:
         except RegistryError as error:
             raise from_registry(error) from error
         found: list[Version] = []
-        for version in reversed(came):
+        # It may have moved on since.
+        for version in dropwhile(lambda each: each.number != target.number, reversed(came)):
             if version.yanked or version.deleted:
                 break
             if version.number != target.number:
