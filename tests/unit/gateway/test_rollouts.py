@@ -238,6 +238,22 @@ async def test_a_saved_rollout_that_cannot_be_set_yet_ends_like_any_other(
     assert await shares_of(gateway) == [2]
 
 
+async def test_a_saved_rollout_is_over_when_a_version_it_needs_was_yanked_meanwhile(
+    served: dict[str, Version],
+    registry: Registry,
+    published: Publish,
+    start: Start,
+    tmp_path: Path,
+) -> None:
+    published("red", 5)
+    async with start() as gateway:
+        await divide(gateway, (2, 50), (1, 50))
+    registry.yank("red@2")
+    async with start() as gateway:
+        assert await shares_of(gateway) == [1]
+        assert json.loads((tmp_path / "state/rollouts.json").read_text())["rollouts"] == []
+
+
 async def test_a_version_that_cannot_be_loaded_takes_no_share(
     gateway: RunningGateway, published: Publish
 ) -> None:
