@@ -305,13 +305,16 @@ class _Promoting:
         )
 
     def _abandon(self, promotion: Promotion, reason: str) -> None:
-        """Ends a promotion that is none any more; its rollout too, where it is still there."""
+        """Ends a promotion that is none any more; its rollout too, unless it is another's now."""
         begun = self._begun() or promotion
         running = Hosting(self.target).find()
         divided = begun.gates and self.present is not None
         if divided and running is not None and running.ready:
             with Operator(running, self.target.token) as operator:
-                if begun.version in operator.rollout(self.name, self.target.alias).division:
+                rollout = operator.rollout(self.name, self.target.alias)
+                # One that a restarted gateway cannot set yet would come back, watched by nobody.
+                waits = len(rollout.division) == 1 and rollout.copies is None
+                if waits or begun.version in rollout.division:
                     operator.divide(self.name, self.target.alias, ())
         self._audit(begun, "abandoned", step=self._where(begun), detail={"reason": reason})
         self.journal.end()

@@ -14,6 +14,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, PrivateFormat, PublicFormat
 
 from manylora_gateway.figures import Figures
+from manylora_gateway.rollouts import Rollouts
 from tests.integration.deploy.conftest import GATES, World
 
 
@@ -168,6 +169,24 @@ def test_a_gateway_that_counts_anew_is_noticed_by_what_the_present_version_did(
         world.gates(canary=canary)
     assert ended.status == 0, ended.err
     assert "the gateway was restarted and counts anew" in ended.err
+
+
+def test_a_canary_that_its_gateway_lost_does_not_come_back(world: World) -> None:
+    name = world.adapter()
+    world.scripts.good("candidate", f"{name}@2")
+    state = world.stages.parent / "production/state"
+
+    def restart() -> None:
+        # What a gateway that was restarted knows, if it cannot set its rollouts again yet.
+        restarted = Rollouts(state)
+        restarted.read()
+        vars(world.gateways["production"].routes.rollouts).update(vars(restarted))
+
+    with on_a_share(world, name, 2, restart), world.client(name):
+        ended = world.scripts.run("promote", name)
+    assert ended.status == 1
+    assert "divided otherwise meanwhile (version 1 100 %)" in ended.err
+    assert json.loads((state / "rollouts.json").read_text())["rollouts"] == []
 
 
 def test_an_alias_that_may_not_move_any_more_sends_everybody_back(world: World) -> None:

@@ -111,8 +111,12 @@ def test_a_rollback_never_swings_forward_to_what_was_rolled_back(registry, publi
     with pytest.raises(VersionNotFoundError, match="moved back to version 2 already"):
         registry.rollback("spelling", "production")
     assert registry.resolve("spelling").number == 2
+    assert [version.number for version in registry.way("spelling", "production")] == [1, 2]
     registry.set_alias("spelling", "production", 3)
+    assert [version.number for version in registry.way("spelling", "production")] == [1, 2, 3]
     assert registry.rollback("spelling", "production").version == 2
+    with pytest.raises(AliasNotFoundError):
+        registry.way("spelling", "canary")
 
 
 def test_tags_and_metrics_change_and_every_reader_sees_it(registry, publish, place):

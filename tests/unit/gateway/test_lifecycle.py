@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import logging
 import socket
 from collections import Counter
 from typing import Any, cast
@@ -188,7 +189,7 @@ async def test_a_client_that_reads_nothing_loses_its_place(
 
 @pytest.mark.parametrize("speech", ["loud", "low"])
 async def test_an_http_client_that_reads_nothing_loses_its_place(
-    served: dict[str, Version], start: Start, speech: str
+    served: dict[str, Version], start: Start, speech: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with start(limits=LimitsConfig(max_requests=2, stall_s=0.3)) as gateway:
         gateway.engine.repeats = LOUD
@@ -211,6 +212,8 @@ async def test_an_http_client_that_reads_nothing_loses_its_place(
             await loop.sock_sendall(silent, head.encode() + content)
             await until(lambda: gateway.admission.inside == 1)
             await until(lambda: not gateway.admission.inside)
+    # It is the client's doing, and no incident of the gateway.
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
 @pytest.mark.parametrize(

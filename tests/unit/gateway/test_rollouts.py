@@ -2,8 +2,10 @@
 
 import asyncio
 import json
+import shutil
 import sys
 from collections import Counter
+from collections.abc import AsyncGenerator, Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -159,6 +161,97 @@ async def test_a_rollout_survives_a_restart_and_not_a_move(
     async with start() as gateway:
         assert (await told_of(gateway)).shares[0].percent == 100
         assert not (await told_of(gateway)).HasField("shadow")
+
+
+def stored(directory: Path) -> dict[Path, bytes]:
+    """The weights in a registry."""
+    files = {blob: blob.read_bytes() for blob in directory.glob("registry/blobs/sha256/*/*")}
+    return {blob: content for blob, content in files.items() if b"lora_A" in content}
+
+
+@pytest.fixture
+async def fallen_back(
+    served: dict[str, Version],
+    registry: Registry,
+    published: Publish,
+    start: Start,
+    tmp_path: Path,
+) -> AsyncGenerator[tuple[RunningGateway, Callable[[], None]], None]:
+    """A gateway whose alias serves 1, as 2 is damaged, with a saved rollout; and what mends 2."""
+    others = stored(tmp_path)
+    for seed in (5, 6):
+        published("red", seed)
+    registry.set_alias("red", "production", 2)
+    async with start() as gateway:
+        await divide(gateway, (3, 50), (2, 50))
+    blobs = stored(tmp_path)
+
+    def write(change: int) -> None:
+        for blob in blobs.keys() - others.keys():
+            blob.write_bytes(blobs[blob][:-1] + bytes([blobs[blob][-1] ^ change]))
+
+    write(1)
+    shutil.rmtree(tmp_path / "cache")
+    async with start() as gateway:
+        await gateway.until_serving("red@production", 1)
+        assert await shares_of(gateway) == [1]
+        yield gateway, lambda: write(0)
+
+
+async def shares_of(gateway: RunningGateway) -> list[int]:
+    return [share.version.number for share in (await told_of(gateway)).shares]
+
+
+async def test_a_saved_rollout_goes_on_when_its_alias_serves_its_version_again(
+    fallen_back: tuple[RunningGateway, Callable[[], None]],
+) -> None:
+    gateway, mend = fallen_back
+    mend()
+    async with asyncio.timeout(30):
+        while await shares_of(gateway) != [3, 2]:
+            pass
+    assert {await ask(gateway, f"session-{index}") for index in range(20)} == {2, 3}
+
+
+@pytest.mark.parametrize("change", ["moved", "cleared", "withdrawn"])
+async def test_a_saved_rollout_that_cannot_be_set_yet_ends_like_any_other(
+    fallen_back: tuple[RunningGateway, Callable[[], None]],
+    registry: Registry,
+    tmp_path: Path,
+    change: str,
+) -> None:
+    gateway, mend = fallen_back
+    saved = tmp_path / "state/rollouts.json"
+    assert json.loads(saved.read_text())["rollouts"]
+    if change == "moved":
+        registry.set_alias("red", "production", 1)
+    elif change == "cleared":
+        await divide(gateway)
+    else:
+        registry.yank("red@3")
+    async with asyncio.timeout(10):
+        while json.loads(saved.read_text())["rollouts"]:
+            await shares_of(gateway)
+    mend()
+    registry.set_alias("red", "production", 2)
+    await gateway.until_serving("red@production", 2)
+    assert await shares_of(gateway) == [2]
+
+
+async def test_a_saved_rollout_is_over_when_a_version_it_needs_was_yanked_meanwhile(
+    served: dict[str, Version],
+    registry: Registry,
+    published: Publish,
+    start: Start,
+    tmp_path: Path,
+) -> None:
+    published("red", 5)
+    async with start() as gateway:
+        await divide(gateway, (2, 50), (1, 50))
+    registry.yank("red@2")
+    async with start() as gateway:
+        assert await shares_of(gateway) == [1]
+        assert json.loads((tmp_path / "state/rollouts.json").read_text())["rollouts"] == []
 
 
 async def test_a_version_that_cannot_be_loaded_takes_no_share(

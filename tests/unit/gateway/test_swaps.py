@@ -329,6 +329,38 @@ async def test_a_version_that_is_yanked_as_its_new_alias_is_looked_up_is_not_ser
                 await stream(gateway, "red@canary")
 
 
+class SlowHistory(Registry):
+    """One whose answers about the past are long on their way."""
+
+    def way(self, name: str, alias: str) -> list[Version]:
+        READ.set()
+        assert ARRIVES.wait(20)
+        return super().way(name, alias)
+
+
+async def test_a_yanked_version_is_not_served_while_the_past_is_looked_up(tmp_path: Path) -> None:
+    READ.clear()
+    ARRIVES.clear()
+    with SlowHistory.open(tmp_path / "registry") as registry:
+        publish(registry, tmp_path, "red", 1)
+        registry.set_alias("red", "production", 1)
+        async with running_gateway(registry, tmp_path) as gateway:
+            # While one is answered, the version is still loaded.
+            gateway.engine.hold_answers()
+            running = asyncio.create_task(stream(gateway, "red"))
+            await gateway.engine.until_running(1)
+            registry.yank("red@1")
+            assert await asyncio.to_thread(READ.wait, 20)
+            try:
+                request = pb.GenerateRequest(adapter="red", text="hi")
+                status = await refused(gateway.inference.Generate(request))
+                assert told(status) == ("FAILED_PRECONDITION", "ADAPTER_YANKED")
+            finally:
+                ARRIVES.set()
+                gateway.engine.let_answer()
+            assert (await running)[0] == 1
+
+
 async def test_a_full_disk_under_a_rollout_does_not_end_following(
     gateway: RunningGateway, registry: Registry, published: Publish, tmp_path: Path
 ) -> None:

@@ -75,6 +75,23 @@ async def test_the_version_before_is_served_after_a_restart_too(
         assert await answering(gateway, reference) == 4
 
 
+async def test_a_version_that_was_rolled_back_from_does_not_come_back(
+    served: dict[str, Version],
+    registry: Registry,
+    published: Publish,
+    start: Start,
+    tmp_path: Path,
+) -> None:
+    flawed("corrupt", published, tmp_path / "registry", 5)
+    for seed in (6, 7):
+        published("red", seed)
+    for number in (2, 3, 2):
+        registry.set_alias("red", "production", number)
+    async with start() as gateway:
+        entry = await gateway.until_failed("red@production")
+        assert (entry.serving.number, entry.pending.number) == (1, 2)
+
+
 @pytest.mark.parametrize("withdrawn", ["target", "before"])
 async def test_a_withdrawn_version_is_not_gone_back_to_nor_behind(
     served: dict[str, Version],

@@ -7,6 +7,7 @@ Protections are rows that are only added to, so that lifting one leaves a trace 
 import getpass
 import os
 import socket
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,15 +83,7 @@ class Aliases:
             AliasNotFoundError: there is no such alias.
             VersionNotFoundError: it never pointed at another version, or was moved back already.
         """
-        with self._database.read() as connection:
-            adapter = adapter_id(connection, name)
-            moved = connection.scalars(
-                sa.select(alias_moves.c.version)
-                .where(alias_moves.c.adapter_id == adapter, alias_moves.c.alias == alias)
-                .order_by(alias_moves.c.generation)
-            ).all()
-        if not moved:
-            raise AliasNotFoundError(f"{name} has no alias {alias!r}")
+        moved = self._moved(name, alias)
         came, back = way(moved)
         if back:
             raise VersionNotFoundError(
@@ -102,6 +95,32 @@ class Aliases:
                 f"{name}@{alias} never pointed at another version than {came[-1]}"
             )
         return came[-2], len(moved)
+
+    def way(self, name: str, alias: str) -> list[int]:
+        """The versions `alias` came by to the present one, which is the last.
+
+        Raises:
+            AliasNotFoundError: there is no such alias.
+        """
+        came, _ = way(self._moved(name, alias))
+        return came
+
+    def _moved(self, name: str, alias: str) -> Sequence[int]:
+        """Where `alias` was moved, oldest first.
+
+        Raises:
+            AliasNotFoundError: there is no such alias.
+        """
+        with self._database.read() as connection:
+            adapter = adapter_id(connection, name)
+            moved = connection.scalars(
+                sa.select(alias_moves.c.version)
+                .where(alias_moves.c.adapter_id == adapter, alias_moves.c.alias == alias)
+                .order_by(alias_moves.c.generation)
+            ).all()
+        if not moved:
+            raise AliasNotFoundError(f"{name} has no alias {alias!r}")
+        return moved
 
     def history(self, name: str) -> list[AliasMove]:
         """Every move of every alias of one adapter, oldest first.

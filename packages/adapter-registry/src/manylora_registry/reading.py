@@ -195,6 +195,20 @@ class Reading:
         check_adapter_name(name)
         return self._aliases.history(name)
 
+    def way(self, name: str, alias: str) -> list[Version]:
+        """The versions `alias` came by to the one it points at, which is the last.
+
+        Moving to a version that it pointed at before undoes everything since: one that was
+        rolled back from is not among them.
+
+        Raises:
+            AliasNotFoundError: there is no such alias.
+            AdapterNotFoundError: there is no such adapter.
+        """
+        numbers = self._aliases.way(name, alias)
+        versions = self._catalog.versions(name)
+        return [versions[number - 1] for number in numbers]
+
     def protections(self, name: str) -> list[Protection]:
         """The protections of an adapter's aliases, by alias.
 

@@ -81,13 +81,14 @@ async def run(
 
         async def load() -> None:
             await swaps.begin(warm)
-            await operations.restore_rollouts()
+            await operations.begin()
             await fleet.begin()
 
         loading = asyncio.ensure_future(load())
         if not await _unless(stop, loading):
             loading.cancel()
             await asyncio.gather(loading, return_exceptions=True)
+            await operations.close()
             await fleet.close()
             await swaps.close()
             return False
@@ -101,6 +102,7 @@ async def run(
             logger.warning("%d requests still running after %g s are cut off", left, config.drain_s)
             admission.answering.end()
         await inference.shadows.close()
+        await operations.close()
         await fleet.close()
         await swaps.close()
         await front.stop()

@@ -3,10 +3,16 @@
 import asyncio
 import logging
 from dataclasses import dataclass
+from typing import Any
 
 from manylora_gateway.admission import Admission
-from manylora_gateway.errors import InvalidRequestError, Violation
-from manylora_gateway.fleet import Fleet
+from manylora_gateway.errors import (
+    InvalidRequestError,
+    UnservableError,
+    Violation,
+    YankedAdapterError,
+)
+from manylora_gateway.fleet import FIRST_RETRY_S, LAST_RETRY_S, Fleet
 from manylora_gateway.metrics import Metrics
 from manylora_gateway.replicas import Replicas, ReplicaState
 from manylora_gateway.rollouts import (
@@ -18,7 +24,7 @@ from manylora_gateway.rollouts import (
     check_division,
 )
 from manylora_gateway.routes import Routes
-from manylora_registry import Version
+from manylora_registry import AdapterReference, Version
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +65,9 @@ class Operations:
         self._fleet = fleet
         self._drain_s = drain_s
         self._setting = asyncio.Lock()
+        # Why saved rollouts could not be set again, as far as the log says.
+        self._told: set[str] = set()
+        self._restoring: asyncio.Task[None] | None = None
 
     async def states(self) -> list[ReplicaState]:
         """Every replica and what it holds."""
@@ -135,44 +144,85 @@ class Operations:
         """
         check_division(shares, shadow)
         async with self._setting:
-            serving = await self._routes.serving(key)
-            rollout = Rollout(
-                under=serving.digest,
-                shares=tuple([await self._share(key, *share) for share in shares]),
-                shadow=None if shadow is None else await self._share(key, *shadow),
-            )
-            for version in rollout.versions:
-                await self._replicas.prepare(version)
-            # Rollouts end with their versions, but this one was not among them while it loaded.
-            for version in rollout.versions:
-                await self._routes.resolve(f"{version.name}@{version.number}")
-            state = await self.rollout(key)
-            if state.serving.digest != serving.digest:
-                text = "moved while the versions were loaded: look at it and set it again"
-                raise InvalidRequestError([Violation("alias", text)])
-            before = self.rollouts.put(key, rollout)
-            logger.info("%s is divided: %s", "@".join(key), _told(rollout))
-            for version in [] if before is None else before.versions:
-                self._routes.displace(version)
-            return await self.rollout(key)
+            return await self._set(key, shares, shadow)
 
-    async def restore_rollouts(self) -> None:
-        """Sets the rollouts again that were saved, as far as their aliases have not moved."""
-        for entry in self.rollouts.saved():
-            try:
-                key = (entry["adapter"], entry["alias"])
-                serving = await self._routes.serving(key)
-                if serving.digest != entry["under"]:
-                    logger.info("%s has moved: its rollout is over", "@".join(key))
-                    self.rollouts.end(key)
+    async def _set(
+        self, key: AliasKey, shares: Division, shadow: tuple[int, int] | None
+    ) -> RolloutState:
+        serving = await self._routes.serving(key)
+        rollout = Rollout(
+            under=serving.digest,
+            shares=tuple([await self._share(key, *share) for share in shares]),
+            shadow=None if shadow is None else await self._share(key, *shadow),
+        )
+        for version in rollout.versions:
+            await self._replicas.prepare(version)
+        # Rollouts end with their versions, but this one was not among them while it loaded.
+        for version in rollout.versions:
+            await self._routes.resolve(f"{version.name}@{version.number}")
+        state = await self.rollout(key)
+        if state.serving.digest != serving.digest:
+            text = "moved while the versions were loaded: look at it and set it again"
+            raise InvalidRequestError([Violation("alias", text)])
+        before = self.rollouts.put(key, rollout)
+        logger.info("%s is divided: %s", "@".join(key), _told(rollout))
+        for version in [] if before is None else before.versions:
+            self._routes.displace(version)
+        return await self.rollout(key)
+
+    async def begin(self) -> None:
+        """Sets the rollouts again that were saved, as far as their aliases have not moved.
+
+        One that cannot be set yet is tried again, later and later, until it can or is over.
+        """
+        self.rollouts.read()
+        await self._set_again()
+        self._restoring = asyncio.create_task(self._restore())
+
+    async def close(self) -> None:
+        """Ends trying."""
+        if self._restoring is not None:
+            self._restoring.cancel()
+            await asyncio.gather(self._restoring, return_exceptions=True)
+
+    async def _restore(self) -> None:
+        delay = FIRST_RETRY_S
+        while self.rollouts.unset():
+            await asyncio.sleep(delay)
+            delay = min(2 * delay, LAST_RETRY_S)
+            await self._set_again()
+
+    async def _set_again(self) -> None:
+        for entry in self.rollouts.unset():
+            async with self._setting:
+                # An operator may have set another one meanwhile, or none.
+                if entry not in self.rollouts.unset():
                     continue
-                shares = [(share["version"], share["percent"]) for share in entry["shares"]]
-                shadow = entry["shadow"]
-                copied = None if shadow is None else (shadow["version"], shadow["percent"])
-                await self.set_rollout(key, shares, copied)
-            except Exception as error:
-                # Whatever it is, requests get what their alias points at.
-                logger.error("a saved rollout cannot be set again: %s: %s", entry, error)
+                key = (entry["adapter"], entry["alias"])
+                try:
+                    await self._set_saved(key, entry)
+                except YankedAdapterError as error:
+                    logger.warning("%s: its rollout is over: %s", "@".join(key), error)
+                    self.rollouts.end(key)
+                except Exception as error:
+                    # Whatever it is, requests get what their alias serves.
+                    if (text := f"{entry}: {error}") not in self._told:
+                        self._told.add(text)
+                        logger.error("a saved rollout cannot be set again yet: %s", text)
+
+    async def _set_saved(self, key: AliasKey, entry: dict[str, Any]) -> None:
+        target = await self._routes.look_up(AdapterReference(*key))
+        if target.digest != entry["under"]:
+            logger.info("%s has moved: its rollout is over", "@".join(key))
+            self.rollouts.end(key)
+            return
+        serving = await self._routes.serving(key)
+        if serving.digest != target.digest:
+            # The alias fell back behind what it points at.
+            raise UnservableError(f"version {target.number} is not served")
+        shares = [(share["version"], share["percent"]) for share in entry["shares"]]
+        shadow = entry["shadow"]
+        await self._set(key, shares, shadow and (shadow["version"], shadow["percent"]))
 
     async def _share(self, key: AliasKey, number: int, percent: int) -> Share:
         return Share(await self._routes.resolve(f"{key[0]}@{number}"), percent)

@@ -142,26 +142,38 @@ class Rollouts:
             self._rollouts[key] = rollout
         return before
 
-    def end(self, key: AliasKey) -> Rollout | None:
-        """Ends the rollout of an alias that moved, whether that can be written or not.
+    def end(self, key: AliasKey) -> list[Version]:
+        """Ends the rollout of an alias, whether that can be written or not.
 
-        One that the file still has is not set again: its alias has moved, or its version is gone.
+        Returns the versions it needed. One that the file still has is not set again: its alias
+        has moved, or its version is gone.
         """
         if self._entries.pop(key, None) is not None:
             try:
                 self._write(self._entries)
             except OSError as error:
                 logger.error("the end of a rollout cannot be written: %s", error)
-        return self._rollouts.pop(key, None)
+        ended = self._rollouts.pop(key, None)
+        return [] if ended is None else ended.versions
 
-    def end_with(self, name: str, number: int) -> list[Rollout]:
-        """Ends the rollouts of an adapter that need one of its versions; returns them."""
+    def end_others(self, key: AliasKey, target: Version) -> list[Version]:
+        """Ends the rollout of an alias that moved to `target`; see `end`.
+
+        One that was set for `target` goes on: the alias had only fallen back behind it.
+        """
+        entry = self._entries.get(key)
+        return [] if entry is None or entry["under"] == target.digest else self.end(key)
+
+    def end_with(self, name: str, number: int) -> list[Version]:
+        """Ends the rollouts of an adapter that need one of its versions; see `end`."""
         keys = [
             key
-            for key, rollout in self._rollouts.items()
-            if key[0] == name and any(version.number == number for version in rollout.versions)
+            for key, entry in self._entries.items()
+            if key[0] == name and number in _numbers(entry)
         ]
-        return [ended for key in keys if (ended := self.end(key)) is not None]
+        for key in keys:
+            logger.warning("%s: its rollout ended, version %d is withdrawn", "@".join(key), number)
+        return [version for key in keys for version in self.end(key)]
 
     def serve(self, digest: str) -> bool:
         """Whether a rollout needs the version."""
@@ -171,18 +183,25 @@ class Rollouts:
             for version in rollout.versions
         )
 
-    def saved(self) -> list[dict[str, Any]]:
-        """What the file says, hardly checked; a gateway sets it again when it starts."""
+    def read(self) -> None:
+        """Reads the file, as a gateway does when it starts; see `unset`."""
         if self._file is None or not self._file.is_file():
-            return []
+            return
         try:
             entries = json.loads(self._file.read_text("utf-8"))["rollouts"]
-            self._entries = {(entry["adapter"], entry["alias"]): entry for entry in entries}
+            found = {(entry["adapter"], entry["alias"]): entry for entry in entries}
+            for entry in entries:
+                _numbers(entry)
+                _ = entry["under"]
         except (ValueError, KeyError, TypeError) as error:
             # Half of it would divide traffic as nobody asked for.
             logger.error("%s is not a list of rollouts and is not used: %s", self._file, error)
-            return []
-        return list(self._entries.values())
+        else:
+            self._entries = found
+
+    def unset(self) -> list[dict[str, Any]]:
+        """What the file says, hardly checked, that is to be set again."""
+        return [entry for key, entry in self._entries.items() if key not in self._rollouts]
 
     def _write(self, entries: dict[AliasKey, dict[str, Any]]) -> None:
         if self._file is None:
@@ -212,6 +231,12 @@ def _entry(key: AliasKey, rollout: Rollout) -> dict[str, Any]:
         ],
         "shadow": shadow and {"version": shadow.version.number, "percent": shadow.percent},
     }
+
+
+def _numbers(entry: dict[str, Any]) -> list[int]:
+    """The versions that what `_entry` made needs."""
+    shadow = entry["shadow"]
+    return [each["version"] for each in [*entry["shares"], *([shadow] if shadow else [])]]
 
 
 def _bucket(purpose: str, key: AliasKey, sticky: str) -> int:

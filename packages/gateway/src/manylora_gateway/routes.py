@@ -12,6 +12,7 @@ from collections import OrderedDict
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
+from itertools import dropwhile
 
 from manylora_gateway.errors import (
     RegistryLostError,
@@ -155,6 +156,8 @@ class Routes:
             # One error for many requests: each raise would lengthen its traceback for good.
             raise route.pending_error.with_traceback(None)
         assert route.pending is not None
+        # Not one that was withdrawn, while it is looked up what there was before it.
+        self.check(route.pending)
         return route.pending
 
     async def _first_look(self, key: AliasKey) -> Route:
@@ -168,30 +171,28 @@ class Routes:
         return Route(target)
 
     async def earlier(self, key: AliasKey, target: Version) -> list[Version]:
-        """What `key` pointed at before `target`, newest first, as far as it may be served.
+        """What `key` came by to `target`, newest first, as far as it may be served.
 
-        A withdrawn one is the end: whoever withdrew it did not ask for the one before.
+        One that was rolled back from is not among it. A withdrawn one is the end: whoever
+        withdrew it did not ask for the one before.
 
         Raises:
             GatewayError: the registry cannot be read.
         """
-        name, alias = key
         try:
-            moves = await asyncio.to_thread(self._registry.history, name)
-            versions = await asyncio.to_thread(self._registry.versions, name)
+            came = await asyncio.to_thread(self._registry.way, *key)
         except RegistryError as error:
             raise from_registry(error) from error
-        numbers = [move.previous for move in reversed(moves) if move.alias == alias]
         found: list[Version] = []
-        for number in dict.fromkeys([target.number, *numbers]):
-            if number is not None:
-                version = versions[number - 1]
-                if version.yanked or version.deleted:
-                    break
+        # It may have moved on since.
+        for version in dropwhile(lambda each: each.number != target.number, reversed(came)):
+            if version.yanked or version.deleted:
+                break
+            if version.number != target.number:
                 with suppress(UnservableError):
                     self.check(version)
                     found.append(version)
-        return [version for version in found if version.number != target.number]
+        return found
 
     def rollout(self, reference: str) -> tuple[AliasKey, Rollout] | None:
         """The rollout of the alias that `reference` names, if there is one."""

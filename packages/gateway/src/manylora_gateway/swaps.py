@@ -104,9 +104,7 @@ class Swaps:
             self._routes.registry_changed()
         if event.kind in ("yanked", "deleted"):
             self._routes.forget_fixed(event.name)
-            for ended in self._routes.rollouts.end_with(event.name, event.version):
-                logger.warning("a rollout of %s ended: it needs a withdrawn version", event.name)
-                self._displace(ended.versions)
+            self._displace(self._routes.rollouts.end_with(event.name, event.version))
             # One that is looked up for the first time may be served as it was before.
             looked_up = [key for key in self._moved if key[0] == event.name]
             for key in {*self._routes.aliases_of(event.name), *looked_up}:
@@ -117,8 +115,7 @@ class Swaps:
                         event.version,
                         event.kind,
                     )
-                    self._end_rollout(key)
-                    self._displace([withdrawn])
+                    self._displace([*self._routes.rollouts.end(key), withdrawn])
                 self._wake(key)
         elif event.kind == "alias_moved" and event.alias is not None:
             key = (event.name, event.alias)
@@ -167,6 +164,7 @@ class Swaps:
         route = self._routes.follow(key, target)
         self._displace(abandoned)
         if route.pending is None:
+            self._displace(self._routes.rollouts.end_others(key, target))
             return True
         try:
             self._routes.check(target)
@@ -196,10 +194,10 @@ class Swaps:
             # What was prepared may be withdrawn by now.
             return False
         old = self._routes.flip(key, target)
-        self._end_rollout(key)
+        ended = self._routes.rollouts.end_others(key, target)
         self._metrics.swaps.labels("served").inc()
         logger.info("%s serves version %d", label, target.number)
-        self._displace([] if old is None else [old])
+        self._displace(ended if old is None else [*ended, old])
         return True
 
     def _has_moved(self, key: AliasKey) -> bool:
@@ -231,10 +229,6 @@ class Swaps:
     async def _look_again(self) -> None:
         while True:
             self._wake(await self._routes.doubted.get())
-
-    def _end_rollout(self, key: AliasKey) -> None:
-        if (ended := self._routes.rollouts.end(key)) is not None:
-            self._displace(ended.versions)
 
     def _displace(self, versions: Iterable[Version]) -> None:
         for version in versions:

@@ -41,6 +41,7 @@ from manylora_gateway.openai_http.problems import (
 )
 from manylora_gateway.openai_http.reading import Asked, Reading
 from manylora_gateway.openai_http.replies import Kind, Replies, error_event, listed, models
+from manylora_gateway.openai_http.server import HANG_UP
 from manylora_gateway.stalls import patience
 from manylora_gateway.tenants import caller
 
@@ -110,7 +111,8 @@ class _Completions:
         except Exception as error:
             await tell(problem_of(error), request_id)(scope, receive, send)
             return
-        send = _patient(send, self._reading.limits.config.stall_s)
+        hang_up = scope["state"][HANG_UP]
+        send = _patient(send, self._reading.limits.config.stall_s, hang_up)
         answering = asyncio.create_task(self._answer(asked, request_id, scope, receive, send))
         leaving = asyncio.create_task(_until_gone(receive))
         try:
@@ -286,7 +288,7 @@ def _why(error: ValueError | RecursionError) -> str:
             return "a number has too many digits"
 
 
-def _patient(send: Send, stall_s: float) -> Send:
+def _patient(send: Send, stall_s: float, hang_up: Callable[[], None]) -> Send:
     """The same for a client that may stop reading; once it has, nothing more is tried."""
     stalled: StalledError | None = None
 
@@ -299,6 +301,9 @@ def _patient(send: Send, stall_s: float) -> Send:
                 await send(message)
         except StalledError as error:
             stalled = error
+            # A response that is left unfinished is an error to the server, a client that is gone
+            # is not.
+            hang_up()
             raise
 
     return patient

@@ -19,6 +19,8 @@ from manylora_gateway.errors import StartError
 
 PEER_CERTIFICATE = "peer_certificate"
 """In the ASGI state: what `SSLObject.getpeercert` says of the client, None or empty without one."""
+HANG_UP = "hang_up"
+"""In the ASGI state: closes the connection at once, whatever is still to be sent."""
 KEEP_ALIVE_S = 75
 """Longer than clients keep idle connections, so that none is closed under a request."""
 FLUSH_S = 1
@@ -143,6 +145,7 @@ class _Connection(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Begins; with TLS the handshake is over."""
         super().connection_made(transport)
+        self.app_state = self.app_state | {HANG_UP: transport.abort}
         tls = transport.get_extra_info("ssl_object")
         if tls is not None:
             self.app_state = self.app_state | {PEER_CERTIFICATE: tls.getpeercert()}
