@@ -33,6 +33,7 @@ from manylora_trainer.full import BaseWeights
 from manylora_trainer.interruption import Interruption
 from manylora_trainer.lora import require_linear_layers
 from manylora_trainer.memory import Footprint, dtype_of, stating_memory_faults
+from manylora_trainer.metrics_file import NoMetrics
 from manylora_trainer.plots import plot_curves
 from manylora_trainer.positions import within_positions
 from manylora_trainer.progress import Watch
@@ -40,7 +41,6 @@ from manylora_trainer.recipe import Recipe, Task
 from manylora_trainer.repeatable import compute_repeatably
 from manylora_trainer.result import RunResult
 from manylora_trainer.run_directory import (
-    NoMetrics,
     RunDirectory,
     begin_run,
     end_run,
@@ -52,7 +52,8 @@ from manylora_trainer.run_directory import (
 )
 from manylora_trainer.targets import Shapes, linears_of, targets_of
 from manylora_trainer.tokenization import ChatTokenizer
-from manylora_trainer.trainees import StepReport, Trainee, Trainees
+from manylora_trainer.trainee import Trainee
+from manylora_trainer.trainees import StepReport, Trainees
 from manylora_trainer.workers import Alone, Workers
 
 Judge = Callable[[int, Mapping[str, float]], Mapping[str, str]]
