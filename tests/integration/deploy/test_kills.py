@@ -199,6 +199,16 @@ def test_who_interrupts_a_canary_sends_everybody_back(world: World, by: signal.S
     assert ("canary 50 %", "interrupted") in world.outcomes(name, "promote")
 
 
+def test_a_second_signal_does_not_keep_everybody_from_being_sent_back(world: World) -> None:
+    _, moment = killed_in_canary(world)
+    name = candidate(world)
+    with world.client(name):
+        ended = world.scripts.run("promote", name, kill=moment, by=signal.SIGINT, times=3)
+    assert ended.status == 1, ended.err
+    assert "everybody is back on version 1. Run it again to go on" in ended.err
+    assert (world.serving(name), world.division(name)) == (1, {})
+
+
 def test_a_candidate(world: World) -> None:
     def check(name: str, ended: Ended) -> None:
         assert ended.status == 0, ended.err
