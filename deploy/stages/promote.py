@@ -25,6 +25,7 @@ from deploy.stages.errors import (
 )
 from deploy.stages.hosting import Hosting
 from deploy.stages.journal import Journal, Promotion
+from deploy.stages.moves import led_to, moves_of, tell_moves
 from deploy.stages.operator import Operator
 from deploy.stages.settings import Stage
 from deploy.stages.taking_over import BoundBrokenError, Place, take_over
@@ -111,20 +112,26 @@ class _Promoting:
         present = self.alias
         if begun is not None and begun.broken:
             self._take_back(begun, begun.broken)
-        if begun is not None and present is not None and present.version == begun.version:
-            return self._finish(begun)
+        if present is not None:
+            tell_moves(self.registry, self.target, self.name, self.work)
+        if begun is not None and self._moved(begun):
+            self.journal.end()
+            begun = None
         if begun is not None and not self._still_meant(begun):
             self._abandon(begun, "the alias, what it serves or the candidate has changed since")
             begun = None
         if present is not None and present.version == self.version.number:
-            return self._done("serves")
+            return self._await_serving()
         self._require_operator()
         promotion = begun or self._begin()
         promotion = self._pass_gates(promotion)
         self._require_approval(promotion)
         promotion = self._canary(promotion)
         self._move(promotion)
-        return self._finish(promotion)
+        served = self._await_serving()
+        self._audit(promotion, "done", detail={"generation": promotion.generation + 1})
+        self.journal.end()
+        return served
 
     def _begun(self) -> Promotion | None:
         begun = self.journal.read()
@@ -133,6 +140,11 @@ class _Promoting:
         raise BusyError(
             f"a rollback of {self.name} on {self.target.name} was interrupted: run it again first"
         )
+
+    def _moved(self, begun: Promotion) -> bool:
+        """Whether it had come to its end, but for its own words about it."""
+        moves = moves_of(self.registry, self.target, self.name)
+        return any(led_to(begun, move) for move in moves)
 
     def _still_meant(self, begun: Promotion) -> bool:
         generation = 0 if self.alias is None else self.alias.generation
@@ -249,16 +261,14 @@ class _Promoting:
                 self.work.say(send_back(self.target, self.name, promotion))
             raise
 
-    def _finish(self, promotion: Promotion) -> Outcome:
+    def _await_serving(self) -> Outcome:
+        """Waits until the gateway has followed the alias, if there is one."""
         running = Hosting(self.target).find()
         if running is not None and running.ready:
             with Operator(running, self.target.token) as operator:
-                version = self.registry.find(f"{self.name}@{promotion.version}")
                 within = self.target.config.start_timeout_s
-                operator.await_serving(version, self.target.alias, within)
-        self._audit(promotion, "done", detail={"generation": promotion.generation + 1})
-        self.journal.end()
-        return self._done("serves", promotion.version)
+                operator.await_serving(self.version, self.target.alias, within)
+        return self._done("serves")
 
     def _take_back(self, promotion: Promotion, reasons: tuple[str, ...]) -> None:
         begun = self._begun() or promotion
@@ -305,9 +315,8 @@ class _Promoting:
             key=f"promote/{promotion.attempt}/{step}/{outcome}",
         )
 
-    def _done(self, verb: str, number: int | None = None) -> Outcome:
-        number = self.version.number if number is None else number
+    def _done(self, verb: str) -> Outcome:
         return Outcome(
-            f"{self.target.name} {verb} {self.name}@{number}",
-            {"stage": self.target.name, "name": self.name, "version": number},
+            f"{self.target.name} {verb} {self.what}",
+            {"stage": self.target.name, "name": self.name, "version": self.version.number},
         )

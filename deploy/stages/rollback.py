@@ -8,10 +8,10 @@ Repeated, it says that this was done: it never swings back to what was rolled ba
 import uuid
 from collections.abc import Sequence
 
-from deploy.stages.candidate import last_move
 from deploy.stages.errors import NothingBeforeError, NotRunningError
 from deploy.stages.hosting import Hosting
 from deploy.stages.journal import Journal, Promotion, Rollback
+from deploy.stages.moves import moves_of, tell_moves
 from deploy.stages.operator import Operator
 from deploy.stages.settings import Stage
 from deploy.stages.work import Outcome, Work, audit
@@ -81,6 +81,8 @@ class _Place:
 
 def _go_back(place: _Place, alias: Alias, named: int | None, work: Work) -> Outcome:
     registry, stage, name = place.registry, place.stage, place.name
+    if not work.plan:
+        tell_moves(registry, stage, name, work)
     begun = place.journal.read()
     if isinstance(begun, Rollback) and not _still_meant(begun, alias, named):
         if not work.plan:
@@ -127,7 +129,7 @@ def _go_back(place: _Place, alias: Alias, named: int | None, work: Work) -> Outc
 def _named(registry: Registry, stage: Stage, name: str, to: str) -> int:
     """The version that --to names."""
     version = registry.resolve(to if "@" in to else f"{name}@{to}")
-    served = {move.version for move in registry.history(name) if move.alias == stage.alias}
+    served = {move.version for move in moves_of(registry, stage, name)}
     if version.name != name or version.number not in served:
         # It would pass no gate on its way.
         raise NothingBeforeError(
@@ -199,7 +201,7 @@ def _already(place: _Place, alias: Alias) -> Outcome:
 
 
 def _record(place: _Place, version: Version, begun: Rollback, work: Work) -> None:
-    move = last_move(place.registry, place.name, place.stage.alias)
+    move = moves_of(place.registry, place.stage, place.name)[-1]
     audit(
         place.registry,
         place.stage,
@@ -208,6 +210,6 @@ def _record(place: _Place, version: Version, begun: Rollback, work: Work) -> Non
         work,
         version=version,
         step="rollout" if begun.target is None else "alias",
-        detail={"generation": move.generation, "from": move.previous},
-        key=f"rollback/{begun.attempt}",
+        detail={"generation": move.generation, "before": move.previous},
+        key=begun.done,
     )
