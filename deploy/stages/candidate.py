@@ -3,10 +3,11 @@
 from deploy.stages.checks import servable
 from deploy.stages.errors import SwapError
 from deploy.stages.hosting import Hosting
+from deploy.stages.moves import moves_of, tell_moves
 from deploy.stages.operator import Operator
 from deploy.stages.settings import Stage
 from deploy.stages.work import Outcome, Work, audit
-from manylora_registry import AliasMove, Registry, Version
+from manylora_registry import Registry, Version
 
 
 def candidate(stage: Stage, reference: str, work: Work) -> Outcome:
@@ -32,6 +33,8 @@ def candidate(stage: Stage, reference: str, work: Work) -> Outcome:
             generation = 0 if alias is None else alias.generation
             before = "nothing" if alias is None else f"version {alias.version}"
             if work.step(f"move {version.name}@{stage.alias} from {before} to {version.number}"):
+                if alias is not None:
+                    tell_moves(registry, stage, version.name, work)
                 registry.set_alias(
                     version.name,
                     stage.alias,
@@ -68,13 +71,8 @@ def _record(
     registry: Registry, stage: Stage, version: Version, outcome: str, work: Work, error: str = ""
 ) -> None:
     """Keeps a move once, by the generation it led to, whoever sees to it that it is kept."""
-    move = last_move(registry, version.name, stage.alias)
+    move = moves_of(registry, stage, version.name)[-1]
     by = Work(work.say, actor=move.actor, why=move.why)
     key = f"candidate/{stage.name}/{version.name}/{move.generation}/{outcome}"
     detail = {"generation": move.generation, "before": move.previous, "error": error}
     audit(registry, stage, "candidate", outcome, by, version=version, detail=detail, key=key)
-
-
-def last_move(registry: Registry, name: str, alias: str) -> AliasMove:
-    """The newest move of an alias that was moved."""
-    return [move for move in registry.history(name) if move.alias == alias][-1]

@@ -52,6 +52,11 @@ class Promotion:
     """Bounds that were broken: it is being taken back."""
     kind: Literal["promotion"] = "promotion"
 
+    @property
+    def done(self) -> str:
+        """What the record of its end goes by."""
+        return f"promote/{self.attempt}//done"
+
 
 @dataclass(frozen=True)
 class Rollback:
@@ -63,6 +68,11 @@ class Rollback:
     generation: int
     """Of the alias before."""
     kind: Literal["rollback"] = "rollback"
+
+    @property
+    def done(self) -> str:
+        """What the record of its end goes by."""
+        return f"rollback/{self.attempt}"
 
 
 Entry = Promotion | Rollback

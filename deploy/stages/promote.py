@@ -22,16 +22,15 @@ from deploy.stages.errors import (
     GateError,
     MovedError,
     SettingsError,
-    SignalledError,
-    StageError,
 )
 from deploy.stages.hosting import Hosting
 from deploy.stages.journal import Journal, Promotion
+from deploy.stages.moves import led_to, moves_of, tell_moves
 from deploy.stages.operator import Operator
 from deploy.stages.settings import Stage
 from deploy.stages.taking_over import BoundBrokenError, Place, take_over
+from deploy.stages.way_back import end_rollout, interrupted, send_back, where
 from deploy.stages.work import Outcome, Work, audit
-from manylora_client.errors import ClientError
 from manylora_registry import Registry
 from manylora_registry.errors import AliasConflictError
 
@@ -52,17 +51,15 @@ def promote(name: str, source: Stage, target: Stage, work: Work) -> Outcome:
         raise SettingsError(
             [f"{source.name} and {target.name} have different registries in their gateway.yaml"]
         )
-    journal = Journal(target, name)
-    with source.open_registry() as registry:
-        if work.plan:
+    if work.plan:
+        with source.open_registry() as registry:
             return _Promoting(registry, name, source, target, work).plan()
-        with journal.alone("promote"):
-            promoting = _Promoting(registry, name, source, target, work)
-            try:
-                return promoting.run()
-            except KeyboardInterrupt:
-                promoting.interrupted()
-                raise AssertionError("it always raises") from None
+    with Journal(target, name).alone("promote"):
+        try:
+            with source.open_registry() as registry:
+                return _Promoting(registry, name, source, target, work).run()
+        except KeyboardInterrupt:
+            raise interrupted(source, target, name, work) from None
 
 
 class _Promoting:
@@ -115,47 +112,26 @@ class _Promoting:
         present = self.alias
         if begun is not None and begun.broken:
             self._take_back(begun, begun.broken)
-        if begun is not None and present is not None and present.version == begun.version:
-            return self._finish(begun)
+        if present is not None:
+            tell_moves(self.registry, self.target, self.name, self.work)
+        if begun is not None and self._moved(begun):
+            self.journal.end()
+            begun = None
         if begun is not None and not self._still_meant(begun):
             self._abandon(begun, "the alias, what it serves or the candidate has changed since")
             begun = None
         if present is not None and present.version == self.version.number:
-            return self._done("serves")
+            return self._await_serving()
         self._require_operator()
         promotion = begun or self._begin()
         promotion = self._pass_gates(promotion)
         self._require_approval(promotion)
         promotion = self._canary(promotion)
         self._move(promotion)
-        return self._finish(promotion)
-
-    def interrupted(self) -> None:
-        """Sends everybody back.
-
-        Raises:
-            SignalledError: always; says what stands.
-        """
-        begun = self._begun()
-        if begun is None:
-            raise SignalledError("interrupted; nothing was begun")
-        stands = "nothing was changed"
-        alias = self.registry.aliases(self.name).get(self.target.alias)
-        if alias is not None and alias.version == begun.version:
-            stands = f"{self.what} serves already"
-        elif begun.gates and begun.present is not None:
-            stands = self._send_back(begun)
-        self._audit(begun, "interrupted", step=self._where(begun), once=False)
-        raise SignalledError(f"interrupted; {stands}. Run it again to go on")
-
-    def _send_back(self, begun: Promotion) -> str:
-        """Sends everybody back as nobody watches the version any more; says what stands."""
-        try:
-            self._end_rollout()
-        except (ClientError, StageError) as error:
-            return f"version {begun.version} may keep its share of {self.name}: {error}"
-        self.journal.update(begun, began_at=None)
-        return f"everybody is back on version {begun.present}"
+        served = self._await_serving()
+        self._audit(promotion, "done", detail={"generation": promotion.generation + 1})
+        self.journal.end()
+        return served
 
     def _begun(self) -> Promotion | None:
         begun = self.journal.read()
@@ -164,6 +140,11 @@ class _Promoting:
         raise BusyError(
             f"a rollback of {self.name} on {self.target.name} was interrupted: run it again first"
         )
+
+    def _moved(self, begun: Promotion) -> bool:
+        """Whether it had come to its end, but for its own words about it."""
+        moves = moves_of(self.registry, self.target, self.name)
+        return any(led_to(begun, move) for move in moves)
 
     def _still_meant(self, begun: Promotion) -> bool:
         generation = 0 if self.alias is None else self.alias.generation
@@ -257,7 +238,7 @@ class _Promoting:
                 self._abandon(promotion, str(error))
                 raise
             except Exception:
-                self.work.say(self._send_back(self._begun() or promotion))
+                self.work.say(send_back(self.target, self.name, self._begun() or promotion))
                 raise
         raise AssertionError("one of them always raises")
 
@@ -277,31 +258,29 @@ class _Promoting:
             raise MovedError(str(error)) from error
         except Exception:
             if self.target.gates.canary is not None and promotion.present is not None:
-                self.work.say(self._send_back(promotion))
+                self.work.say(send_back(self.target, self.name, promotion))
             raise
 
-    def _finish(self, promotion: Promotion) -> Outcome:
+    def _await_serving(self) -> Outcome:
+        """Waits until the gateway has followed the alias, if there is one."""
         running = Hosting(self.target).find()
         if running is not None and running.ready:
             with Operator(running, self.target.token) as operator:
-                version = self.registry.find(f"{self.name}@{promotion.version}")
                 within = self.target.config.start_timeout_s
-                operator.await_serving(version, self.target.alias, within)
-        self._audit(promotion, "done", detail={"generation": promotion.generation + 1})
-        self.journal.end()
-        return self._done("serves", promotion.version)
+                operator.await_serving(self.version, self.target.alias, within)
+        return self._done("serves")
 
     def _take_back(self, promotion: Promotion, reasons: tuple[str, ...]) -> None:
         begun = self._begun() or promotion
         self.journal.update(begun, broken=reasons)
-        self._end_rollout()
+        end_rollout(self.target, self.name)
         self._audit(
-            begun, "rolled-back", step=self._where(begun), detail={"reasons": list(reasons)}
+            begun, "rolled-back", step=where(self.target, begun), detail={"reasons": list(reasons)}
         )
         self.journal.end()
         raise CanaryError(
-            f"{self.name}@{begun.version} was taken back at {self._where(begun)}, and everybody is "
-            f"on version {begun.present} again: {'; '.join(reasons)}"
+            f"{self.name}@{begun.version} was taken back at {where(self.target, begun)}, and "
+            f"everybody is on version {begun.present} again: {'; '.join(reasons)}"
         )
 
     def _abandon(self, promotion: Promotion, reason: str) -> None:
@@ -316,20 +295,8 @@ class _Promoting:
                 waits = len(rollout.division) == 1 and rollout.copies is None
                 if waits or begun.version in rollout.division:
                     operator.divide(self.name, self.target.alias, ())
-        self._audit(begun, "abandoned", step=self._where(begun), detail={"reason": reason})
+        self._audit(begun, "abandoned", step=where(self.target, begun), detail={"reason": reason})
         self.journal.end()
-
-    def _end_rollout(self) -> None:
-        with Operator(Hosting(self.target).require(), self.target.token) as operator:
-            operator.divide(self.name, self.target.alias, ())
-
-    def _where(self, promotion: Promotion) -> str:
-        canary = self.target.gates.canary
-        if not promotion.gates:
-            return "gates"
-        if canary is None or promotion.step >= len(canary.steps):
-            return "alias"
-        return f"canary {canary.steps[promotion.step]} %"
 
     def _audit(
         self,
@@ -338,7 +305,6 @@ class _Promoting:
         *,
         step: str = "",
         detail: Mapping[str, Any] | None = None,
-        once: bool = True,
     ) -> None:
         audit(
             self.registry,
@@ -349,12 +315,11 @@ class _Promoting:
             version=self.registry.find(f"{self.name}@{promotion.version}"),
             step=step,
             detail=detail,
-            key=f"promote/{promotion.attempt}/{step}/{outcome}" if once else None,
+            key=f"promote/{promotion.attempt}/{step}/{outcome}",
         )
 
-    def _done(self, verb: str, number: int | None = None) -> Outcome:
-        number = self.version.number if number is None else number
+    def _done(self, verb: str) -> Outcome:
         return Outcome(
-            f"{self.target.name} {verb} {self.name}@{number}",
-            {"stage": self.target.name, "name": self.name, "version": number},
+            f"{self.target.name} {verb} {self.what}",
+            {"stage": self.target.name, "name": self.name, "version": self.version.number},
         )

@@ -6,12 +6,12 @@ Repeated, it says that this was done: it never swings back to what was rolled ba
 """
 
 import uuid
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 
-from deploy.stages.candidate import last_move
 from deploy.stages.errors import NothingBeforeError, NotRunningError
 from deploy.stages.hosting import Hosting
 from deploy.stages.journal import Journal, Promotion, Rollback
+from deploy.stages.moves import moves_of, tell_moves
 from deploy.stages.operator import Operator
 from deploy.stages.settings import Stage
 from deploy.stages.work import Outcome, Work, audit
@@ -68,7 +68,8 @@ class _Place:
 
     def withdrawn(self, number: int) -> bool:
         """Whether nobody is served a version any more, and so nothing divided with it."""
-        return self.registry.find(f"{self.name}@{number}").yanked
+        version = self.registry.find(f"{self.name}@{number}")
+        return version.yanked or version.deleted
 
     def divided(self, serving: int) -> bool:
         """Whether others than the alias's version have a share or copies."""
@@ -81,8 +82,10 @@ class _Place:
 
 def _go_back(place: _Place, alias: Alias, named: int | None, work: Work) -> Outcome:
     registry, stage, name = place.registry, place.stage, place.name
-    begun = place.journal.read()
-    if isinstance(begun, Rollback) and not _still_meant(begun, alias, named):
+    if not work.plan:
+        tell_moves(registry, stage, name, work)
+    begun, fresh = place.journal.read(), False
+    if isinstance(begun, Rollback) and not _still_meant(place, begun, alias, named):
         if not work.plan:
             place.journal.end()
         begun = None
@@ -90,10 +93,12 @@ def _go_back(place: _Place, alias: Alias, named: int | None, work: Work) -> Outc
         begun = _intention(place, begun, alias, named)
         if begun is None:
             return _already(place, alias)
-        if not work.plan:
-            place.journal.write(begun)
+        fresh = not work.plan
     target = alias.version if begun.target is None else begun.target
     version = registry.resolve(f"{name}@{target}")
+    # What is not to be had is not under way: it would keep promotions waiting.
+    if fresh:
+        place.journal.write(begun)
     told = place.serves and not place.withdrawn(alias.version)
     if told and work.step(f"end the rollout of {name}@{stage.alias}"):
         with place.operator() as operator:
@@ -127,7 +132,7 @@ def _go_back(place: _Place, alias: Alias, named: int | None, work: Work) -> Outc
 def _named(registry: Registry, stage: Stage, name: str, to: str) -> int:
     """The version that --to names."""
     version = registry.resolve(to if "@" in to else f"{name}@{to}")
-    served = {move.version for move in registry.history(name) if move.alias == stage.alias}
+    served = {move.version for move in moves_of(registry, stage, name)}
     if version.name != name or version.number not in served:
         # It would pass no gate on its way.
         raise NothingBeforeError(
@@ -137,10 +142,11 @@ def _named(registry: Registry, stage: Stage, name: str, to: str) -> int:
     return version.number
 
 
-def _still_meant(begun: Rollback, alias: Alias, named: int | None) -> bool:
-    """Whether nobody moved the alias elsewhere since, and no other version is named."""
+def _still_meant(place: _Place, begun: Rollback, alias: Alias, named: int | None) -> bool:
+    """Whether nobody moved the alias elsewhere since, withdrew its version or names another."""
+    target = alias.version if begun.target is None else begun.target
     moved = alias.generation != begun.generation and alias.version != begun.target
-    return not moved and named in (None, alias.version if begun.target is None else begun.target)
+    return not moved and not place.withdrawn(target) and named in (None, target)
 
 
 def _intention(
@@ -164,30 +170,41 @@ def _intention(
     elif not withdrawn and (promotion is not None or place.divided(alias.version)):
         target = None
     else:
-        target = version_before(place.registry.history(place.name), place.stage.alias)
-        if target is None and withdrawn:
-            raise NothingBeforeError(
-                f"{place.name}@{alias.version}, to which {place.stage.name} was rolled back, was "
-                "withdrawn since: name a version with --to"
-            )
+        moves = place.registry.history(place.name)
+        gone = {
+            one.number for one in place.registry.versions(place.name) if one.yanked or one.deleted
+        }
+        target = version_before(moves, place.stage.alias, gone)
         if target is None:
             return None
     return Rollback(attempt, target, alias.generation)
 
 
-def version_before(moves: Sequence[AliasMove], alias: str) -> int | None:
+def version_before(moves: Sequence[AliasMove], alias: str, gone: Container[int] = ()) -> int | None:
     """The version an alias meant before the present one came; None: it was moved back already.
 
+    Args:
+        moves: of the adapter's aliases, oldest first.
+        alias: one of them.
+        gone: versions that were withdrawn: they are gone back from, and passed over.
+
     Raises:
-        NothingBeforeError: it never meant another version.
+        NothingBeforeError: there is none to go back to.
     """
     came, back = way(move.version for move in moves if move.alias == alias)
-    if back:
+    present = came[-1]
+    if back and present not in gone:
         return None
-    if len(came) < 2:
-        only = f"version {came[-1]}" if came else "nothing"
-        raise NothingBeforeError(f"{alias} never meant another version than {only}")
-    return came[-2]
+    before = [number for number in came[:-1] if number not in gone]
+    if before:
+        return before[-1]
+    others = {move.version for move in moves if move.alias == alias and move.version not in gone}
+    ways = [f"--to {number}" for number in sorted(others - {present})]
+    raise NothingBeforeError(
+        f"{alias} meant no version before {present} that could be served: "
+        + (f"{' or '.join(ways)} goes to one it meant since, " if ways else "")
+        + "deploy/promote takes in another"
+    )
 
 
 def _already(place: _Place, alias: Alias) -> Outcome:
@@ -199,7 +216,7 @@ def _already(place: _Place, alias: Alias) -> Outcome:
 
 
 def _record(place: _Place, version: Version, begun: Rollback, work: Work) -> None:
-    move = last_move(place.registry, place.name, place.stage.alias)
+    move = moves_of(place.registry, place.stage, place.name)[-1]
     audit(
         place.registry,
         place.stage,
@@ -208,6 +225,6 @@ def _record(place: _Place, version: Version, begun: Rollback, work: Work) -> Non
         work,
         version=version,
         step="rollout" if begun.target is None else "alias",
-        detail={"generation": move.generation, "from": move.previous},
-        key=f"rollback/{begun.attempt}",
+        detail={"generation": move.generation, "before": move.previous},
+        key=begun.done,
     )

@@ -56,13 +56,22 @@ class Scripts:
         )
 
     def run(
-        self, *arguments: str, kill: int | None = None, by: signal.Signals = signal.SIGKILL
+        self,
+        *arguments: str,
+        kill: int | None = None,
+        by: signal.Signals = signal.SIGKILL,
+        times: int = 1,
     ) -> Ended:
-        """Runs `deploy/ARGUMENTS`; it gets the signal `by` at its moment number `kill`, from 0."""
+        """Runs `deploy/ARGUMENTS`.
+
+        It gets the signal `by` at its moment number `kill`, from 0, and at the next ones if it is
+        to get it several times.
+        """
+        signalled = [] if kill is None else list(range(kill, kill + times))
         assert self._runner.stdin is not None
         assert self._runner.stdout is not None
         self._runner.stdin.write(
-            json.dumps({"arguments": arguments, "kill": kill, "by": by}) + "\n"
+            json.dumps({"arguments": arguments, "kill": signalled, "by": by}) + "\n"
         )
         self._runner.stdin.flush()
         return Ended(**json.loads(self._runner.stdout.readline()))
@@ -100,8 +109,8 @@ def effects() -> list[tuple[type, str]]:
     ]
 
 
-def run(arguments: list[str], kill: int | None, by: int, counted: int) -> None:
-    """In the child: the script, sent `by` at moment `kill`; says how many there were."""
+def run(arguments: list[str], kill: list[int], by: int, counted: int) -> None:
+    """In the child: the script, sent `by` at the moments `kill`; says how many there were."""
     from deploy.stages.__main__ import main
 
     moments = 0
@@ -109,7 +118,7 @@ def run(arguments: list[str], kill: int | None, by: int, counted: int) -> None:
     def moment() -> None:
         nonlocal moments
         at, moments = moments, moments + 1
-        if at == kill:
+        if at in kill:
             os.kill(os.getpid(), by)
         os.pwrite(counted, moments.to_bytes(4, "big"), 0)
 

@@ -142,7 +142,9 @@ def test_a_rollback_that_somebody_else_finished_otherwise_is_over(world: World) 
     name = quick(world, versions=3)
     for number in (2, 3):
         world.registry.set_alias(name, "production", number)
-    assert world.scripts.run("rollback", name, "--stage", "production", kill=1).killed
+    # Behind the records of three moves by hand, it has kept what it is about to do.
+    assert world.scripts.run("rollback", name, "--stage", "production", kill=7).killed
+    assert (world.stages / f"production/state/promotions/{name}.json").exists()
     world.registry.set_alias(name, "production", 1)
     world.registry.set_alias(name, "staging", 2)
     assert "interrupted" in world.scripts.refused("promote", name)
@@ -199,6 +201,16 @@ def test_who_interrupts_a_canary_sends_everybody_back(world: World, by: signal.S
     assert ("canary 50 %", "interrupted") in world.outcomes(name, "promote")
 
 
+def test_a_second_signal_does_not_keep_everybody_from_being_sent_back(world: World) -> None:
+    _, moment = killed_in_canary(world)
+    name = candidate(world)
+    with world.client(name):
+        ended = world.scripts.run("promote", name, kill=moment, by=signal.SIGINT, times=3)
+    assert ended.status == 1, ended.err
+    assert "everybody is back on version 1. Run it again to go on" in ended.err
+    assert (world.serving(name), world.division(name)) == (1, {})
+
+
 def test_a_candidate(world: World) -> None:
     def check(name: str, ended: Ended) -> None:
         assert ended.status == 0, ended.err
@@ -210,6 +222,35 @@ def test_a_candidate(world: World) -> None:
         world, lambda: quick(world), lambda name: ("candidate", f"{name}@2"), check
     )
     assert moments == 4
+
+
+@pytest.mark.parametrize("script", ["candidate", "promote", "rollback"])
+def test_the_record_of_a_move_that_was_killed_behind_it_is_kept_by_the_next_script(
+    world: World, script: str
+) -> None:
+    """Whatever that script is, and told by the one that did it, where that can be known."""
+
+    name, moment = "", -1
+    while not name or world.serving(name) == 2:
+        moment += 2
+        name = quick(world, versions=3)
+        world.registry.set_alias(name, "production", 2, actor="ann", why="by hand")
+        world.registry.set_alias(name, "staging", 3)
+        arguments = {
+            "candidate": (f"{name}@3", "--stage", "production"),
+            "promote": (name,),
+            "rollback": (name, "--stage", "production"),
+        }
+        assert world.scripts.run(script, *arguments[script], kill=moment).killed
+    world.scripts.good("rollback", name, "--stage", "production", "--to", "2")
+    moves = [move for move in world.registry.history(name) if move.alias == "production"]
+    records = world.registry.deployments(name, stage="production")
+    done = [record for record in records if record.outcome == "done"]
+    assert [record.detail["generation"] for record in done] == [1, 2, 3, 4]
+    assert [record.version for record in done] == [move.version for move in moves]
+    assert done[1].action == "alias"
+    assert (done[1].actor, done[1].why) == ("ann", "by hand")
+    assert done[2].action == ("alias" if script == "candidate" else script)
 
 
 def test_an_approval(world: World) -> None:

@@ -402,7 +402,39 @@ def test_a_version_that_was_withdrawn_can_be_rolled_back_and_replaced(world: Wor
     assert world.outcomes(other, "promote") == [("gates", "passed"), ("", "done")]
     world.registry.yank(f"{other}@2")
     line = world.scripts.refused("rollback", other, "--stage", "production")
-    assert f"{other}@1 was withdrawn" in line
+    assert "production meant no version before 2 that could be served: deploy/promote" in line
+
+
+def test_a_rollback_passes_over_versions_that_were_withdrawn(world: World) -> None:
+    name = world.adapter(versions=4)
+    for number in (2, 3, 4):
+        world.registry.set_alias(name, "production", number)
+    world.registry.yank(f"{name}@3")
+    for _ in range(2):
+        world.scripts.good("rollback", name, "--stage", "production")
+        assert world.serving(name) == 2
+    world.registry.yank(f"{name}@2")
+    world.scripts.good("rollback", name, "--stage", "production")
+    assert world.serving(name) == 1
+    world.registry.yank(f"{name}@1")
+    line = world.scripts.refused("rollback", name, "--stage", "production")
+    assert "before 1 that could be served: --to 4 goes to one it meant since" in line
+    world.scripts.good("rollback", name, "--stage", "production", "--to", "4")
+    assert world.serving(name) == 4
+
+
+def test_a_rollback_that_cannot_be_done_is_not_under_way(world: World) -> None:
+    name = world.adapter(versions=4)
+    world.registry.set_alias(name, "production", 2)
+    # Behind the records of two moves by hand, it has kept what it is about to do.
+    killed = world.scripts.run("rollback", name, "--stage", "production", kill=5)
+    assert killed.killed
+    assert (world.stages / f"production/state/promotions/{name}.json").exists()
+    for number in (1, 2):
+        world.registry.yank(f"{name}@{number}")
+    assert "deploy/promote" in world.scripts.refused("rollback", name, "--stage", "production")
+    world.scripts.good("candidate", f"{name}@4")
+    assert world.scripts.good("promote", name) == f"production serves {name}@4\n"
 
 
 def test_status_and_history_tell_machines_too(world: World) -> None:

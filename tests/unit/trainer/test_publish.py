@@ -9,6 +9,7 @@ import manylora_trainer
 from manylora_registry import Registry
 from manylora_registry.errors import InvalidNameError
 from manylora_trainer.errors import NotPublishableError
+from manylora_trainer.progress import Progress
 from manylora_trainer.publish import publish_run
 
 
@@ -38,19 +39,68 @@ def test_a_task_that_is_named_twice_is_published_once(run, registry):
     assert registry.aliases("first")["production"].generation == 1
 
 
-def test_what_is_refused_midway_tells_what_is_published(
+def test_what_is_refused_midway_tells_what_became_of_each(
     make_task, write_recipe, tmp_path, registry
 ):
-    recipe = write_recipe(make_task("first", steps=1), make_task("second", steps=1))
+    recipe = write_recipe(*(make_task(name, steps=1) for name in ("first", "second", "third")))
     manylora_trainer.train(recipe, tmp_path / "run")
     weights = tmp_path / "run" / "adapters" / "second" / "adapter_model.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[:-1])
-    with pytest.raises(NotPublishableError, match=r"published before .*: first@1\)"):
-        publish_run(tmp_path / "run", registry)
+    with pytest.raises(NotPublishableError) as refused:
+        publish_run(tmp_path / "run", registry, alias="production")
+    assert str(refused.value).startswith("second cannot be published: ")
+    assert str(refused.value).endswith(
+        "(published before this, and there to stay: first@1; not tried: third; no alias was moved: "
+        "--task first --task third publishes all but second)"
+    )
+    assert registry.aliases("first") == {}
 
     weights.write_bytes(whole)
-    assert [v.number for v in publish_run(tmp_path / "run", registry)] == [1, 1]
+    assert [v.number for v in publish_run(tmp_path / "run", registry)] == [1, 1, 1]
+
+
+def test_an_alias_that_may_not_move_tells_which_have(make_task, write_recipe, tmp_path, registry):
+    recipe = write_recipe(make_task("first", steps=1), make_task("second", steps=1))
+    manylora_trainer.train(recipe, tmp_path / "run")
+    publish_run(tmp_path / "run", registry)
+    registry.protect("second", "production")
+    with pytest.raises(NotPublishableError) as refused:
+        publish_run(tmp_path / "run", registry, alias="production")
+    assert str(refused.value).endswith(
+        "(published before this, and there to stay: first@1, second@1; production points at "
+        "first@1)"
+    )
+
+
+def test_publishing_again_moves_no_alias(run, registry):
+    for _ in range(2):
+        publish_run(run, registry, alias="production")
+    assert registry.aliases("first")["production"].generation == 1
+
+
+class Publishing(Progress):
+    """Publishes what has ended of a run in its second step, and crashes."""
+
+    def __init__(self, run: Path, registry: Registry) -> None:
+        super().__init__()
+        self._run, self._registry = run, registry
+
+    def step(self, step, losses, tokens_per_s):
+        if step == 2:
+            assert (self._run / "adapters/first").is_dir()
+            publish_run(self._run, self._registry, tasks=["first"])
+
+
+def test_a_run_that_has_not_ended_is_not_published(make_task, write_recipe, tmp_path, registry):
+    """Nor what has ended of it: its figures are not written yet."""
+    run = tmp_path / "run"
+    recipe = write_recipe(make_task("first", steps=1), make_task("second", steps=2))
+    with pytest.raises(NotPublishableError, match="is still being trained: publish it once"):
+        manylora_trainer.train(recipe, run, progress=Publishing(run, registry))
+    with pytest.raises(NotPublishableError, match="not trained to its end; resume the run first"):
+        publish_run(run, registry, tasks=["first"])
+    assert registry.adapters() == []
 
 
 @pytest.mark.parametrize("file", ["run.json", "base.json", "environment.json"])

@@ -10,6 +10,7 @@ from manylora_registry import BaseModelIdentity, Registry, Version
 from manylora_registry.errors import RegistryError
 from manylora_registry.reference import check_alias_name
 from manylora_trainer.errors import NotPublishableError
+from manylora_trainer.saved_runs import is_locked
 from manylora_trainer.sweep import STATE_FILE, read_sweep
 
 
@@ -21,8 +22,9 @@ def publish_run(
 ) -> list[Version]:
     """Publishes the adapters of a run, each as the next version of the adapter named by its task.
 
-    All are published before the first alias moves. Publishing a run again changes nothing: equal
-    bytes are the version they already are.
+    All are published before the first alias moves; the first that is refused ends it, with what
+    was published by then. Publishing a run again changes nothing: equal bytes are the version they
+    already are, and an alias that points at it stays.
 
     Args:
         run_dir: the directory of a run that has finished.
@@ -45,6 +47,13 @@ def publish_run(
             f"{run_dir} trained the base itself, and the registry holds adapters: give the model "
             f"directory in {run_dir / 'adapters'} to a gateway as its base"
         )
+    if run.get("status") == "running":
+        # What it has written of tasks that ended before others does not tell of their ends yet.
+        raise NotPublishableError(
+            f"{run_dir} is still being trained: publish it once it has ended"
+            if is_locked(run_dir / "metrics.jsonl")
+            else f"{run_dir} was not trained to its end; resume the run first"
+        )
     trained: dict[str, Any] = run["tasks"]
     finished = [name for name, task in trained.items() if not task.get("stopped")]
     chosen = list(dict.fromkeys(tasks or finished))
@@ -54,7 +63,7 @@ def publish_run(
     if problems:
         raise NotPublishableError(f"{run_dir}: {'; '.join(problems)}")
     versions: list[Version] = []
-    with _telling(versions):
+    with _telling(versions, chosen):
         for name in chosen:
             version = registry.publish(
                 name,
@@ -65,7 +74,7 @@ def publish_run(
                 parent=_parent(registry, run, name),
             )
             versions.append(version)
-        _point(registry, versions, alias, f"published from run {run['id'][:12]}")
+    _point(registry, versions, alias, f"published from run {run['id'][:12]}")
     return versions
 
 
@@ -107,8 +116,7 @@ def publish_best_trial(directory: Path, registry: Registry, alias: str | None = 
         lineage={**_lineage(run_dir, run, best.name), "trial": best.name},
         parent=_parent(registry, run, best.name),
     )
-    with _telling([version]):
-        _point(registry, [version], alias, f"best of {len(sweep.trials)} trials")
+    _point(registry, [version], alias, f"best of {len(sweep.trials)} trials")
     return version
 
 
@@ -140,23 +148,43 @@ def _parent(registry: Registry, run: Mapping[str, Any], task: str) -> str | None
 
 
 @contextmanager
-def _telling(published: Sequence[Version]) -> Generator[None]:
-    """Says what is published by now, when the registry refuses what comes next."""
+def _telling(published: Sequence[Version], chosen: Sequence[str]) -> Generator[None]:
+    """Says what is published by now and what was not tried, when the registry refuses one."""
     try:
         yield
     except RegistryError as error:
-        if not published:
+        refused, *left = chosen[len(published) :]
+        if len(chosen) == 1:
             raise
-        names = ", ".join(f"{version.name}@{version.number}" for version in published)
+        told = [f"published before this, and there to stay: {_names(published) or 'nothing'}"]
+        if left:
+            told.append(f"not tried: {', '.join(left)}")
+        others = " ".join(f"--task {name}" for name in chosen if name != refused)
         raise NotPublishableError(
-            f"{error} (published before this, and there to stay: {names})"
+            f"{error} ({'; '.join(told)}; no alias was moved: {others} publishes all but {refused})"
         ) from error
 
 
 def _point(registry: Registry, versions: Sequence[Version], alias: str | None, why: str) -> None:
-    if alias is not None:
-        for version in versions:
-            registry.set_alias(version.name, alias, version.number, why=why)
+    """Has `alias` of each adapter point at its version, where it does not already."""
+    moved: list[Version] = []
+    if alias is None:
+        return
+    for version in versions:
+        try:
+            there = registry.aliases(version.name).get(alias)
+            if there is None or there.version != version.number:
+                registry.set_alias(version.name, alias, version.number, why=why)
+        except RegistryError as error:
+            raise NotPublishableError(
+                f"{error} (published before this, and there to stay: {_names(versions)}; {alias} "
+                f"points at {_names(moved) or 'none of them'})"
+            ) from error
+        moved.append(version)
+
+
+def _names(versions: Sequence[Version]) -> str:
+    return ", ".join(f"{version.name}@{version.number}" for version in versions)
 
 
 def _problem(run_dir: Path, trained: dict[str, Any], name: str) -> str | None:
