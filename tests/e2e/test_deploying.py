@@ -209,8 +209,15 @@ def test_versions_earn_their_way_to_production(
             assert run("rollback", NAME, "--stage", "production")[0] == 0
             assert (production(), division()) == (1, {1: 100})
         kept = registry.deployments(NAME, stage="production")
-        outcomes = [(one.version, one.outcome) for one in kept if one.outcome != "passed"]
-        assert outcomes == [(2, "done"), (3, "refused"), (4, "rolled-back"), (1, "done")]
+        assert [
+            (one.action, one.version, one.outcome) for one in kept if one.outcome != "passed"
+        ] == [
+            ("alias", 1, "done"),
+            ("promote", 2, "done"),
+            ("promote", 3, "refused"),
+            ("promote", 4, "rolled-back"),
+            ("rollback", 1, "done"),
+        ]
     finally:
         assert run("down", "staging")[0] == 0
     # Nobody may have asked yet how it ended: its parent, `deploy/up`, is gone.
