@@ -108,7 +108,8 @@ def test_a_version_that_is_taken_back(world: World) -> None:
     assert killed_everywhere(world, prepare, lambda name: ("promote", name), check) > 8
 
 
-def test_a_rollback(world: World) -> None:
+@pytest.mark.parametrize("to", [(), ("--to", "1")])
+def test_a_rollback(world: World, to: tuple[str, ...]) -> None:
     def prepare() -> str:
         name = quick(world)
         world.registry.set_alias(name, "production", 2)
@@ -119,22 +120,7 @@ def test_a_rollback(world: World) -> None:
         assert [move.version for move in world.registry.history(name)] == [1, 2, 1]
         assert world.outcomes(name, "rollback") == [("alias", "done")]
 
-    arguments = ("--stage", "production")
-    assert killed_everywhere(world, prepare, lambda name: ("rollback", name, *arguments), check) > 8
-
-
-def test_a_rollback_to_a_version_by_number(world: World) -> None:
-    def prepare() -> str:
-        name = quick(world)
-        world.registry.set_alias(name, "production", 2)
-        return name
-
-    def check(name: str, ended: Ended) -> None:
-        assert ended.status == 0, ended.err
-        assert [move.version for move in world.registry.history(name)] == [1, 2, 1]
-        assert world.outcomes(name, "rollback") == [("alias", "done")]
-
-    arguments = ("--stage", "production", "--to", "1")
+    arguments = ("--stage", "production", *to)
     assert killed_everywhere(world, prepare, lambda name: ("rollback", name, *arguments), check) > 8
 
 

@@ -10,12 +10,11 @@ from manylora_gateway.engine import Sampling, TextPrompt
 from manylora_gateway.errors import ReplicaLostError
 from manylora_gateway.metrics import Metrics
 from manylora_gateway.replicas import Replicas, ReplicaState
+from manylora_gateway.retries import FIRST_RETRY_S, later
 from manylora_gateway.routes import Routes
 from manylora_registry import Version
 
 WATCH_S = 1.0
-FIRST_RETRY_S = 1.0
-LAST_RETRY_S = 60.0
 FAILURES = 3
 """Looks in a row that must fail before nobody is let in: a busy replica may miss one."""
 
@@ -150,7 +149,7 @@ class Fleet:
                 await self._bring(self._replicas.unpin, version)
         if failed:
             await asyncio.sleep(self._retry_s)
-            self._retry_s = min(2 * self._retry_s, LAST_RETRY_S)
+            self._retry_s = later(self._retry_s)
         self._pinning = False
 
     async def _bring(self, bring: Callable[[Version], Awaitable[object]], version: Version) -> bool:

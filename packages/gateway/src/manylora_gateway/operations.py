@@ -12,9 +12,10 @@ from manylora_gateway.errors import (
     Violation,
     YankedAdapterError,
 )
-from manylora_gateway.fleet import FIRST_RETRY_S, LAST_RETRY_S, Fleet
+from manylora_gateway.fleet import Fleet
 from manylora_gateway.metrics import Metrics
 from manylora_gateway.replicas import Replicas, ReplicaState
+from manylora_gateway.retries import FIRST_RETRY_S, later
 from manylora_gateway.rollouts import (
     AliasKey,
     Division,
@@ -189,7 +190,7 @@ class Operations:
         delay = FIRST_RETRY_S
         while self.rollouts.unset():
             await asyncio.sleep(delay)
-            delay = min(2 * delay, LAST_RETRY_S)
+            delay = later(delay)
             await self._set_again()
 
     async def _set_again(self) -> None:

@@ -19,12 +19,10 @@ from manylora_gateway.errors import (
 )
 from manylora_gateway.metrics import Metrics
 from manylora_gateway.replicas import Replicas
+from manylora_gateway.retries import FIRST_RETRY_S, later
 from manylora_gateway.rollouts import AliasKey
 from manylora_gateway.routes import Routes
 from manylora_registry import AdapterReference, Event, Registry, Version
-
-FIRST_RETRY_S = 1.0
-LAST_RETRY_S = 60.0
 
 logger = logging.getLogger(__name__)
 
@@ -138,7 +136,7 @@ class Swaps:
                     async with asyncio.timeout(delay):
                         await moved.wait()
                 except TimeoutError:
-                    delay = min(2 * delay, LAST_RETRY_S)
+                    delay = later(delay)
                     continue
             moved.clear()
             delay = FIRST_RETRY_S
