@@ -117,7 +117,7 @@ class ScriptedService(InferenceServiceServicer):
         self.most_in_flight = 0
         self._barriers: dict[int, asyncio.Barrier] = {}
         self.cancelled = threading.Event()
-        """A call was cancelled while the server held it."""
+        """A call was cancelled before it had its whole answer."""
 
     async def Generate(  # noqa: N802
         self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext[Any, Any]
@@ -238,6 +238,10 @@ class ScriptedService(InferenceServiceServicer):
         self.most_in_flight = max(self.most_in_flight, self.in_flight)
         try:
             yield
+        except (asyncio.CancelledError, GeneratorExit):
+            # The second is what a stream gets whose last delta was still being sent.
+            self.cancelled.set()
+            raise
         finally:
             self.in_flight -= 1
 
@@ -250,10 +254,7 @@ class ScriptedService(InferenceServiceServicer):
 
     async def _hold(self, hold: bool) -> None:
         if hold:
-            try:
-                await asyncio.Event().wait()
-            finally:
-                self.cancelled.set()
+            await asyncio.Event().wait()
 
 
 class ScriptedServer:
