@@ -6,7 +6,6 @@ Repeated, it says that this was done: it never swings back to what was rolled ba
 """
 
 import uuid
-from collections.abc import Container, Sequence
 
 from deploy.stages.errors import NothingBeforeError, NotRunningError
 from deploy.stages.hosting import Hosting
@@ -15,9 +14,8 @@ from deploy.stages.moves import moves_of, tell_moves
 from deploy.stages.operator import Operator
 from deploy.stages.settings import Stage
 from deploy.stages.work import Outcome, Work, audit
-from manylora_registry import Alias, AliasMove, Registry, Version
-from manylora_registry.errors import AliasNotFoundError
-from manylora_registry.history import way
+from manylora_registry import Alias, Registry, Version
+from manylora_registry.errors import AliasNotFoundError, VersionNotFoundError
 
 
 def rollback(stage: Stage, name: str, to: str | None, work: Work) -> Outcome:
@@ -170,41 +168,30 @@ def _intention(
     elif not withdrawn and (promotion is not None or place.divided(alias.version)):
         target = None
     else:
-        moves = place.registry.history(place.name)
-        gone = {
-            one.number for one in place.registry.versions(place.name) if one.yanked or one.deleted
-        }
-        target = version_before(moves, place.stage.alias, gone)
-        if target is None:
+        before = _before(place, alias)
+        if before is None:
             return None
+        target = before.number
     return Rollback(attempt, target, alias.generation)
 
 
-def version_before(moves: Sequence[AliasMove], alias: str, gone: Container[int] = ()) -> int | None:
-    """The version an alias meant before the present one came; None: it was moved back already.
-
-    Args:
-        moves: of the adapter's aliases, oldest first.
-        alias: one of them.
-        gone: versions that were withdrawn: they are gone back from, and passed over.
+def _before(place: _Place, alias: Alias) -> Version | None:
+    """The version the alias meant before the present one came; None: it was moved back already.
 
     Raises:
         NothingBeforeError: there is none to go back to.
     """
-    came, back = way(move.version for move in moves if move.alias == alias)
-    present = came[-1]
-    if back and present not in gone:
-        return None
-    before = [number for number in came[:-1] if number not in gone]
-    if before:
-        return before[-1]
-    others = {move.version for move in moves if move.alias == alias and move.version not in gone}
-    ways = [f"--to {number}" for number in sorted(others - {present})]
-    raise NothingBeforeError(
-        f"{alias} meant no version before {present} that could be served: "
-        + (f"{' or '.join(ways)} goes to one it meant since, " if ways else "")
-        + "deploy/promote takes in another"
-    )
+    try:
+        return place.registry.before(place.name, place.stage.alias)
+    except VersionNotFoundError as error:
+        served = {move.version for move in moves_of(place.registry, place.stage, place.name)}
+        others = sorted(served - {alias.version})
+        ways = [f"--to {number}" for number in others if not place.withdrawn(number)]
+        raise NothingBeforeError(
+            f"{error}: "
+            + (f"{' or '.join(ways)} goes to one it meant since, " if ways else "")
+            + "deploy/promote takes in another"
+        ) from error
 
 
 def _already(place: _Place, alias: Alias) -> Outcome:

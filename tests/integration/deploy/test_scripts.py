@@ -402,7 +402,7 @@ def test_a_version_that_was_withdrawn_can_be_rolled_back_and_replaced(world: Wor
     assert world.outcomes(other, "promote") == [("gates", "passed"), ("", "done")]
     world.registry.yank(f"{other}@2")
     line = world.scripts.refused("rollback", other, "--stage", "production")
-    assert "production meant no version before 2 that could be served: deploy/promote" in line
+    assert "production pointed at no version before 2 that can be served: deploy/promote" in line
 
 
 def test_a_rollback_passes_over_versions_that_were_withdrawn(world: World) -> None:
@@ -418,7 +418,7 @@ def test_a_rollback_passes_over_versions_that_were_withdrawn(world: World) -> No
     assert world.serving(name) == 1
     world.registry.yank(f"{name}@1")
     line = world.scripts.refused("rollback", name, "--stage", "production")
-    assert "before 1 that could be served: --to 4 goes to one it meant since" in line
+    assert "before 1 that can be served: --to 4 goes to one it meant since" in line
     world.scripts.good("rollback", name, "--stage", "production", "--to", "4")
     assert world.serving(name) == 4
 

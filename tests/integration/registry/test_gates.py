@@ -108,7 +108,7 @@ def test_a_rollback_never_swings_forward_to_what_was_rolled_back(registry, publi
         registry.set_alias("spelling", "production", version)
 
     assert registry.rollback("spelling", "production").version == 2
-    with pytest.raises(VersionNotFoundError, match="moved back to version 2 already"):
+    with pytest.raises(VersionNotFoundError, match="was moved back already"):
         registry.rollback("spelling", "production")
     assert registry.resolve("spelling").number == 2
     assert [version.number for version in registry.way("spelling", "production")] == [1, 2]
@@ -117,6 +117,53 @@ def test_a_rollback_never_swings_forward_to_what_was_rolled_back(registry, publi
     assert registry.rollback("spelling", "production").version == 2
     with pytest.raises(AliasNotFoundError):
         registry.way("spelling", "canary")
+
+
+@pytest.mark.parametrize(
+    ("moves", "yanked", "before"),
+    [
+        ([1, 2], [], 1),
+        ([1, 2, 3], [], 2),
+        ([1, 2, 2], [], 1),
+        ([1, 2, 1], [], None),
+        ([1, 2, 1, 2], [], 1),
+        ([1, 2, 3, 2], [], None),
+        ([1, 2, 3, 1, 4], [], 1),
+        ([1, 2, 3], [2], 1),
+        ([1, 2, 3], [3], 2),
+        ([1, 2, 3, 2], [2], 1),
+        ([1, 2, 3, 2], [1], None),
+    ],
+)
+def test_a_rollback_goes_to_what_was_there_before(registry, publish, moves, yanked, before):
+    for number in range(1, max(moves) + 1):
+        publish(number)
+    for number in moves:
+        registry.set_alias("spelling", "production", number)
+        registry.set_alias("spelling", "other", 1)
+    for number in yanked:
+        registry.yank(f"spelling@{number}")
+
+    found = registry.before("spelling", "production")
+
+    assert (found and found.number) == before
+    if before is None:
+        with pytest.raises(VersionNotFoundError):
+            registry.rollback("spelling", "production")
+    else:
+        assert registry.rollback("spelling", "production").version == before
+
+
+@pytest.mark.parametrize("yanked", [[1], [1, 2]])
+def test_where_nothing_can_be_served_there_is_nothing_to_go_back_to(registry, publish, yanked):
+    for number in (1, 2):
+        publish(number)
+        registry.set_alias("spelling", "production", number)
+    for number in yanked:
+        registry.yank(f"spelling@{number}")
+
+    with pytest.raises(VersionNotFoundError, match="no version before 2 that can be served"):
+        registry.before("spelling", "production")
 
 
 def test_tags_and_metrics_change_and_every_reader_sees_it(registry, publish, place):

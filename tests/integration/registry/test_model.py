@@ -102,20 +102,21 @@ class RegistryModel(RuleBasedStateMachine):
         if before is None:
             with pytest.raises(NotFoundError):
                 self.registry.rollback("a", alias)
-        elif before in self.yanked:
-            with pytest.raises(YankedError):
-                self.registry.rollback("a", alias)
         else:
             assert self.registry.rollback("a", alias).version == before
             self.aliases[alias] = (before, self.aliases[alias][1] + 1)
             self.moves += 1
-            self.ways[alias].pop()
+            way = self.ways[alias]
+            del way[way.index(before) + 1 :]
             self.went_back.add(alias)
 
     def before(self, alias):
         """Where a rollback goes."""
-        way = self.ways.get(alias, [])
-        return way[-2] if len(way) > 1 and alias not in self.went_back else None
+        *earlier, present = self.ways.get(alias, [None])
+        gone = self.yanked | self.deleted
+        if alias in self.went_back and present not in gone:
+            return None
+        return next((number for number in reversed(earlier) if number not in gone), None)
 
     @rule(number=NUMBERS)
     def yank(self, number):
@@ -127,7 +128,7 @@ class RegistryModel(RuleBasedStateMachine):
     def delete(self, number):
         if number > len(self.seeds):
             return
-        back = {self.before(alias) for alias in self.aliases} - self.yanked
+        back = {self.before(alias) for alias in self.aliases}
         if number in {at for at, _ in self.aliases.values()} | back:
             with pytest.raises(VersionInUseError):
                 self.registry.delete(f"a@{number}")

@@ -18,11 +18,8 @@ from deploy.stages.gate_settings import Gates, SuiteGate
 from deploy.stages.gates import fingerprint, still_open
 from deploy.stages.journal import Journal, Promotion, Rollback
 from deploy.stages.operator import Figures
-from deploy.stages.rollback import version_before
 from deploy.stages.settings import Stage, StageConfig
 from manylora_gateway.config import GatewayConfig
-from manylora_registry import Registry
-from tests.unit.gateway.in_process import publish
 
 PROMOTION = Promotion("a1", 3, "sha256:3", "staging", 2, 7, gates="g", began=Figures(5, 1, 9, 0.5))
 
@@ -194,27 +191,3 @@ def test_a_rollback_ends_no_process_but_the_one_that_has_the_lock(
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
     other.kill()
     other.wait()
-
-
-@pytest.mark.parametrize(
-    ("moves", "before"),
-    [
-        ([1, 2], 1),
-        ([1, 2, 3], 2),
-        ([1, 2, 2], 1),
-        ([1, 2, 1], None),
-        ([1, 2, 1, 2], 1),
-        ([1, 2, 3, 2], None),
-        ([1, 2, 3, 1, 4], 1),
-    ],
-)
-def test_a_rollback_goes_to_what_was_there_before(
-    tmp_path: Path, moves: list[int], before: int | None
-) -> None:
-    with Registry.open(tmp_path / "registry") as registry:
-        for number in range(1, max(moves) + 1):
-            publish(registry, tmp_path, "red", number)
-        for number in moves:
-            registry.set_alias("red", "blue", number)
-            registry.set_alias("red", "other", 1)
-        assert version_before(registry.history("red"), "blue") == before

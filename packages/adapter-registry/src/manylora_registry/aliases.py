@@ -24,11 +24,12 @@ from manylora_registry.errors import (
     VersionNotFoundError,
 )
 from manylora_registry.evaluations import why_not_passed
-from manylora_registry.history import MOVES, last_link, link, way
+from manylora_registry.history import MOVES, back_to, last_link, link, way
 from manylora_registry.reference import AdapterReference
 from manylora_registry.rows import (
     adapter_id,
     find_row,
+    gone_versions,
     insert,
     now,
     record,
@@ -76,25 +77,25 @@ class Aliases:
             version = find_row(connection, AdapterReference(name, str(number)))
             return _move(connection, _Alias(name, adapter, alias), version, reason, expect)
 
-    def before(self, name: str, alias: str) -> tuple[int, int]:
-        """The version `alias` pointed at before the present one, and its present generation.
+    def before(self, name: str, alias: str) -> tuple[int | None, int]:
+        """Where a rollback of `alias` goes, and the alias's present generation.
+
+        None: it was moved back already, and what it points at was not withdrawn.
 
         Raises:
             AliasNotFoundError: there is no such alias.
-            VersionNotFoundError: it never pointed at another version, or was moved back already.
+            VersionNotFoundError: there is no version to go back to.
         """
-        moved = self._moved(name, alias)
+        with self._database.read() as connection:
+            moved = _moved(connection, name, alias)
+            gone = gone_versions(connection, adapter_id(connection, name))
+        before = back_to(moved, gone)
         came, back = way(moved)
-        if back:
+        if before is None and (not back or came[-1] in gone):
             raise VersionNotFoundError(
-                f"{name}@{alias} was moved back to version {came[-1]} already: to move it "
-                f"further name a version, `manylora registry alias {name} {alias} VERSION`"
+                f"{name}@{alias} pointed at no version before {came[-1]} that can be served"
             )
-        if len(came) < 2:
-            raise VersionNotFoundError(
-                f"{name}@{alias} never pointed at another version than {came[-1]}"
-            )
-        return came[-2], len(moved)
+        return before, len(moved)
 
     def way(self, name: str, alias: str) -> list[int]:
         """The versions `alias` came by to the present one, which is the last.
@@ -102,25 +103,9 @@ class Aliases:
         Raises:
             AliasNotFoundError: there is no such alias.
         """
-        came, _ = way(self._moved(name, alias))
-        return came
-
-    def _moved(self, name: str, alias: str) -> Sequence[int]:
-        """Where `alias` was moved, oldest first.
-
-        Raises:
-            AliasNotFoundError: there is no such alias.
-        """
         with self._database.read() as connection:
-            adapter = adapter_id(connection, name)
-            moved = connection.scalars(
-                sa.select(alias_moves.c.version)
-                .where(alias_moves.c.adapter_id == adapter, alias_moves.c.alias == alias)
-                .order_by(alias_moves.c.generation)
-            ).all()
-        if not moved:
-            raise AliasNotFoundError(f"{name} has no alias {alias!r}")
-        return moved
+            came, _ = way(_moved(connection, name, alias))
+        return came
 
     def history(self, name: str) -> list[AliasMove]:
         """Every move of every alias of one adapter, oldest first.
@@ -187,6 +172,23 @@ class Aliases:
             return [
                 Protection(row.alias, row.suite, row.actor, row.why, time(row.at)) for row in rows
             ]
+
+
+def _moved(connection: Connection, name: str, alias: str) -> Sequence[int]:
+    """Where `alias` was moved, oldest first.
+
+    Raises:
+        AliasNotFoundError: there is no such alias.
+    """
+    here = (alias_moves.c.adapter_id == adapter_id(connection, name)) & (
+        alias_moves.c.alias == alias
+    )
+    moved = connection.scalars(
+        sa.select(alias_moves.c.version).where(here).order_by(alias_moves.c.generation)
+    ).all()
+    if not moved:
+        raise AliasNotFoundError(f"{name} has no alias {alias!r}")
+    return moved
 
 
 @dataclass(frozen=True)

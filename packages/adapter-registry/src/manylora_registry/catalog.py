@@ -10,7 +10,7 @@ from sqlalchemy.engine import Connection, Row
 from manylora_registry.database import Database
 from manylora_registry.description import check_description
 from manylora_registry.errors import DescriptionError, VersionInUseError
-from manylora_registry.history import way
+from manylora_registry.history import back_to
 from manylora_registry.leases import end_upload
 from manylora_registry.manifest import Manifest
 from manylora_registry.reference import AdapterReference
@@ -18,6 +18,7 @@ from manylora_registry.rows import (
     adapter_id,
     change_version,
     find_row,
+    gone_versions,
     insert,
     insert_all,
     now,
@@ -235,7 +236,7 @@ class Catalog:
                     f"{reference.name}@{row.number} is what {', '.join(pointing)} points at: move "
                     "the alias first (`manylora registry alias`)"
                 )
-            going_back = [] if row.yanked_at is not None else _going_back_to(connection, row)
+            going_back = _going_back_to(connection, row)
             if going_back:
                 raise VersionInUseError(
                     f"{reference.name}@{row.number} is where a rollback of {', '.join(going_back)} "
@@ -340,12 +341,10 @@ def _going_back_to(connection: Connection, version: Row[Any]) -> list[str]:
     here = alias_moves.c.adapter_id == version.adapter_id
     for move in connection.execute(moves.where(here).order_by(alias_moves.c.id)):
         moved.setdefault(move.alias, []).append(move.version)
-    ways = {alias: way(numbers) for alias, numbers in moved.items()}
-    return [
-        alias
-        for alias, (came, back) in sorted(ways.items())
-        if came[-2:-1] == [version.number] and not back
-    ]
+    gone = gone_versions(connection, version.adapter_id)
+    return sorted(
+        alias for alias, numbers in moved.items() if back_to(numbers, gone) == version.number
+    )
 
 
 def _restore(connection: Connection, row: Row[Any], blobs: Iterable[str], at: int) -> None:

@@ -6,7 +6,7 @@ it; removed last lines leave aliases at a generation that has no move.
 """
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any
 
 import sqlalchemy as sa
@@ -43,6 +43,22 @@ def way(moved: Iterable[int]) -> tuple[list[int], bool]:
         back = version in came
         came = came[: came.index(version) + 1] if back else [*came, version]
     return came, back
+
+
+def back_to(moved: Iterable[int], gone: Container[int]) -> int | None:
+    """Where a rollback goes: to the version before the present one came, past what is gone.
+
+    Args:
+        moved: where the alias was moved, oldest first, at least once.
+        gone: versions that were withdrawn or deleted.
+
+    Returns:
+        None: there is none, or the alias was moved back already and what it means is not gone.
+    """
+    came, back = way(moved)
+    if back and came[-1] not in gone:
+        return None
+    return next((version for version in reversed(came[:-1]) if version not in gone), None)
 
 
 def last_link(connection: Connection) -> str:

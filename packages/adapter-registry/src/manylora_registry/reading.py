@@ -209,6 +209,19 @@ class Reading:
         versions = self._catalog.versions(name)
         return [versions[number - 1] for number in numbers]
 
+    def before(self, name: str, alias: str) -> Version | None:
+        """Where a rollback of `alias` goes, past versions that were withdrawn.
+
+        None: it was moved back already, and what it points at was not withdrawn.
+
+        Raises:
+            VersionNotFoundError: there is no version to go back to.
+            AliasNotFoundError: there is no such alias.
+            AdapterNotFoundError: there is no such adapter.
+        """
+        number, _ = self._aliases.before(name, alias)
+        return None if number is None else self.find(AdapterReference(name, str(number)))
+
     def protections(self, name: str) -> list[Protection]:
         """The protections of an adapter's aliases, by alias.
 

@@ -10,7 +10,7 @@ from manylora_registry.base import BaseModelIdentity
 from manylora_registry.blobs import Progress, untold
 from manylora_registry.catalog import Description
 from manylora_registry.description import check_description, one_line
-from manylora_registry.errors import AliasConflictError
+from manylora_registry.errors import AliasConflictError, VersionNotFoundError
 from manylora_registry.evaluations import check_suite_name
 from manylora_registry.garbage import collect_garbage
 from manylora_registry.leases import SERVING_SECONDS, Lease, lease_version, uploading
@@ -146,16 +146,22 @@ class Registry(Reading):
     ) -> AliasMove:
         """Points an alias at the version it pointed at before the present one; a move like others.
 
-        Done twice it never swings forward again to what was rolled back.
+        It passes over versions that were withdrawn. Done twice it never swings forward again to
+        what was rolled back.
 
         Raises:
-            VersionNotFoundError: it never pointed at another version, or was moved back already.
+            VersionNotFoundError: there is none to go back to, or it was moved back already.
             RegistryError: as `set_alias` does.
         """
         check_adapter_name(name)
         check_alias_name(alias)
         reason = Reason.of(actor, why or "rolled back", override=override and bool(why))
         before, generation = self._aliases.before(name, alias)
+        if before is None:
+            raise VersionNotFoundError(
+                f"{name}@{alias} was moved back already: to move it further name a version, "
+                f"`manylora registry alias {name} {alias} VERSION`"
+            )
         if expect is not None and expect != generation:
             raise AliasConflictError(f"{name}@{alias}", expect, generation)
         version = self.resolve(AdapterReference(name, str(before)))

@@ -97,6 +97,13 @@ def adapter_id(connection: Connection, name: str) -> int:
     return found
 
 
+def gone_versions(connection: Connection, adapter: int) -> set[int]:
+    """The numbers of an adapter's versions that were withdrawn or deleted."""
+    gone = versions.c.yanked_at.is_not(None) | versions.c.deleted_at.is_not(None)
+    numbers = sa.select(versions.c.number).where(versions.c.adapter_id == adapter, gone)
+    return set(connection.scalars(numbers))
+
+
 def require_served(what: str, *, yanked: bool, deleted: bool) -> None:
     """Raises YankedError or DeletedError if the version `what` was withdrawn or deleted."""
     if deleted:

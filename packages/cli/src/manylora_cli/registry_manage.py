@@ -47,6 +47,7 @@ def rollback(
 ) -> None:
     """Point an alias at the version it pointed at before the present one came.
 
+    Versions that were withdrawn are passed over.
     Done again, by you or by somebody else, it is refused: it never swings forward to what was
     rolled back. `alias` moves it anywhere.
     """
