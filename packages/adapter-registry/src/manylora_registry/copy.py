@@ -124,7 +124,8 @@ def _require_same(database: Database, old: Connection, new: Connection) -> None:
 def _copy_rows(database: Database, old: Connection, new: Connection) -> None:
     for table in _tables():
         rows = _rows(database, old, table)
-        while some := [row._asdict() for row in islice(rows, ROWS_AT_ONCE)]:
+        columns = table.columns.keys()
+        while some := [dict(zip(columns, row, strict=True)) for row in islice(rows, ROWS_AT_ONCE)]:
             new.execute(sa.insert(table), some)
         counter = table.autoincrement_column
         if new.dialect.name == "postgresql" and counter is not None:

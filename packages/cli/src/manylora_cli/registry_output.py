@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Generator
 
     from manylora_registry import AliasMove, Registry, Version
     from manylora_registry.blobs import Progress
@@ -42,7 +42,7 @@ def open_registry(location: Path | None) -> "Registry":
 
 
 @contextmanager
-def progress_of_blobs() -> "Iterator[Progress]":
+def progress_of_blobs() -> "Generator[Progress]":
     """A bar on a terminal, moved by what it gives: what is done, with how many, of how many."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, TimeRemainingColumn

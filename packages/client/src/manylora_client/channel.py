@@ -81,7 +81,7 @@ def _check_tls_files(
     except ssl.SSLError as error:
         if error.reason in ("KEY_VALUES_MISMATCH", "KEY_TYPE_MISMATCH"):
             problem = f"is not the key of {certificate}"
-        elif error.reason is None:
+        elif not error.reason:
             problem = "holds no plain private key"
         else:
             problem = f"and {certificate} cannot be used: {error.reason.replace('_', ' ').lower()}"

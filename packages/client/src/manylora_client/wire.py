@@ -94,12 +94,14 @@ def prompt(source: Input) -> str | pb.Chat | pb.Tokens:
     if isinstance(source, bytes | bytearray):
         # A sequence of integers too, and would be taken for token ids.
         raise InvalidInputError("the input is bytes: decode it to text")
-    if isinstance(source, Sequence) and not source:
-        raise InvalidInputError("the input is empty: give text, chat messages or token ids")
     # An array is no sequence, and a generator is empty once it was looked at.
-    if isinstance(source, Sequence) and all(isinstance(part, int) for part in source):
+    is_sequence = isinstance(cast("object", source), Sequence)
+    parts: Sequence[object] = source if is_sequence else ()
+    if is_sequence and not parts:
+        raise InvalidInputError("the input is empty: give text, chat messages or token ids")
+    if parts and all(isinstance(part, int) for part in parts):
         return pb.Tokens(ids=cast("Sequence[int]", source))
-    if isinstance(source, Sequence) and all(_is_message(part) for part in source):
+    if parts and all(_is_message(part) for part in parts):
         messages = cast("Sequence[Mapping[str, str]]", source)
         return pb.Chat(
             messages=[pb.Message(role=m["role"], content=m["content"]) for m in messages]

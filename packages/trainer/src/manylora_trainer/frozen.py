@@ -43,7 +43,7 @@ def keep_activations_in_float32(model: nn.Module) -> None:
     """
     for module in model.modules():
         if isinstance(module, nn.Linear):
-            module.forward = functools.partial(product, module)
+            module.forward = cast("Any", functools.partial(product, module))
         elif isinstance(module, nn.Embedding):
             module.forward = functools.partial(_widened, module.forward)
         else:

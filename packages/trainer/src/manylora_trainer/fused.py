@@ -209,8 +209,8 @@ def _rotated(
     if cos.shape[-1] != query.shape[-1]:  # Only a part of each head turns.
         return stock(query, key, cos, sin, unsqueeze_dim)
     cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
-    turned = (_Rotation.apply(states, cos, sin) for states in (query, key))
-    return cast("tuple[Tensor, Tensor]", tuple(turned))
+    turned = _Rotation.apply(query, cos, sin), _Rotation.apply(key, cos, sin)
+    return cast("tuple[Tensor, Tensor]", turned)
 
 
 class _Rotation(torch.autograd.Function):

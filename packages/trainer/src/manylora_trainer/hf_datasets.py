@@ -84,7 +84,9 @@ class SavedDataset:
 
 def _require_packaged(builder: str) -> None:
     """Refuses what the library would look for on its hub, and what runs code of the data's."""
-    from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
+    from datasets.packaged_modules import (
+        _PACKAGED_DATASETS_MODULES,  # pyright: ignore[reportPrivateUsage]
+    )
 
     if builder == "pandas":
         raise SourceError("the builder pandas reads pickles, which run code: write Parquet instead")

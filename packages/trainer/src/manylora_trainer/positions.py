@@ -1,7 +1,7 @@
 """How long an example may be on a base, from its configuration alone."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 from manylora_trainer.base_config import text_config_of
 from manylora_trainer.recipe import Recipe
@@ -31,9 +31,9 @@ def within_positions(recipe: Recipe, say: Callable[[str], None]) -> Recipe:
 def most_positions(text: Any) -> int | None:
     """Positions that a base tells apart, those its rotary scaling adds included; None: any."""
     most: int | None = getattr(text, "max_position_embeddings", None)
-    rope = getattr(text, "rope_parameters", None) or {}
+    rope = cast("dict[str, Any]", getattr(text, "rope_parameters", None) or {})
     if most is None or not isinstance(rope.get("factor"), int | float):
         return most
     # YaRN and the like name what they stretch, and leave max_position_embeddings before or after.
-    stretched = (rope.get("original_max_position_embeddings") or most) * rope["factor"]
+    stretched: float = (rope.get("original_max_position_embeddings") or most) * rope["factor"]
     return max(most, int(stretched))

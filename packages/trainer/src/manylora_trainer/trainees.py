@@ -206,7 +206,7 @@ class Trainees:
     def _gradient_norms(self, batches: Sequence[Batch]) -> list[float]:
         """L2 norm of the gradient of each batch's adapter, read at once."""
         gradients = [self._trainees[batch.adapter].gradients for batch in batches]
-        norms = [torch.linalg.vector_norm(gradient) for gradient in gradients]
+        norms: list[torch.Tensor] = [torch.linalg.vector_norm(gradient) for gradient in gradients]
         # None where all have ended before the last step.
         return cast("list[float]", torch.stack(norms).tolist()) if norms else []
 

@@ -116,5 +116,5 @@ def _array(stacked: Tensor) -> NDArray[np.float32]:
 def _ranks(slice_a: NDArray[np.float32]) -> list[int]:
     """The rank in use in each slot of [slots, maximum rank, in]: up to its last nonzero row."""
     used = (slice_a != 0).any(axis=2)
-    positions = np.arange(1, slice_a.shape[1] + 1)
+    positions = np.arange(1, slice_a.shape[1] + 1, dtype=np.int64)
     return cast("list[int]", (used * positions).max(axis=1).tolist())
