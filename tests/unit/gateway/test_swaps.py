@@ -15,6 +15,7 @@ from manylora_registry import Adapter, AdapterReference, Registry, Version
 from tests.unit.gateway.conftest import Publish, Start
 from tests.unit.gateway.in_process import OTHER_BASE, RunningGateway, publish, running_gateway
 from tests.unit.gateway.test_errors import refused, told
+from tests.unit.gateway.test_observing import until
 
 
 async def stream(gateway: RunningGateway, adapter: str) -> tuple[int, str]:
@@ -51,6 +52,7 @@ async def test_a_swap_under_load_drops_and_mixes_nothing(
                 seen[adapter].add(number)
 
         streams = [asyncio.create_task(ask(name)) for name in ("red", "green") * 4]
+        await until(lambda: all(seen.values()))
         newest = served["red"]
         for seed in range(10, 15):
             newest = published("red", seed)
