@@ -76,8 +76,9 @@ async def test_a_passed_deadline_frees_its_seat(gateway: RunningGateway) -> None
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await gateway.inference.Generate(SAY, timeout=0.3)
     assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
-    await gateway.engine.until_running(0)
-    assert await requests(gateway) == 0
+    # A call that came as its deadline passed ends a moment later.
+    while await requests(gateway):
+        pass
 
 
 async def test_more_requests_than_allowed_are_refused_with_a_time_to_retry(

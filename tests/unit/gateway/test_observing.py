@@ -10,7 +10,7 @@ import sys
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn, cast
 
 import grpc
 import pytest
@@ -23,10 +23,14 @@ from manylora.admin.v1 import admin_pb2
 from manylora.inference.v1 import inference_pb2 as pb
 from manylora_gateway import tracing
 from manylora_gateway.config import AdapterLimits, EngineConfig, LimitsConfig, TracingConfig
+from manylora_gateway.limits import Limits
 from manylora_gateway.logs import log_to_stderr, requests_logger
 from manylora_gateway.metrics import Metrics
+from manylora_gateway.requests import Requests
+from manylora_gateway.servicers import InferenceContext, InferenceServicer
 from manylora_registry import Registry, Version
 from tests.unit.gateway.conftest import Publish, Start
+from tests.unit.gateway.fake_engine import MAX_CONTEXT
 from tests.unit.gateway.in_process import RunningGateway
 from tests.unit.gateway.test_errors import refused, told
 from tests.unit.gateway.test_pool import version
@@ -62,12 +66,31 @@ async def test_metrics_tell_requests_tokens_and_residents(gateway: RunningGatewa
         assert line in text.splitlines(), line
 
 
+class Late:
+    """What gRPC gives a handler, of a call whose deadline passes as soon as it is under way.
+
+    A real one may pass before the call has come, and then there is nothing to count.
+    """
+
+    def time_remaining(self) -> float:
+        return 0.0
+
+    def invocation_metadata(self) -> None:
+        return None
+
+    def set_trailing_metadata(self, _metadata: object) -> None:
+        return
+
+    async def abort(self, code: grpc.StatusCode, *_: object) -> NoReturn:
+        raise grpc.aio.AbortError(code.name)
+
+
 async def test_a_passed_deadline_is_told_from_a_client_that_left(gateway: RunningGateway) -> None:
     gateway.engine.hold_answers()
-    with pytest.raises(grpc.aio.AioRpcError):
-        await gateway.inference.Generate(SAY, timeout=0.2)
-    await gateway.engine.until_running(0)
-    call = gateway.inference.Generate(SAY, timeout=60)
+    servicer = InferenceServicer(gateway.core, Requests(Limits(LimitsConfig(), MAX_CONTEXT)))
+    with pytest.raises(grpc.aio.AbortError, match="DEADLINE_EXCEEDED"):
+        await servicer.Generate(SAY, cast("InferenceContext", Late()))
+    call = gateway.inference.Generate(SAY, timeout=600)
     await gateway.engine.until_running(1)
     call.cancel()
     await gateway.engine.until_running(0)
