@@ -33,7 +33,7 @@ from tests.unit.gateway.conftest import Publish, Start
 from tests.unit.gateway.fake_engine import MAX_CONTEXT
 from tests.unit.gateway.in_process import RunningGateway
 from tests.unit.gateway.test_errors import refused, told
-from tests.unit.gateway.test_pool import version
+from tests.unit.gateway.test_pool import Clock, version
 
 SAY = pb.GenerateRequest(adapter="red", text="hi")
 ROOT = Path(__file__).parents[3]
@@ -404,13 +404,19 @@ async def test_a_request_is_one_json_line_that_keeps_its_text_to_itself(
 
 
 async def test_references_keep_their_meaning_without_the_registry_for_a_stated_time(
-    served: dict[str, Version], start: Start, registry: Registry
+    served: dict[str, Version],
+    start: Start,
+    registry: Registry,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    async with start(max_stale_s=3) as gateway:
+    clock = Clock()
+    async with start(max_stale_s=3, clock=clock) as gateway:
         registry.close()
         moved = gateway.registry_location.rename(gateway.registry_location.with_name("away"))
+        await until(lambda: "the registry cannot be read" in caplog.text)
+        clock.now = 3
         assert (await gateway.inference.Generate(SAY)).adapter.number == 1
-        await until(lambda: gateway.routes.registry_age_s > 3)
+        clock.now = 4
         assert told(await refused(gateway.inference.Generate(SAY))) == (
             "UNAVAILABLE",
             "REGISTRY_UNAVAILABLE",
