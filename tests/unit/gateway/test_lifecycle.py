@@ -139,6 +139,15 @@ LOUD = 10_000
 """Repeats of a word that make an answer more than any window or socket takes."""
 
 
+def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """What was logged at WARNING or above, but for what gRPC says of its own poller.
+
+    Beside loops of earlier tests it finds, rarely, an event taken already (grpc/grpc#25364).
+    """
+    said = [record for record in caplog.records if record.levelno >= logging.WARNING]
+    return [text for text in map(logging.LogRecord.getMessage, said) if "PollerComp" not in text]
+
+
 class Ended:
     """What gRPC gives a handler, of a call that has ended without its having heard."""
 
@@ -168,7 +177,7 @@ async def test_a_call_that_ended_is_no_incident(
     servicer = InferenceServicer(gateway.core, Requests(Limits(LimitsConfig(), MAX_CONTEXT)))
     await servicer.GenerateStream(SAY, cast("StreamContext", context))
     assert not context.aborted
-    assert not caplog.records
+    assert not warnings(caplog)
     assert gateway.admission.inside == 0
 
 
@@ -201,6 +210,7 @@ async def test_an_http_client_that_reads_nothing_loses_its_place(
         content = json.dumps(
             {"model": "red", "prompt": "hi", "max_tokens": MAX_CONTEXT, "stream": True}
         ).encode()
+        already = len(gateway.engine.prompts)
         host, _, port = gateway.front.addresses["http"].rpartition(":")
         silent = socket.socket()
         silent.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
@@ -211,10 +221,11 @@ async def test_an_http_client_that_reads_nothing_loses_its_place(
             path, length = "/v1/completions", len(content)
             head = f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-length: {length}\r\n\r\n"
             await loop.sock_sendall(silent, head.encode() + content)
-            await until(lambda: gateway.admission.inside == 1)
+            # Not whether it is inside, which it may be between two looks alone.
+            await until(lambda: len(gateway.engine.prompts) > already)
             await until(lambda: not gateway.admission.inside)
     # It is the client's doing, and no incident of the gateway.
-    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+    assert not warnings(caplog)
 
 
 @pytest.mark.parametrize(
