@@ -373,20 +373,29 @@ from manylora_gateway.config import TracingConfig
 tracing.configure(TracingConfig(endpoint=sys.argv[1]), "test")
 for _ in range(2000):
     tracing.begin("span", "").end()
+print("ending", flush=True)
 asyncio.run(tracing.end())
 """
     with socket.create_server(("127.0.0.1", 0)) as server:
         host, port = server.getsockname()
         if collector == "gone":
             server.close()
-        subprocess.run(
-            [sys.executable, "-c", work, f"http://{host}:{port}"], check=True, timeout=20
-        )
+        program = [sys.executable, "-c", work, f"http://{host}:{port}"]
+        with subprocess.Popen(program, stdout=subprocess.PIPE) as process:
+            assert process.stdout is not None
+            # From here on: what a program takes to start is another matter.
+            assert process.stdout.readline()
+            try:
+                assert process.wait(timeout=20) == 0
+            finally:
+                process.kill()
 
 
 async def test_a_request_is_one_json_line_that_keeps_its_text_to_itself(
     gateway: RunningGateway, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    ours = logging.getLogger("manylora_gateway")
+    level = ours.level
     log_to_stderr("json", requests=True)
     try:
         asked = pb.GenerateRequest(adapter="red", text="a secret")
@@ -395,7 +404,8 @@ async def test_a_request_is_one_json_line_that_keeps_its_text_to_itself(
         lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
     finally:
         logging.getLogger().removeHandler(logging.getLogger().handlers[-1])
-        requests_logger.setLevel(logging.WARNING)
+        ours.setLevel(level)
+        requests_logger.setLevel(logging.NOTSET)
     assert "the collector does not answer" in [line["message"] for line in lines]
     (line,) = [line for line in lines if line["message"] == "request ended"]
     assert line["request_id"] == reply.request_id
