@@ -142,7 +142,7 @@ class FakeEngine:
         else:
             ids = [len(turn.content) for turn in prompt.messages]
         if len(ids) >= MAX_CONTEXT:
-            assert self._reading.wait(10), "nothing else ran while a long prompt was read"
+            assert self._reading.wait(60), "nothing else ran while a long prompt was read"
             raise InvalidRequestError([Violation("text", "is too long")])
         return ids
 

@@ -182,7 +182,7 @@ class RunningGateway:
 
     async def _listings(self, alias: str) -> AsyncIterator[pb.AliasListing]:
         name, _, short = alias.partition("@")
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while True:
                 listing = await self.inference.ListAdapters(pb.ListAdaptersRequest())
                 for adapter in listing.adapters:

@@ -88,7 +88,7 @@ async def test_what_cannot_be_sent_fails_its_own_request_alone(front: Pair) -> N
 
 
 async def send_for_ever(sender: DeltaSender) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while sender:
             await sender.send("request", word(2))
             await asyncio.sleep(0)

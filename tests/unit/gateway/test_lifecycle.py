@@ -120,7 +120,7 @@ async def test_what_outlasts_the_drain_is_told_so(gateway: RunningGateway) -> No
     unary = gateway.inference.Generate(SAY)
     assert [await stream.read() for _ in ("started", "delta")]
     body = {"model": "red", "prompt": "hi"}
-    async with httpx.AsyncClient(base_url=gateway.http) as http:
+    async with httpx.AsyncClient(base_url=gateway.http, timeout=60) as http:
         whole = asyncio.create_task(http.post("/v1/completions", json=body))
         async with http.stream("POST", "/v1/completions", json={**body, "stream": True}) as events:
             await gateway.engine.until_running(5)
