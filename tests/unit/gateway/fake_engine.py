@@ -66,7 +66,9 @@ class FakeEngine:
         self.astray: set[str] = set()
         """Beginnings of names whose generations have other tokens than everybody's."""
         self.running: list[str] = []
-        """Adapter of every generation under way, "base" for none."""
+        """Adapter of every generation under way, "base" for none; those of trials are apart."""
+        self.trials: list[str] = []
+        """Adapters that are tried as they are loaded."""
         self.prompts: list[list[int]] = []
         self.samplings: list[Sampling] = []
         self.impossible = False
@@ -104,7 +106,7 @@ class FakeEngine:
         self._reading.set()
 
     async def until_running(self, count: int) -> None:
-        """Until `count` generations are under way."""
+        """Until `count` generations are under way, trials left out."""
         async with self._changed:
             await self._changed.wait_for(lambda: len(self.running) == count)
 
@@ -128,7 +130,7 @@ class FakeEngine:
         self.loaded[name] = directory
 
     async def unload(self, name: str) -> None:
-        assert name not in self.running, "unloaded under a request"
+        assert name not in (*self.running, *self.trials), "unloaded under a request"
         self.loaded.pop(name, None)
         await self._tell()
 
@@ -140,7 +142,7 @@ class FakeEngine:
         else:
             ids = [len(turn.content) for turn in prompt.messages]
         if len(ids) >= MAX_CONTEXT:
-            assert self._reading.wait(10), "nothing else ran while a long prompt was read"
+            assert self._reading.wait(60), "nothing else ran while a long prompt was read"
             raise InvalidRequestError([Violation("text", "is too long")])
         return ids
 
@@ -158,7 +160,8 @@ class FakeEngine:
         if adapter is not None and adapter.startswith(tuple(self.broken)):
             raise ReplicaLostError("This adapter breaks.")
         first = 1000 if adapter is not None and adapter.startswith(tuple(self.astray)) else 0
-        async with self._run(adapter or "base"):
+        trial = request_id.startswith("trial")
+        async with self._run(adapter or "base", self.trials if trial else self.running):
             for index in range(1, sampling.max_tokens + 1):
                 self.check_health()
                 last = index == sampling.max_tokens
@@ -170,7 +173,7 @@ class FakeEngine:
                         logprobs = tuple(map(without_others, logprobs))
                     yield Delta(word, (first + index,), logprobs, finish, choice)
                 # The trial prompt of a load is not what a test holds up.
-                if not request_id.startswith("trial"):
+                if not trial:
                     await self._speaking.wait()
                 await asyncio.sleep(0)
 
@@ -182,15 +185,15 @@ class FakeEngine:
         self.dead = True
 
     @asynccontextmanager
-    async def _run(self, name: str) -> AsyncGenerator[None, None]:
-        self.running.append(name)
-        if len({*self.running} - {"base"}) > self.slots:
+    async def _run(self, name: str, beside: list[str]) -> AsyncGenerator[None, None]:
+        beside.append(name)
+        if len({*self.running, *self.trials} - {"base"}) > self.slots:
             self.dead = True
         await self._tell()
         try:
             yield
         finally:
-            self.running.remove(name)
+            beside.remove(name)
             await self._tell()
 
     async def _tell(self) -> None:

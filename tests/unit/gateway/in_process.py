@@ -3,6 +3,7 @@
 import asyncio
 import json
 import math
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
@@ -181,7 +182,7 @@ class RunningGateway:
 
     async def _listings(self, alias: str) -> AsyncIterator[pb.AliasListing]:
         name, _, short = alias.partition("@")
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while True:
                 listing = await self.inference.ListAdapters(pb.ListAdaptersRequest())
                 for adapter in listing.adapters:
@@ -201,6 +202,7 @@ async def running_gateway(
     tls: TlsConfig | None = None,
     tenants: Path | None = None,
     max_stale_s: float = math.inf,
+    clock: Callable[[], float] = time.monotonic,
     base: BaseModelIdentity = BASE,
     aliases: tuple[str, ...] = ("production",),
     cache_bytes: int = 1 << 30,
@@ -217,7 +219,7 @@ async def running_gateway(
 
     local = LocalReplicas(make, replicas)
     metrics, rollouts = Metrics(), Rollouts(directory / "state")
-    routes = Routes(registry, servable, rollouts, max_stale_s)
+    routes = Routes(registry, servable, rollouts, max_stale_s, clock)
     swaps = Swaps(registry, routes, local, FollowConfig(poll_s=0.01, aliases=aliases), metrics)
     admission = Admission(limits)
     front = Front(

@@ -28,7 +28,7 @@ Detail = TypeVar("Detail", bound=Message)
 async def refused(call: Awaitable[Message]) -> status_pb2.Status:
     """The status a call fails with."""
     with pytest.raises(grpc.aio.AioRpcError) as caught:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             await call
     packed = dict(caught.value.trailing_metadata() or ())["grpc-status-details-bin"]
     assert isinstance(packed, bytes)
@@ -210,10 +210,7 @@ async def test_what_may_not_be_served_does_not_wait_for_a_slot(
         running = gateway.inference.Generate(pb.GenerateRequest(text="hi", adapter="red"))
         await gateway.engine.until_running(1)
         request = pb.GenerateRequest(text="hi", adapter="stranger@1")
-        async with asyncio.timeout(10):
-            assert told(await refused(gateway.inference.Generate(request)))[0] == (
-                "FAILED_PRECONDITION"
-            )
+        assert told(await refused(gateway.inference.Generate(request)))[0] == "FAILED_PRECONDITION"
         gateway.engine.let_answer()
         await running
 
@@ -254,7 +251,7 @@ async def test_a_deleted_version_is_refused_though_it_was_answered_before(
             await gateway.inference.Generate(request)
 
     with pytest.raises(grpc.aio.AioRpcError) as caught:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             await ask_until_refused()
     assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
 

@@ -76,8 +76,9 @@ async def test_a_passed_deadline_frees_its_seat(gateway: RunningGateway) -> None
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await gateway.inference.Generate(SAY, timeout=0.3)
     assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
-    await gateway.engine.until_running(0)
-    assert await requests(gateway) == 0
+    # A call that came as its deadline passed ends a moment later.
+    while await requests(gateway):
+        pass
 
 
 async def test_more_requests_than_allowed_are_refused_with_a_time_to_retry(
@@ -119,7 +120,7 @@ async def test_what_outlasts_the_drain_is_told_so(gateway: RunningGateway) -> No
     unary = gateway.inference.Generate(SAY)
     assert [await stream.read() for _ in ("started", "delta")]
     body = {"model": "red", "prompt": "hi"}
-    async with httpx.AsyncClient(base_url=gateway.http) as http:
+    async with httpx.AsyncClient(base_url=gateway.http, timeout=60) as http:
         whole = asyncio.create_task(http.post("/v1/completions", json=body))
         async with http.stream("POST", "/v1/completions", json={**body, "stream": True}) as events:
             await gateway.engine.until_running(5)
@@ -136,6 +137,15 @@ async def test_what_outlasts_the_drain_is_told_so(gateway: RunningGateway) -> No
 
 LOUD = 10_000
 """Repeats of a word that make an answer more than any window or socket takes."""
+
+
+def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """What was logged at WARNING or above, but for what gRPC says of its own poller.
+
+    Beside loops of earlier tests it finds, rarely, an event taken already (grpc/grpc#25364).
+    """
+    said = [record for record in caplog.records if record.levelno >= logging.WARNING]
+    return [text for text in map(logging.LogRecord.getMessage, said) if "PollerComp" not in text]
 
 
 class Ended:
@@ -167,7 +177,7 @@ async def test_a_call_that_ended_is_no_incident(
     servicer = InferenceServicer(gateway.core, Requests(Limits(LimitsConfig(), MAX_CONTEXT)))
     await servicer.GenerateStream(SAY, cast("StreamContext", context))
     assert not context.aborted
-    assert not caplog.records
+    assert not warnings(caplog)
     assert gateway.admission.inside == 0
 
 
@@ -200,6 +210,7 @@ async def test_an_http_client_that_reads_nothing_loses_its_place(
         content = json.dumps(
             {"model": "red", "prompt": "hi", "max_tokens": MAX_CONTEXT, "stream": True}
         ).encode()
+        already = len(gateway.engine.prompts)
         host, _, port = gateway.front.addresses["http"].rpartition(":")
         silent = socket.socket()
         silent.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
@@ -210,10 +221,11 @@ async def test_an_http_client_that_reads_nothing_loses_its_place(
             path, length = "/v1/completions", len(content)
             head = f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-length: {length}\r\n\r\n"
             await loop.sock_sendall(silent, head.encode() + content)
-            await until(lambda: gateway.admission.inside == 1)
+            # Not whether it is inside, which it may be between two looks alone.
+            await until(lambda: len(gateway.engine.prompts) > already)
             await until(lambda: not gateway.admission.inside)
     # It is the client's doing, and no incident of the gateway.
-    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+    assert not warnings(caplog)
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,9 @@ ASK: Any = [{"role": "user", "content": "hi"}]
 
 @pytest.fixture
 async def client(gateway: RunningGateway) -> AsyncIterator[AsyncOpenAI]:
-    async with AsyncOpenAI(base_url=f"{gateway.http}/v1", api_key="none", max_retries=0) as made:
+    async with AsyncOpenAI(
+        base_url=f"{gateway.http}/v1", api_key="none", max_retries=0, timeout=60
+    ) as made:
         yield made
 
 
@@ -91,7 +93,7 @@ async def test_a_chat_streams_as_it_answers(client: AsyncOpenAI) -> None:
 
 
 async def test_a_stream_ends_with_done(gateway: RunningGateway) -> None:
-    async with httpx.AsyncClient() as http:
+    async with httpx.AsyncClient(timeout=60) as http:
         body = {"model": "red", "prompt": "hi", "stream": True}
         reply = await http.post(f"{gateway.http}/v1/completions", json=body)
     assert reply.headers["content-type"].startswith("text/event-stream")
@@ -314,7 +316,7 @@ WRONG: dict[str, dict[str, Any]] = {
 
 
 async def test_a_wrong_parameter_is_named(gateway: RunningGateway) -> None:
-    async with httpx.AsyncClient() as http:
+    async with httpx.AsyncClient(timeout=60) as http:
         for field, change in WRONG.items():
             body = {"model": "red", "messages": ASK, **change}
             reply = await http.post(f"{gateway.http}/v1/chat/completions", json=body)
@@ -340,7 +342,7 @@ async def test_half_of_a_character_is_the_clients_mistake(
     gateway: RunningGateway, endpoint: str, asked: dict[str, Any], field: str
 ) -> None:
     """As clients send it whose language counts UTF-16, from text that they cut."""
-    async with httpx.AsyncClient() as http:
+    async with httpx.AsyncClient(timeout=60) as http:
         body = json.dumps({"model": "red", **asked})
         reply = await http.post(f"{gateway.http}/v1/{endpoint}", content=body)
     assert reply.status_code == 400, reply.text
@@ -385,7 +387,7 @@ async def test_a_token_below_the_vocabulary_is_named(client: AsyncOpenAI) -> Non
 async def test_a_wrong_form_is_told_in_words_of_json(
     gateway: RunningGateway, asked: dict[str, Any], message: str
 ) -> None:
-    async with httpx.AsyncClient() as http:
+    async with httpx.AsyncClient(timeout=60) as http:
         body = {"model": "red", **asked}
         reply = await http.post(f"{gateway.http}/v1/chat/completions", json=body)
     assert reply.status_code == 400
@@ -414,7 +416,7 @@ async def test_a_wrong_form_is_told_in_words_of_json(
 async def test_mistakes_beyond_count_hold_nobody_up(
     gateway: RunningGateway, endpoint: str, asked: dict[str, Any], message: str
 ) -> None:
-    async with httpx.AsyncClient(timeout=10) as http:
+    async with httpx.AsyncClient(timeout=60) as http:
         reply = await http.post(f"{gateway.http}/v1/{endpoint}", json=asked)
     assert reply.status_code == 400
     assert message in reply.json()["error"]["message"]
@@ -433,7 +435,7 @@ async def test_mistakes_beyond_count_hold_nobody_up(
 async def test_of_a_list_the_first_mistake_is_told(
     gateway: RunningGateway, endpoint: str, asked: dict[str, Any]
 ) -> None:
-    async with httpx.AsyncClient() as http:
+    async with httpx.AsyncClient(timeout=60) as http:
         reply = await http.post(f"{gateway.http}/v1/{endpoint}", json=asked)
     assert reply.status_code == 400
     assert "[0]" in reply.text
@@ -485,7 +487,7 @@ async def test_parameters_that_change_nothing_are_ignored(client: AsyncOpenAI) -
 async def test_a_body_that_is_no_request(
     gateway: RunningGateway, body: bytes, message: str
 ) -> None:
-    async with httpx.AsyncClient() as http:
+    async with httpx.AsyncClient(timeout=60) as http:
         reply = await http.post(f"{gateway.http}/v1/completions", content=body)
     assert reply.status_code == 400
     assert message in reply.json()["error"]["message"]
@@ -496,7 +498,7 @@ async def test_a_compressed_body_is_refused_by_its_header(
     gateway: RunningGateway, coding: str
 ) -> None:
     body = gzip.compress(b'{"model": "red", "prompt": "hi"}')
-    async with httpx.AsyncClient() as http:
+    async with httpx.AsyncClient(timeout=60) as http:
         headers = {"content-encoding": coding}
         reply = await http.post(f"{gateway.http}/v1/completions", content=body, headers=headers)
     assert reply.status_code == 415
@@ -508,7 +510,7 @@ async def test_a_compressed_body_is_refused_by_its_header(
 
 async def test_a_body_beyond_the_limit(served: dict[str, Version], start: Start) -> None:
     async with start(limits=LimitsConfig(max_request_bytes=1024)) as gateway:
-        async with httpx.AsyncClient() as http:
+        async with httpx.AsyncClient(timeout=60) as http:
             body = {"model": "red", "prompt": "x" * 10_000}
             reply = await http.post(f"{gateway.http}/v1/completions", json=body)
         assert reply.status_code == 413
@@ -550,7 +552,7 @@ async def test_a_stream_that_breaks_says_so(client: AsyncOpenAI, gateway: Runnin
 
 
 async def test_what_is_not_there_is_said_in_the_same_form(gateway: RunningGateway) -> None:
-    async with httpx.AsyncClient(base_url=gateway.http) as http:
+    async with httpx.AsyncClient(base_url=gateway.http, timeout=60) as http:
         missing = (await http.post("/chat/completions")).json()["error"]["message"]
         assert missing.startswith("Not Found: POST /chat/completions. There are POST /v1/chat/")
         wrong = await http.get("/v1/completions")
@@ -559,7 +561,7 @@ async def test_what_is_not_there_is_said_in_the_same_form(gateway: RunningGatewa
 
 
 async def test_a_path_may_end_with_a_slash(gateway: RunningGateway) -> None:
-    async with httpx.AsyncClient(base_url=gateway.http) as http:
+    async with httpx.AsyncClient(base_url=gateway.http, timeout=60) as http:
         for path in ("/v1/models", "/v1/models/red", "/health"):
             reply = await http.get(f"{path}/")
             assert (reply.status_code, reply.content) == (200, (await http.get(path)).content)
@@ -584,7 +586,7 @@ async def test_an_offer_of_http_2_is_passed_over_in_silence(
 ) -> None:
     """Java's client makes it with the first request of each connection."""
     offer = {"connection": "Upgrade, HTTP2-Settings", "upgrade": "h2c", "http2-settings": ""}
-    async with httpx.AsyncClient(base_url=gateway.http) as http:
+    async with httpx.AsyncClient(base_url=gateway.http, timeout=60) as http:
         body = {"model": "red", "messages": ASK}
         reply = await http.post("/v1/chat/completions", json=body, headers=offer)
     assert reply.json()["model"] == "red@1"
@@ -602,7 +604,7 @@ async def test_a_client_that_leaves_frees_its_seat(gateway: RunningGateway, stre
             await (await asking).close()
         else:
             asking.cancel()
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             await gateway.engine.until_running(0)
 
 
@@ -619,7 +621,7 @@ async def test_a_request_bears_its_clients_name(client: AsyncOpenAI) -> None:
 
 
 async def test_health_turns_when_new_requests_are_not_wanted(gateway: RunningGateway) -> None:
-    async with httpx.AsyncClient(base_url=gateway.http) as http:
+    async with httpx.AsyncClient(base_url=gateway.http, timeout=60) as http:
         assert (await http.get("/health")).status_code == 200
         await gateway.front.announce(serving=False)
         assert (await http.get("/health")).status_code == 503

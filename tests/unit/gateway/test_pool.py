@@ -345,7 +345,7 @@ async def test_random_traffic_leaks_nothing_and_never_overfills(
                 busy.remove(name)
 
     versions = [version(name) for name in "abcdefg"]
-    async with asyncio.timeout(20), AsyncExitStack() as stack:
+    async with asyncio.timeout(60), AsyncExitStack() as stack:
         tasks = []
         for _ in range(200):
             chosen = chance.choice([None, *versions])

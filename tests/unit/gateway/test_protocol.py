@@ -133,9 +133,9 @@ async def test_any_bytes_for_a_message_get_a_typed_answer(gateway: RunningGatewa
         path = f"/{SERVICE}/{method}"
         try:
             if method in UNARY:
-                channel.unary_unary(path, raw, raw)(message, timeout=20)
+                channel.unary_unary(path, raw, raw)(message, timeout=60)
             else:
-                list(channel.unary_stream(path, raw, raw)(message, timeout=20))
+                list(channel.unary_stream(path, raw, raw)(message, timeout=60))
         except grpc.RpcError as error:
             check_refusal(error)
 
@@ -213,7 +213,7 @@ async def test_any_fields_get_a_typed_answer(gateway: RunningGateway) -> None:
         nonlocal answered
         request = pb.GenerateRequest(adapter=adapter, sampling=sampling, **given_input)
         try:
-            reply = generate(request, timeout=20)
+            reply = generate(request, timeout=60)
         except grpc.RpcError as error:
             check_refusal(error)
         else:
@@ -250,7 +250,7 @@ BODY = st.fixed_dictionaries(
 
 
 async def test_any_json_gets_a_typed_answer(gateway: RunningGateway) -> None:
-    with httpx.Client(base_url=gateway.http, timeout=20) as client:
+    with httpx.Client(base_url=gateway.http, timeout=60) as client:
 
         @FUZZ
         @given(st.sampled_from(["chat/completions", "completions"]), st.one_of(BODY, JSON))
@@ -294,7 +294,7 @@ async def test_any_bytes_on_the_http_port_leave_it_standing(gateway: RunningGate
     @FUZZ
     @given(st.lists(st.one_of(pieces, st.binary(max_size=40)), max_size=5))
     def fuzz(parts: list[bytes]) -> None:
-        with socket.create_connection((host, int(port)), timeout=20) as connection:
+        with socket.create_connection((host, int(port)), timeout=60) as connection:
             connection.sendall(b"".join(parts))
             connection.shutdown(socket.SHUT_WR)
             received = b""

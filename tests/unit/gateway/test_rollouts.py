@@ -207,7 +207,7 @@ async def test_a_saved_rollout_goes_on_when_its_alias_serves_its_version_again(
 ) -> None:
     gateway, mend = fallen_back
     mend()
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         while await shares_of(gateway) != [3, 2]:
             pass
     assert {await ask(gateway, f"session-{index}") for index in range(20)} == {2, 3}
@@ -229,7 +229,7 @@ async def test_a_saved_rollout_that_cannot_be_set_yet_ends_like_any_other(
         await divide(gateway)
     else:
         registry.yank("red@3")
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while json.loads(saved.read_text())["rollouts"]:
             await shares_of(gateway)
     mend()
@@ -373,7 +373,7 @@ async def test_a_copy_gives_way_to_a_client_that_waits(
     published("red", 5)
     await divide(gateway, shadow=(2, 100))
     others = await with_a_copy_under_way(gateway)
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         await gateway.core.shadows.settle()
     shadow = (await told_of(gateway)).shadow
     assert (shadow.skipped, shadow.failed) == (1, 0)
@@ -392,7 +392,7 @@ async def test_now_and_then_a_copy_waits_its_turn_like_a_client(
     assert found is not None
     found[1].figures.turns.due_at = 0
     others = await with_a_copy_under_way(gateway)
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while not (await gateway.replicas.states())[0].waiting:
             await told_of(gateway)
     assert (await told_of(gateway)).shadow.skipped == 0

@@ -120,7 +120,7 @@ async def test_a_kind_of_constraint_can_be_ruled_out(
             (violation,) = detail(status, error_details_pb2.BadRequest).field_violations
             assert violation.field == f"sampling.structured_output.{kind}"
             assert violation.description.endswith(", ".join(allowed) or "none")
-        async with httpx.AsyncClient() as http:
+        async with httpx.AsyncClient(timeout=60) as http:
             for kind, (param, form) in zip(asked, over_http.items(), strict=True):
                 body = {"model": "red", "prompt": "hi", "max_tokens": 1, **form}
                 reply = await http.post(f"{gateway.http}/v1/completions", json=body)
@@ -179,10 +179,9 @@ async def test_timing_tells_load_from_queue(
     gateway.engine.hold_answers()
     held = gateway.inference.Generate(pb.GenerateRequest(adapter="red", text="hi"))
     await gateway.engine.until_running(1)
-    async with asyncio.timeout(10):
-        began = asyncio.get_running_loop().time()
-        await asyncio.sleep(0.05)  # the time that has to show
-        waited = asyncio.get_running_loop().time() - began
+    began = asyncio.get_running_loop().time()
+    await asyncio.sleep(0.05)  # the time that has to show
+    waited = asyncio.get_running_loop().time() - began
     gateway.engine.let_answer()
     timing = (await held).timing
     assert timing.decode.ToTimedelta().total_seconds() >= waited

@@ -111,7 +111,7 @@ async def test_a_refused_call_keeps_its_name(
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 await gateway.inference.Generate(RED, metadata=(named,))
             ids = [dict(caught.value.trailing_metadata() or ())["x-request-id"]]
-            async with httpx.AsyncClient() as http:
+            async with httpx.AsyncClient(timeout=60) as http:
                 url = f"{gateway.http}/v1/chat/completions"
                 ids.append((await http.post(url, headers=dict([named]))).headers["x-request-id"])
             for request_id in ids:
@@ -145,7 +145,7 @@ async def test_health_is_open(served: dict[str, Version], start: Start, tenants:
                 checks: Any = health_pb2_grpc.HealthStub(channel)
                 health = await checks.Check(health_pb2.HealthCheckRequest())
                 assert health.status == health_pb2.HealthCheckResponse.SERVING
-        async with httpx.AsyncClient() as http:
+        async with httpx.AsyncClient(timeout=60) as http:
             assert (await http.get(f"{gateway.http}/health")).status_code == 200
 
 
@@ -205,7 +205,7 @@ async def test_http_asks_for_the_same_token(
             await openai.AsyncOpenAI(base_url=base_url, api_key="wrong").models.list()
         with pytest.raises(openai.PermissionDeniedError):
             await openai.AsyncOpenAI(base_url=base_url, api_key="operator-token").models.list()
-        async with httpx.AsyncClient() as http:
+        async with httpx.AsyncClient(timeout=60) as http:
             reply = await http.get(f"{base_url}/models")
             assert reply.status_code == 401
             assert reply.headers["www-authenticate"] == "Bearer"
@@ -258,12 +258,12 @@ async def test_tls_is_spoken_on_every_port(
             await checks.Check(health_pb2.HealthCheckRequest())
         address = gateway.front.addresses["http"]
         context = ssl.create_default_context(cafile=str(authority.certificate))
-        async with httpx.AsyncClient(verify=context) as http:
+        async with httpx.AsyncClient(verify=context, timeout=60) as http:
             assert (await http.get(f"https://{address}/v1/models")).status_code == 200
         stranger = tls_credentials(Authority(tmp_path, "stranger").certificate)
         for credentials in (None, stranger):
             async with AsyncClient(
-                gateway.front.inference_address, credentials=credentials, timeout=10
+                gateway.front.inference_address, credentials=credentials, timeout=60
             ) as client:
                 with pytest.raises(UnreachableError, match="check whether it speaks TLS"):
                     await client.generate("hi", "red")
@@ -283,7 +283,7 @@ async def test_a_certificate_says_who_calls(
 
         def client(*files: Path) -> AsyncClient:
             credentials = tls_credentials(authority.certificate, *files)
-            return AsyncClient(address, credentials=credentials, timeout=10)
+            return AsyncClient(address, credentials=credentials, timeout=60)
 
         async with client(named.certificate, named.key) as reader:
             assert (await reader.generate("hi", "red")).adapter is not None
@@ -298,11 +298,11 @@ async def test_a_certificate_says_who_calls(
                     await outside.generate("hi", "red")
 
         context = ssl.create_default_context(cafile=str(authority.certificate))
-        async with httpx.AsyncClient(verify=context) as http:
+        async with httpx.AsyncClient(verify=context, timeout=60) as http:
             with pytest.raises(httpx.TransportError):
                 await http.get(f"https://{web}/health")
         context.load_cert_chain(named.certificate, named.key)
-        async with httpx.AsyncClient(verify=context) as http:
+        async with httpx.AsyncClient(verify=context, timeout=60) as http:
             listing = (await http.get(f"https://{web}/v1/models")).json()
             assert [model["id"] for model in listing["data"]] == ["red"]
             wrong = {"authorization": "Bearer wrong"}
@@ -330,7 +330,7 @@ async def test_replaced_certificates_count_from_the_next_connection_on(
             """Whether a new client of `authority` is answered over gRPC and over HTTPS."""
             files = mine[authority]
             credentials = tls_credentials(authority.certificate, files.certificate, files.key)
-            async with AsyncClient(address, credentials=credentials, timeout=10) as client:
+            async with AsyncClient(address, credentials=credentials, timeout=60) as client:
                 try:
                     await client.generate("hi", "red")
                     grpc_answers = True
@@ -338,7 +338,7 @@ async def test_replaced_certificates_count_from_the_next_connection_on(
                     grpc_answers = False
             context = ssl.create_default_context(cafile=str(authority.certificate))
             context.load_cert_chain(files.certificate, files.key)
-            async with httpx.AsyncClient(verify=context) as http:
+            async with httpx.AsyncClient(verify=context, timeout=60) as http:
                 try:
                     https_answers = (await http.get(f"https://{web}/health")).status_code == 200
                 except httpx.TransportError:
@@ -347,7 +347,7 @@ async def test_replaced_certificates_count_from_the_next_connection_on(
 
         assert await reached(old) == (True, True)
         credentials = tls_credentials(old.certificate, ours.certificate, ours.key)
-        async with AsyncClient(address, credentials=credentials, timeout=10) as standing:
+        async with AsyncClient(address, credentials=credentials, timeout=60) as standing:
             await standing.generate("hi", "red")
             # The certificate without its key: half of a replacement.
             half = new.server()

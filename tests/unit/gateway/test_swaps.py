@@ -15,6 +15,7 @@ from manylora_registry import Adapter, AdapterReference, Registry, Version
 from tests.unit.gateway.conftest import Publish, Start
 from tests.unit.gateway.in_process import OTHER_BASE, RunningGateway, publish, running_gateway
 from tests.unit.gateway.test_errors import refused, told
+from tests.unit.gateway.test_observing import until
 
 
 async def stream(gateway: RunningGateway, adapter: str) -> tuple[int, str]:
@@ -51,6 +52,7 @@ async def test_a_swap_under_load_drops_and_mixes_nothing(
                 seen[adapter].add(number)
 
         streams = [asyncio.create_task(ask(name)) for name in ("red", "green") * 4]
+        await until(lambda: all(seen.values()))
         newest = served["red"]
         for seed in range(10, 15):
             newest = published("red", seed)
@@ -199,7 +201,7 @@ async def test_a_version_that_is_withdrawn_while_it_loads_is_never_served(
             await asyncio.sleep(0)
 
     with pytest.raises(YankedAdapterError):
-        await asyncio.wait_for(keep_asking(), 10)
+        await asyncio.wait_for(keep_asking(), 60)
     gateway.engine.let_load()
     entry = await gateway.until_failed("red@production")
     assert (entry.serving.number, entry.pending.number) == (1, 2)
@@ -233,7 +235,7 @@ async def test_a_rollout_ends_with_a_version_it_needs(
     await gateway.admin.SetRollout(admin_pb2.SetRolloutRequest(adapter="red", shares=shares))
     assert (await stream(gateway, "red"))[0] == 2
     registry.yank("red@2")
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while (await stream(gateway, "red"))[0] == 2:
             pass
     assert (await stream(gateway, "red"))[0] == 1
@@ -268,7 +270,7 @@ class SlowRegistry(Registry):
         version = super().find(reference)
         if isinstance(reference, AdapterReference) and reference.alias == "canary":
             READ.set()
-            assert ARRIVES.wait(20)
+            assert ARRIVES.wait(60)
         return version
 
 
@@ -288,7 +290,7 @@ async def test_a_change_during_the_first_look_at_an_alias_is_not_missed(
         registry.set_alias("red", "canary", 1)
         async with running_gateway(registry, tmp_path) as gateway:
             asking = asyncio.create_task(stream(gateway, "red@canary"))
-            assert await asyncio.to_thread(READ.wait, 20)
+            assert await asyncio.to_thread(READ.wait, 60)
             if change == "moved":
                 registry.set_alias("red", "canary", 2)
             else:
@@ -317,7 +319,7 @@ async def test_a_version_that_is_yanked_as_its_new_alias_is_looked_up_is_not_ser
         registry.set_alias("green", "production", 1)
         async with running_gateway(registry, tmp_path, aliases=("production", "canary")) as gateway:
             registry.set_alias("red", "canary", 1)
-            assert await asyncio.to_thread(READ.wait, 20)
+            assert await asyncio.to_thread(READ.wait, 60)
             registry.yank("red@1")
             # Events come in order: what is followed has moved, so the other change was seen too.
             registry.set_alias("green", "production", 2)
@@ -334,7 +336,7 @@ class SlowHistory(Registry):
 
     def way(self, name: str, alias: str) -> list[Version]:
         READ.set()
-        assert ARRIVES.wait(20)
+        assert ARRIVES.wait(60)
         return super().way(name, alias)
 
 
@@ -350,7 +352,7 @@ async def test_a_yanked_version_is_not_served_while_the_past_is_looked_up(tmp_pa
             running = asyncio.create_task(stream(gateway, "red"))
             await gateway.engine.until_running(1)
             registry.yank("red@1")
-            assert await asyncio.to_thread(READ.wait, 20)
+            assert await asyncio.to_thread(READ.wait, 60)
             try:
                 request = pb.GenerateRequest(adapter="red", text="hi")
                 status = await refused(gateway.inference.Generate(request))
