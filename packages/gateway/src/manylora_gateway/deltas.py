@@ -27,11 +27,12 @@ from manylora_gateway.errors import ReplicaLostError
 FLUSH_S = 0.002
 SECRET_BYTES = 32
 LENGTH_BYTES = 4
-HELLO_TIMEOUT_S = 5.0
+HELLO_TIMEOUT_S = 30.0
+"""A machine may stand still for seconds, and a hello that was late for that ends no streams."""
 MAX_FRAME_BYTES = 64 << 20
 HIGH_WATER_BYTES = 4 << 20
 """Unsent bytes above which a stream that makes more has to wait."""
-END_GRACE_S = 5.0
+END_GRACE_S = 30.0
 """The end of a stream may come this much later than the news that its call returned."""
 
 Parcel = tuple[str, Delta | None]
