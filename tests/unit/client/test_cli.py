@@ -22,7 +22,7 @@ def manylora(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[st
         input=stdin,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
         check=False,
     )
 
@@ -151,10 +151,10 @@ def test_interrupting_a_stream_cancels_it(serve: Serve) -> None:
         assert process.stdout is not None
         assert process.stdout.read(3) == "one"
         process.send_signal(signal.SIGINT)
-        process.wait(timeout=30)
+        process.wait(timeout=60)
 
     assert process.returncode == 130
-    assert server.service.cancelled.wait(10)
+    assert server.service.cancelled.wait(60)
 
 
 def test_a_system_message_needs_the_chat_template() -> None:
