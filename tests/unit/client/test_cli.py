@@ -1,6 +1,7 @@
 """`manylora generate` as a user meets it."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -20,6 +21,8 @@ def manylora(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[st
     return subprocess.run(
         [sys.executable, "-m", "manylora_cli", *arguments],
         input=stdin,
+        # Wide, so that no message is folded where the length of a path puts that.
+        env={**os.environ, "COLUMNS": "1000"},
         capture_output=True,
         text=True,
         timeout=300,
