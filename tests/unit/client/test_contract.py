@@ -346,8 +346,14 @@ def test_the_deadline_holds_and_names_the_server(serve: Serve, connect: Connect)
         begun = time.monotonic()
         with pytest.raises(DeadlineExceededError, match=server.target):
             call()
-        assert time.monotonic() - begun < 5
-    assert server.service.cancelled.wait(10)
+        assert time.monotonic() - begun < 60
+    # On a machine that stands still, a deadline passes before the server has the call.
+    seconds = 0.2
+    while not server.service.received:
+        seconds *= 2
+        with pytest.raises(DeadlineExceededError):
+            client.generate("x", "slow", timeout=seconds)
+    assert server.service.cancelled.wait(60)
 
 
 def test_a_call_may_have_longer_than_the_client_grants(serve: Serve, connect: Connect) -> None:
@@ -401,7 +407,7 @@ def test_closing_a_stream_early_cancels_the_call(serve: Serve, connect: Connect)
     with client.stream("x", "a") as stream:
         assert next(stream).text == "one"
 
-    assert server.service.cancelled.wait(10)
+    assert server.service.cancelled.wait(60)
     assert list(stream) == []
     with pytest.raises(ProtocolError, match="closed before its last event"):
         stream.result()
@@ -416,7 +422,7 @@ def test_forgetting_a_stream_cancels_the_call(serve: Serve, connect: Connect) ->
         break
     client.count_tokens("lets an event loop run")
 
-    assert server.service.cancelled.wait(10)
+    assert server.service.cancelled.wait(60)
 
 
 def test_a_closed_stream_never_starts(serve: Serve, connect: Connect) -> None:

@@ -1,6 +1,7 @@
 """`manylora evaluate` as a user meets it."""
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,6 +19,8 @@ WriteSuite = Callable[..., Path]
 def manylora(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "manylora_cli", *map(str, arguments)],
+        # Wide, so that no message is folded where the length of a path puts that.
+        env={**os.environ, "COLUMNS": "1000"},
         capture_output=True,
         text=True,
         timeout=300,

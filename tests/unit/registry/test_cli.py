@@ -15,13 +15,16 @@ from manylora_cli.registry import app
 from manylora_registry import Registry, identify_base
 from manylora_registry.errors import AliasProtectedError, QueryError
 
+# Wide, so that no message is folded in its middle, wherever the length of a path puts that.
+RUNNER = CliRunner(env={"COLUMNS": "1000"})
+
 
 @pytest.fixture
 def run(tmp_path):
     """Runs a verb on the registry; its JSON where it was asked for, else its text."""
 
     def ran(*words, code=0, fails=False, lines=False):
-        result = CliRunner().invoke(app, [*words, "--registry", str(tmp_path / "registry")])
+        result = RUNNER.invoke(app, [*words, "--registry", str(tmp_path / "registry")])
         if fails:
             return result.exception
         assert result.exit_code == code, result.output
@@ -118,8 +121,8 @@ def test_a_diff_says_what_moved(run, registry, base, version, make_adapter):
 def test_a_registry_is_copied_and_verified(version, tmp_path):
     words = ["copy", str(tmp_path / "registry"), str(tmp_path / "there")]
 
-    result = CliRunner().invoke(app, [*words, "--json"])
-    again = CliRunner().invoke(app, words)
+    result = RUNNER.invoke(app, [*words, "--json"])
+    again = RUNNER.invoke(app, words)
 
     assert result.exit_code == 0, result.output
     assert (json.loads(result.stdout)["ok"], json.loads(result.stdout)["versions"]) == (True, 1)
@@ -248,7 +251,7 @@ def test_a_registry_is_not_copied_to_itself(version, tmp_path):
     urls = f"sqlite:///{registry}/registry.sqlite,{registry.as_uri()}"
 
     for target in (registry, tmp_path / "link", urls):
-        copied = CliRunner().invoke(app, ["copy", str(registry), str(target)])
+        copied = RUNNER.invoke(app, ["copy", str(registry), str(target)])
         assert copied.exit_code == 2
         assert "the same registry" in copied.output
 

@@ -198,15 +198,15 @@ def test_a_header_that_would_unfold_to_much_is_refused_in_little(tmp_path, text)
     file.write_bytes(with_header(text, b""))
 
     tracemalloc.start()
-    began = time.monotonic()
+    began = time.thread_time()
     _, problems = read_header(file)
-    elapsed = time.monotonic() - began
+    worked = time.thread_time() - began
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
 
     assert "holds too much" in str(problems[0])
     assert peak < 3 * len(text)
-    assert elapsed < 5
+    assert worked < 5
 
 
 def test_weights_larger_than_any_adapter_of_the_base_are_not_copied(registry, make_adapter):
