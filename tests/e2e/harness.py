@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -85,6 +86,18 @@ class Gateway:
 
     def requests(self) -> int:
         return sum(replica.requests for replica in self.replicas())
+
+
+def replica_processes(parent: int) -> list[psutil.Process]:
+    """The engine replicas below a process."""
+    found: list[psutil.Process] = []
+    for process in psutil.Process(parent).children(recursive=True):
+        # Ray starts and ends others all the while.
+        with suppress(psutil.NoSuchProcess):
+            # It names its workers after what they run, in their command line.
+            if "ServeReplica:manylora" in " ".join(process.cmdline()):
+                found.append(process)
+    return found
 
 
 def wait_until(holds: Callable[[], bool], within_s: float) -> bool:
