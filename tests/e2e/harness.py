@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import grpc
 import numpy as np
@@ -104,8 +105,13 @@ def wait_until(holds: Callable[[], bool], within_s: float) -> bool:
     """Asks until it holds or the time is up; a condition elsewhere has no event to wait for."""
     deadline = time.monotonic() + within_s
     while time.monotonic() < deadline:
-        if holds():
-            return True
+        try:
+            if holds():
+                return True
+        except grpc.RpcError as error:
+            # A replica that is busy for some seconds does not say how it is, and may the next time.
+            if cast("grpc.Call", error).code() is not grpc.StatusCode.UNAVAILABLE:
+                raise
         time.sleep(0.1)
     return holds()
 
