@@ -9,8 +9,10 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import grpc
 import numpy as np
@@ -87,12 +89,29 @@ class Gateway:
         return sum(replica.requests for replica in self.replicas())
 
 
+def replica_processes(parent: int) -> list[psutil.Process]:
+    """The engine replicas below a process."""
+    found: list[psutil.Process] = []
+    for process in psutil.Process(parent).children(recursive=True):
+        # Ray starts and ends others all the while.
+        with suppress(psutil.NoSuchProcess):
+            # It names its workers after what they run, in their command line.
+            if "ServeReplica:manylora" in " ".join(process.cmdline()):
+                found.append(process)
+    return found
+
+
 def wait_until(holds: Callable[[], bool], within_s: float) -> bool:
     """Asks until it holds or the time is up; a condition elsewhere has no event to wait for."""
     deadline = time.monotonic() + within_s
     while time.monotonic() < deadline:
-        if holds():
-            return True
+        try:
+            if holds():
+                return True
+        except grpc.RpcError as error:
+            # A replica that is busy for some seconds does not say how it is, and may the next time.
+            if cast("grpc.Call", error).code() is not grpc.StatusCode.UNAVAILABLE:
+                raise
         time.sleep(0.1)
     return holds()
 

@@ -146,7 +146,7 @@ def asking(gateway: Gateway) -> Iterator[None]:
 
 
 # It trains, starts a second gateway and promotes three times.
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(2400)
 def test_versions_earn_their_way_to_production(
     stages: Path, gateway: Gateway, registry: Registry
 ) -> None:
@@ -161,7 +161,7 @@ def test_versions_earn_their_way_to_production(
 
     def run(script: str, *arguments: str) -> tuple[int, str]:
         process = begin(script, *arguments)
-        out, err = process.communicate(timeout=400)
+        out, err = process.communicate(timeout=800)
         assert "Traceback" not in err
         return process.returncode, err if process.returncode else out
 
@@ -182,7 +182,7 @@ def test_versions_earn_their_way_to_production(
             # A good version, whose script is killed in the middle of its canary.
             assert run("candidate", f"{NAME}@2") == (0, f"staging serves {NAME}@2\n")
             promoting = begin("promote", NAME)
-            assert wait_until(lambda: 2 in division(), within_s=200)
+            assert wait_until(lambda: 2 in division(), within_s=600)
             promoting.kill()
             promoting.communicate()
             assert production() == 1

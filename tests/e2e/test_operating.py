@@ -14,12 +14,12 @@ from tests.e2e.harness import SLOTS, Gateway, wait_until
 def test_an_operator_loads_and_unloads_versions(gateway: Gateway) -> None:
     with grpc.insecure_channel(gateway.admin) as channel:
         admin = AdminServiceStub(channel)
-        loaded = admin.Load(admin_pb2.LoadRequest(adapter="grey@1"), timeout=60)
+        loaded = admin.Load(admin_pb2.LoadRequest(adapter="grey@1"), timeout=300)
         assert (loaded.adapter.name, loaded.adapter.number) == ("grey", 1)
-        assert ("grey", 1) in gateway.loaded()
-        unloaded = admin.Unload(admin_pb2.UnloadRequest(adapter="grey@1"), timeout=60)
+        assert wait_until(lambda: ("grey", 1) in gateway.loaded(), within_s=120)
+        unloaded = admin.Unload(admin_pb2.UnloadRequest(adapter="grey@1"), timeout=300)
         assert unloaded.replicas == 1
-        assert wait_until(lambda: ("grey", 1) not in gateway.loaded(), within_s=10)
+        assert wait_until(lambda: ("grey", 1) not in gateway.loaded(), within_s=120)
     (replica,) = gateway.replicas()
     assert replica.slots == SLOTS
 
@@ -34,11 +34,11 @@ def test_both_ports_answer_health_and_reflection(gateway: Gateway) -> None:
             # The stubs of both services set their methods at run time, past any type checker.
             health: Any = health_pb2_grpc.HealthStub(channel)
             for name in ("", service):
-                answer = health.Check(health_pb2.HealthCheckRequest(service=name), timeout=10)
+                answer = health.Check(health_pb2.HealthCheckRequest(service=name), timeout=60)
                 assert answer.status == health_pb2.HealthCheckResponse.SERVING
             reflection: Any = reflection_pb2_grpc.ServerReflectionStub(channel)
             listing = reflection.ServerReflectionInfo(
-                iter([reflection_pb2.ServerReflectionRequest(list_services="")]), timeout=10
+                iter([reflection_pb2.ServerReflectionRequest(list_services="")]), timeout=60
             )
             names = {entry.name for entry in next(listing).list_services_response.service}
             assert service in names

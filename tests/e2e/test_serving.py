@@ -85,7 +85,7 @@ async def test_a_swap_under_load_drops_and_mixes_nothing(
 ) -> None:
     """Promises 1 and 6."""
     seen: list[tuple[str, int, str, str]] = []
-    swapped, stop = asyncio.Event(), asyncio.Event()
+    first, swapped, stop = asyncio.Event(), asyncio.Event(), asyncio.Event()
 
     async with AsyncClient(gateway.inference, timeout=120) as client:
 
@@ -101,17 +101,19 @@ async def test_a_swap_under_load_drops_and_mixes_nothing(
                 started = answer.adapter
                 assert started is not None
                 seen.append((name, started.number, question, text))
-                if (name, started.number) == ("red", 2):
-                    swapped.set()
+                if name == "red":
+                    (first if started.number == 1 else swapped).set()
 
         streams = [asyncio.create_task(stream(offset)) for offset in range(4)]
+        async with asyncio.timeout(300):
+            await first.wait()
         adapter = write_adapter(tmp_path, identity, 8, seed=101)
         version = await asyncio.to_thread(registry.publish, "red", adapter, base=identity)
         await asyncio.to_thread(registry.set_alias, "red", "production", version.number)
-        async with asyncio.timeout(120):
+        async with asyncio.timeout(300):
             await swapped.wait()
         already = len(seen)
-        async with asyncio.timeout(120):
+        async with asyncio.timeout(300):
             while len(seen) < already + 12:
                 await asyncio.wait(streams, timeout=0.1)
                 assert not any(task.done() and task.exception() for task in streams)
@@ -119,7 +121,7 @@ async def test_a_swap_under_load_drops_and_mixes_nothing(
         await asyncio.gather(*streams)
         assert {number for name, number, *_ in seen if name == "red"} == {1, 2}
         held = await asyncio.to_thread(
-            wait_until, lambda: ("red", 1) not in gateway.loaded(), within_s=30
+            wait_until, lambda: ("red", 1) not in gateway.loaded(), within_s=120
         )
         assert held, "the old version is still in the engine"
         for name, number, question, text in sorted(set(seen)):
@@ -191,15 +193,15 @@ def test_a_cancelled_stream_frees_its_slot(gateway: Gateway) -> None:
         ]
         for stream in streams:
             next(stream)
-        assert gateway.requests() >= SLOTS
+        assert wait_until(lambda: gateway.requests() >= SLOTS, within_s=120)
         for stream in streams:
             stream.close()
-        assert wait_until(lambda: gateway.requests() == 0, within_s=30)
-        assert client.generate("Hello", "gold", max_tokens=4, timeout=30).text
+        assert wait_until(lambda: gateway.requests() == 0, within_s=60)
+        assert client.generate("Hello", "gold", max_tokens=4).text
 
 
 def test_a_passed_deadline_ends_the_request(gateway: Gateway) -> None:
     with gateway.client() as client:
         with pytest.raises(DeadlineExceededError):
             client.generate("Hello", "red", max_tokens=450, ignore_eos=True, timeout=1.0)
-        assert wait_until(lambda: gateway.requests() == 0, within_s=30)
+        assert wait_until(lambda: gateway.requests() == 0, within_s=60)

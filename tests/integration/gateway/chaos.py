@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import cast
 
 import grpc
-import psutil
 
 from benchmarks.synthetic import expected_tokens
 from manylora_client import (
@@ -29,7 +28,7 @@ from manylora_client import (
     UnavailableError,
 )
 from manylora_registry import Registry
-from tests.e2e.harness import Gateway
+from tests.e2e.harness import Gateway, replica_processes
 
 PROMPTS = ([1], [2, 7, 1, 8], [3, 1, 4, 1, 5, 9, 2, 6])
 WEATHER = (UnavailableError, ResourceExhaustedError, DeadlineExceededError)
@@ -174,7 +173,7 @@ class Chaos:
         await self._pause(self.kill_every_s)
         if self._stop.is_set() or await self._replicas() < 2:
             return
-        victim = self.chance.choice(replica_processes(self.gateway))
+        victim = self.chance.choice(replica_processes(self.gateway.process.pid))
         os.kill(victim.pid, signal.SIGKILL)
         self.outcomes["killed"] += 1
         began = time.monotonic()
@@ -190,9 +189,3 @@ class Chaos:
             if cast("grpc.Call", error).code() is not grpc.StatusCode.UNAVAILABLE:
                 self.wrong.append(f"ListReplicas: {error}")
             return 0
-
-
-def replica_processes(gateway: Gateway) -> list[psutil.Process]:
-    below = psutil.Process(gateway.process.pid).children(recursive=True)
-    # Ray names its workers after what they run, in their command line.
-    return [one for one in below if "ServeReplica:manylora" in " ".join(one.cmdline())]

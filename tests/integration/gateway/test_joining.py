@@ -5,10 +5,11 @@ The cluster is Ray's own command, and the engines are deployed by a Serve config
 
 import asyncio
 import os
-import socket
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +20,7 @@ import yaml
 from benchmarks.synthetic import expected_tokens
 from manylora_client import AsyncClient
 from manylora_registry import Registry
-from tests.e2e.harness import ROOT, start_gateway, stop, wait_until
+from tests.e2e.harness import ROOT, replica_processes, start_gateway, stop, wait_until
 
 PROMPT = [2, 7, 1]
 SCRIPTS = Path(sys.executable).parent
@@ -48,28 +49,29 @@ class Cluster:
 
     def replicas(self) -> int:
         """Engine replicas that live."""
-        names = [process.name() for process in self.head.children(recursive=True)]
-        return sum(name.startswith("ray::ServeRepli") for name in names)
+        return len(replica_processes(self.head.pid))
 
 
 def environment() -> dict[str, str]:
-    return dict(os.environ, PYTHONPATH=str(ROOT), RAY_AUTH_MODE="disabled", HF_HUB_OFFLINE="1")
-
-
-def free_port() -> int:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        return taken.getsockname()[1]
+    return dict(
+        os.environ,
+        PYTHONPATH=str(ROOT),
+        RAY_AUTH_MODE="disabled",
+        HF_HUB_OFFLINE="1",
+        RAY_gcs_server_port_wait_time_s="150",
+        RAY_raylet_start_wait_time_s="150",
+        # So slow that the load lasts until it has been seen.
+        SYNTHETIC_TOKENS_PER_S="20",
+    )
 
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     directory = tmp_path_factory.mktemp("ray")
-    port = free_port()
     options = {
-        "port": port,
+        "port": 0,
         "node-ip-address": "127.0.0.1",
-        "dashboard-agent-listen-port": free_port(),
+        "dashboard-agent-listen-port": 0,
         "include-dashboard": "false",
         "temp-dir": directory,
         "num-cpus": 4,
@@ -86,13 +88,16 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         )
     head = psutil.Process(process.pid)
     try:
-        running = "Ray runtime started"
-        assert wait_until(lambda: running in log.read_text(), 180), log.read_text()
+        address = re.compile(r"ray start --address='\S+:([0-9]+)'")
+        assert wait_until(lambda: bool(address.search(log.read_text())), 300), log.read_text()
+        (port,) = address.findall(log.read_text())
         yield Cluster(f"127.0.0.1:{port}", head)
     finally:
         # Asked to end, the head would drain for half a minute.
         for started in (head, *head.children(recursive=True)):
-            started.kill()
+            # Some end with the head.
+            with suppress(psutil.NoSuchProcess):
+                started.kill()
         process.wait()
 
 
@@ -132,7 +137,7 @@ async def test_a_gateway_comes_and_goes_while_the_engines_stay(
     gateway = await asyncio.to_thread(
         start_gateway, config, tmp_path / "gateway.log", ["benchmarks.synthetic"]
     )
-    async with AsyncClient(gateway.inference, timeout=60) as client:
+    async with AsyncClient(gateway.inference, timeout=300) as client:
         answer = await client.generate(PROMPT, "red", max_tokens=5)
         assert tuple(answer.token_ids) == tuple(expected_tokens(served.engine_name, PROMPT, 5))
         assert cluster.replicas() == 1
@@ -141,7 +146,7 @@ async def test_a_gateway_comes_and_goes_while_the_engines_stay(
         crowd = [
             asyncio.create_task(client.generate(PROMPT, "red", max_tokens=2000)) for _ in range(8)
         ]
-        assert await asyncio.to_thread(wait_until, lambda: len(gateway.replicas()) == 2, 120)
+        assert await asyncio.to_thread(wait_until, lambda: len(gateway.replicas()) == 2, 240)
         for task in crowd:
             task.cancel()
         await asyncio.gather(*crowd, return_exceptions=True)

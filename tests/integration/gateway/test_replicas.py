@@ -11,8 +11,7 @@ import pytest
 from benchmarks.synthetic import expected_tokens
 from manylora_client import AsyncClient, Generation, UnavailableError
 from manylora_registry import Registry
-from tests.e2e.harness import Gateway, wait_until
-from tests.integration.gateway.chaos import replica_processes
+from tests.e2e.harness import Gateway, replica_processes, wait_until
 from tests.integration.gateway.conftest import ADAPTERS
 
 PROMPT = [3, 1, 4]
@@ -28,20 +27,23 @@ def expected(answer: Generation, count: int) -> tuple[int, ...]:
 
 async def test_an_adapter_has_a_home_and_a_hot_one_spreads(gateway: Gateway) -> None:
     cold = ("grey", "red")  # The others were loaded everywhere at the start.
-    async with AsyncClient(gateway.inference, timeout=60) as client:
+    async with AsyncClient(gateway.inference, timeout=300) as client:
 
-        async def ask(name: str) -> None:
-            answer = await client.generate(PROMPT, name, max_tokens=20)
-            assert tuple(answer.token_ids) == expected(answer, 20)
+        async def ask(name: str, count: int = 20) -> None:
+            answer = await client.generate(PROMPT, name, max_tokens=count)
+            assert tuple(answer.token_ids) == expected(answer, count)
 
         for _ in range(3):
             for name in cold:
                 await ask(name)
+                # An answer may come before its call returns, and until then it is load for Serve.
+                # What a replica is asked now returns behind it.
+                gateway.replicas()
         holders = Counter(
             entry.adapter.name for replica in gateway.replicas() for entry in replica.adapters
         )
         assert {name: holders[name] for name in cold} == dict.fromkeys(cold, 1)
-        await asyncio.gather(*(ask("grey") for _ in range(24)))
+        await asyncio.gather(*(ask("grey", 300) for _ in range(24)))
         holders = Counter(
             entry.adapter.name for replica in gateway.replicas() for entry in replica.adapters
         )
@@ -50,14 +52,14 @@ async def test_an_adapter_has_a_home_and_a_hot_one_spreads(gateway: Gateway) -> 
 
 def test_replicas_are_not_behind_everything_else_on_the_machine(gateway: Gateway) -> None:
     front = psutil.Process(gateway.process.pid)
-    assert {one.nice() for one in replica_processes(gateway)} == {front.nice()}
+    assert {one.nice() for one in replica_processes(gateway.process.pid)} == {front.nice()}
 
 
 async def test_a_swap_loads_everywhere_before_anyone_gets_the_new_version(
     gateway: Gateway, registry: Registry
 ) -> None:
     seen: set[int] = set()
-    async with AsyncClient(gateway.inference, timeout=60) as client:
+    async with AsyncClient(gateway.inference, timeout=300) as client:
 
         async def stream() -> None:
             while 2 not in seen:
@@ -82,54 +84,69 @@ async def test_a_swap_loads_everywhere_before_anyone_gets_the_new_version(
         while 1 not in seen:
             await asyncio.wait(streams, timeout=0.05)
         await asyncio.to_thread(registry.set_alias, "red", "production", 2)
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(120):
             await asyncio.gather(*streams)
     assert await asyncio.to_thread(
-        wait_until, lambda: ("red", 1) not in gateway.loaded(), within_s=10
+        wait_until, lambda: ("red", 1) not in gateway.loaded(), within_s=60
     )
 
 
 async def test_a_replica_that_dies_costs_streams_and_no_unary_request(gateway: Gateway) -> None:
-    victims = replica_processes(gateway)
+    victims = replica_processes(gateway.process.pid)
     assert len(victims) == 2
     before = {replica.replica_id for replica in gateway.replicas()}
-    async with AsyncClient(gateway.inference, timeout=60) as client:
+    async with AsyncClient(gateway.inference, timeout=300) as client:
+        begun: set[int] = set()
+        killed = asyncio.Event()
 
-        async def unary(index: int) -> Generation:
-            return await client.generate(PROMPT, ADAPTERS[index % 4], max_tokens=300)
+        # Each asks again and again, so that a slow machine too finds all of them under way.
+        async def unary(index: int) -> None:
+            while not killed.is_set():
+                answer = await client.generate(PROMPT, ADAPTERS[index % 4], max_tokens=300)
+                assert tuple(answer.token_ids) == expected(answer, 300)
 
         async def stream(index: int) -> str:
-            answer = client.stream(PROMPT, ADAPTERS[index % 4], max_tokens=600)
-            try:
-                tokens = [token async for delta in answer for token in delta.token_ids]
-            except UnavailableError as error:
-                return "lost" if error.retry_after else "lost without a time to come back"
-            assert tuple(tokens) == expected(await answer.result(), 600)
+            while not killed.is_set():
+                answer = client.stream(PROMPT, ADAPTERS[index % 4], max_tokens=600)
+                tokens: list[int] = []
+                try:
+                    async for delta in answer:
+                        begun.add(index)
+                        tokens.extend(delta.token_ids)
+                except UnavailableError as error:
+                    return "lost" if error.retry_after else "lost without a time to come back"
+                assert tuple(tokens) == expected(await answer.result(), 600)
             return "whole"
+
+        def busy() -> bool:
+            """Whether every stream has begun and both replicas generate."""
+            return len(begun) == 8 and all(
+                any(entry.requests for entry in replica.adapters) for replica in gateway.replicas()
+            )
 
         streams = [asyncio.create_task(stream(index)) for index in range(8)]
         requests = [asyncio.create_task(unary(index)) for index in range(8)]
-        await asyncio.to_thread(wait_until, lambda: gateway.requests() == 16, within_s=10)
+        assert await asyncio.to_thread(wait_until, busy, within_s=120)
         os.kill(victims[0].pid, signal.SIGKILL)
-        for answer in await asyncio.gather(*requests):
-            assert tuple(answer.token_ids) == expected(answer, 300)
+        killed.set()
+        await asyncio.gather(*requests)
         outcomes = Counter(await asyncio.gather(*streams))
         assert set(outcomes) == {"lost", "whole"}
         # Serve puts a new one in its place.
         assert await asyncio.to_thread(
             wait_until,
             lambda: len({one.replica_id for one in gateway.replicas()} - before) == 1,
-            within_s=60,
+            within_s=240,
         )
         for name in ADAPTERS:
             answer = await client.generate(PROMPT, name, max_tokens=20)
             assert tuple(answer.token_ids) == expected(answer, 20)
-    assert await asyncio.to_thread(wait_until, lambda: gateway.requests() == 0, within_s=10)
+    assert await asyncio.to_thread(wait_until, lambda: gateway.requests() == 0, within_s=60)
 
 
 @pytest.mark.parametrize("streams", [64])
 async def test_many_streams_leave_nothing_behind(gateway: Gateway, streams: int) -> None:
-    async with AsyncClient(gateway.inference, timeout=60) as client:
+    async with AsyncClient(gateway.inference, timeout=300) as client:
 
         async def stream(index: int) -> None:
             answer = client.stream(PROMPT, ADAPTERS[index % 4], max_tokens=200)
@@ -137,4 +154,4 @@ async def test_many_streams_leave_nothing_behind(gateway: Gateway, streams: int)
             assert tuple(tokens) == expected(await answer.result(), 200)
 
         await asyncio.gather(*(stream(index) for index in range(streams)))
-    assert await asyncio.to_thread(wait_until, lambda: gateway.requests() == 0, within_s=10)
+    assert await asyncio.to_thread(wait_until, lambda: gateway.requests() == 0, within_s=60)

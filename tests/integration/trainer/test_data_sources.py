@@ -211,6 +211,7 @@ def test_rows_of_ray_keep_their_order(tmp_path, monkeypatch):
     import ray
 
     # Of several processes that each import Ray, on a machine that may be busy.
+    monkeypatch.setenv("RAY_gcs_server_port_wait_time_s", "150")
     monkeypatch.setenv("RAY_raylet_start_wait_time_s", "150")
 
     (tmp_path / "rows.py").write_text(

@@ -198,6 +198,9 @@ def start_ray(config: GatewayConfig, scratch: Path) -> None:
         "include_dashboard": False,
         "_temp_dir": str(scratch),
     }
+    if private:
+        # It gives up on its own first process after 30 s, which a busy machine may take.
+        os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "120")
     # A terminal that closes tells every process of it; Ray's, which inherit this, must outlive the
     # drain. Of SIGINT Ray sees to it itself.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})

@@ -136,6 +136,8 @@ def _connect(address: str | None, workers: int, cpus: float) -> None:
         return
     # Ray starts workers at nice 15: whatever else the machine does would come first.
     os.environ.setdefault("RAY_worker_niceness", "0")
+    # It gives up on its own first process after 30 s, which a busy machine may take.
+    os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "120")
     # A terminal that closes tells all its processes, and so do systemd and `timeout`. Ray's have
     # what is blocked from this one, as Ray itself sees to with SIGINT; else they would be gone
     # before a checkpoint is written. Where Ray itself ends them by SIGTERM it goes on to SIGKILL.
