@@ -2,12 +2,14 @@
 
 import asyncio
 import hashlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from manylora_client import (
     AsyncClient,
+    Client,
     DataLossError,
     DeadlineExceededError,
     FailedPreconditionError,
@@ -186,22 +188,33 @@ def test_a_reference_is_never_a_path(gateway: Gateway, reference: str) -> None:
 
 def test_a_cancelled_stream_frees_its_slot(gateway: Gateway) -> None:
     """Promise 7: all slots are taken by long streams; once they are dropped others get in."""
-    with gateway.client() as client:
+    stays, *dropped = list(ADAPTERS)[:SLOTS]
+    with gateway.client() as client, ThreadPoolExecutor(1) as pool:
         streams = [
             client.stream("Once upon a time", name, max_tokens=450, ignore_eos=True)
-            for name in list(ADAPTERS)[:SLOTS]
+            for name in dropped
         ]
         for stream in streams:
             next(stream)
-        assert wait_until(lambda: gateway.requests() >= SLOTS, within_s=120)
+        other = pool.submit(_long, client, stays)
+        assert wait_until(lambda: gateway.requests() == SLOTS, within_s=120)
         for stream in streams:
             stream.close()
-        assert wait_until(lambda: gateway.requests() == 0, within_s=60)
+        # Else they would have gone on for longer than the other.
+        assert wait_until(lambda: gateway.requests() == 1 and not other.done(), within_s=60)
         assert client.generate("Hello", "gold", max_tokens=4).text
+        assert other.result().usage.completion_tokens == 250
 
 
 def test_a_passed_deadline_ends_the_request(gateway: Gateway) -> None:
-    with gateway.client() as client:
+    with gateway.client() as client, ThreadPoolExecutor(1) as pool:
+        other = pool.submit(_long, client, "red")
+        assert wait_until(lambda: gateway.requests() == 1, within_s=120)
         with pytest.raises(DeadlineExceededError):
             client.generate("Hello", "red", max_tokens=450, ignore_eos=True, timeout=1.0)
-        assert wait_until(lambda: gateway.requests() == 0, within_s=60)
+        assert wait_until(lambda: gateway.requests() == 1 and not other.done(), within_s=60)
+        assert other.result().usage.completion_tokens == 250
+
+
+def _long(client: Client, name: str) -> Generation:
+    return client.generate("Once upon a time", name, max_tokens=250, ignore_eos=True)
