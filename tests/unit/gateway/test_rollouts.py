@@ -80,6 +80,14 @@ async def test_requests_are_divided_and_sessions_stick(
     assert [(share.version.number, share.percent) for share in report.shares] == [(2, 50), (1, 50)]
     figures = {share.version.number: share.figures for share in report.shares}
     assert figures[1].requests + figures[2].requests == 340 + counts[2]
+    # Those without a session are divided by what they ask.
+    versions: set[int] = set()
+    for index in range(20):
+        asked = pb.GenerateRequest(adapter="red", text=f"hi {index}")
+        replies = [await gateway.inference.Generate(asked) for _ in range(2)]
+        (number,) = {reply.adapter.number for reply in replies}
+        versions.add(number)
+    assert versions == {1, 2}
     assert figures[2].errors == 0
     assert figures[2].tokens == 4 * figures[2].requests
     assert 0 < figures[2].ttft_p50_s <= figures[2].ttft_p95_s
