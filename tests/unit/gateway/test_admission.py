@@ -13,6 +13,7 @@ from manylora_gateway.errors import (
     QueueFullError,
     TokenRateError,
 )
+from manylora_gateway.fair import Share
 from manylora_gateway.tenants import ANONYMOUS, Tenant, TenantLimits
 from tests.unit.gateway.test_pool import Clock
 
@@ -67,6 +68,13 @@ def test_a_token_rate_is_a_bucket_that_says_when_to_come_back() -> None:
         pass
     with admission.enter(ANONYMOUS, tokens=1):
         pass
+
+
+def test_a_request_has_the_weights_of_its_tenant_and_its_adapter() -> None:
+    admission = Admission(LimitsConfig(adapters={"red": AdapterLimits(weight=3)}))
+    tenant = Tenant("heavy", limits=TenantLimits(weight=2))
+    with admission.enter(tenant, "red") as ticket:
+        assert ticket.share == Share("heavy", tenant_weight=2, adapter_weight=3)
 
 
 async def test_a_drain_ends_when_the_last_has_left() -> None:

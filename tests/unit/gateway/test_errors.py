@@ -5,7 +5,7 @@ import math
 import traceback
 from collections.abc import Awaitable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
 import grpc
 import pytest
@@ -313,10 +313,18 @@ async def test_an_adapter_the_engine_refuses_harms_no_other(
 
 
 async def test_a_lost_engine_may_be_tried_again(gateway: RunningGateway) -> None:
+    """By the gateway itself once, unless something of the answer has left."""
+    gateway.engine.hold_answers()
+    stream = gateway.inference.GenerateStream(SAY)
+    assert [await stream.read() for _ in ("started", "delta")]
     gateway.engine.dead = True
-    status = await refused(gateway.inference.Generate(SAY))
-    assert told(status) == ("UNAVAILABLE", "REPLICA_LOST")
-    assert detail(status, error_details_pb2.RetryInfo).retry_delay.ToMilliseconds() > 0
+    gateway.engine.let_answer()
+    for call, tries in ((stream.read(), 0), (gateway.inference.Generate(SAY), 1)):
+        status = await refused(cast("Any", call))
+        assert told(status) == ("UNAVAILABLE", "REPLICA_LOST")
+        assert detail(status, error_details_pb2.RetryInfo).retry_delay.ToMilliseconds() > 0
+        retries = gateway.metrics.registry.get_sample_value("manylora_replica_retries_total")
+        assert retries == tries
 
 
 async def test_what_nobody_foresaw_is_opaque(

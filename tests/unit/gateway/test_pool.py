@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 
 import pytest
 
-from manylora_gateway.errors import PoolFullError
+from manylora_gateway.errors import DisplacedError, PoolFullError
 from manylora_gateway.fair import EVERYBODY, Share
 from manylora_gateway.pool import AdapterPool
 from manylora_registry import Version
@@ -225,10 +225,13 @@ async def test_a_flood_on_one_adapter_does_not_hold_up_another(
     assert served <= 2
 
 
+@pytest.mark.parametrize("loaded", [False, True])
 async def test_a_busy_adapter_gives_its_slot_away_when_its_turn_is_over(
-    make: Callable[..., AdapterPool], clock: Clock
+    make: Callable[..., AdapterPool], clock: Clock, loaded: bool
 ) -> None:
     pool = make(slots=1, capacity=2, turn_s=1)
+    if loaded:
+        await pool.prepare(GREEN)
     first = Request(pool, RED)
     await settled(pool)
     cold = Request(pool, GREEN)
@@ -289,6 +292,25 @@ async def test_a_retired_version_is_unloaded_when_its_last_request_ends(
     await settled(pool)
     assert memory.held == set()
     assert not pool.retire(RED)
+
+
+async def test_a_retired_version_that_is_asked_for_again_stays(
+    make: Callable[..., AdapterPool], memory: Memory
+) -> None:
+    pool = make()
+    first = Request(pool, RED)
+    await settled(pool)
+    pool.retire(RED)
+    second = Request(pool, RED)
+    await settled(pool)
+    await first.end()
+    await second.end()
+    await settled(pool)
+    assert memory.held == {"red"}
+    # Idle, it goes at once.
+    pool.retire(RED)
+    await settled(pool)
+    assert memory.held == set()
 
 
 async def test_a_waiting_request_that_is_cancelled_leaves_nothing(
@@ -433,6 +455,31 @@ async def test_copies_that_wait_keep_no_client_out_of_memory(
     assert not any(each.seated.is_set() for each in copies)
 
 
+async def test_a_copy_that_is_seated_as_a_client_comes_gives_way(
+    make: Callable[..., AdapterPool],
+) -> None:
+    pool = make(seats=1)
+    async with pool.hold(None):
+        copy = Request(pool, None, Share("shadow", gives_way=True))
+        await turn()
+        client = Request(pool, None)
+    # The seat is granted to the copy by the end above, and the client asks before the copy runs.
+    await settled(pool)
+    assert client.seated.is_set()
+    with pytest.raises(DisplacedError):
+        await copy.task
+
+
+async def test_copies_give_no_way_to_one_another(make: Callable[..., AdapterPool]) -> None:
+    pool = make(seats=1)
+    copies = [Request(pool, None, Share("shadow", gives_way=True)) for _ in range(2)]
+    await settled(pool)
+    for copy in copies:
+        assert copy.seated.is_set()
+        await copy.end()
+        await settled(pool)
+
+
 async def test_adapters_that_are_always_asked_for_leave_room_for_another(
     make: Callable[..., AdapterPool],
 ) -> None:
@@ -487,6 +534,39 @@ async def test_a_turn_that_is_over_takes_nobody_in_while_another_waits(
     assert cold.seated.is_set()
 
 
+async def test_a_turn_goes_on_when_nobody_wants_the_slot_any_more(
+    make: Callable[..., AdapterPool], memory: Memory
+) -> None:
+    pool = make(slots=1, capacity=3, turn_s=0)
+    Request(pool, RED)
+    await settled(pool)
+    memory.may_load.clear()
+    loading, waiting = (asyncio.create_task(pool.prepare(each)) for each in (GREEN, BLUE))
+    await turn()
+    more = Request(pool, RED)
+    await turn()
+    assert not more.seated.is_set()
+    waiting.cancel()
+    await turn()
+    assert more.seated.is_set()
+    memory.may_load.set()
+    await loading
+
+
+async def test_who_needs_no_slot_ends_no_turn(make: Callable[..., AdapterPool]) -> None:
+    pool = make(slots=1, capacity=2, seats=2, turn_s=0)
+    first, _, third = (Request(pool, RED) for _ in range(3))
+    await settled(pool)
+    bare = [Request(pool, None) for _ in range(3)]
+    await settled(pool)
+    for request in (first, *bare[:2]):
+        await request.end()
+        await settled(pool)
+    # Both lines were given as much, and red has waited for longer.
+    assert third.seated.is_set()
+    assert not bare[2].seated.is_set()
+
+
 async def test_a_flood_leaves_express_seats_to_others(make: Callable[..., AdapterPool]) -> None:
     pool = make(seats=2, express=1)
     flood = [Request(pool, RED) for _ in range(4)]
@@ -511,6 +591,36 @@ async def test_as_many_leave_as_want_a_slot(make: Callable[..., AdapterPool], cl
     await settled(pool)
     assert all(request.seated.is_set() for request in cold)
     assert not any(request.seated.is_set() for request in late)
+
+
+async def test_who_has_held_its_slot_for_longest_leaves(
+    make: Callable[..., AdapterPool], clock: Clock
+) -> None:
+    pool = make(slots=2, turn_s=1)
+    for each in (RED, GREEN):
+        Request(pool, each)
+        await settled(pool)
+        clock.now += 2
+    Request(pool, BLUE)
+    late = [Request(pool, RED), Request(pool, GREEN)]
+    await settled(pool)
+    assert [request.seated.is_set() for request in late] == [False, True]
+
+
+async def test_what_is_waited_for_last_makes_room(
+    make: Callable[..., AdapterPool], memory: Memory
+) -> None:
+    pool = make(slots=1, capacity=2, seats=1)
+    for each in (RED, GREEN):
+        await pool.prepare(each)
+    for each in (None, RED, GREEN):
+        Request(pool, each)
+    await settled(pool)
+    # A tenant who had nothing yet goes before all of them.
+    Request(pool, BLUE, Share("other"))
+    await settled(pool)
+    assert memory.loads == ["red", "green", "blue"]
+    assert memory.held == {"red", "blue"}
 
 
 async def test_what_is_let_go_while_it_loads_is_not_pinned(
@@ -539,4 +649,21 @@ async def test_who_gives_up_a_pin_takes_no_other_along(
     await turn()
     memory.may_load.set()
     await pins[1]
+    assert [one.version for one in pool.residents() if one.pinned] == [RED]
+
+
+async def test_who_gives_up_a_pin_ends_no_later_one(
+    make: Callable[..., AdapterPool], memory: Memory
+) -> None:
+    pool = make(slots=1, capacity=3, seats=1)
+    memory.may_load.clear()
+    early = asyncio.create_task(pool.pin(RED))
+    await turn()
+    pool.unpin(RED)
+    late = asyncio.create_task(pool.pin(RED))
+    await turn()
+    early.cancel()
+    await turn()
+    memory.may_load.set()
+    await late
     assert [one.version for one in pool.residents() if one.pinned] == [RED]

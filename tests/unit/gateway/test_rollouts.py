@@ -80,6 +80,14 @@ async def test_requests_are_divided_and_sessions_stick(
     assert [(share.version.number, share.percent) for share in report.shares] == [(2, 50), (1, 50)]
     figures = {share.version.number: share.figures for share in report.shares}
     assert figures[1].requests + figures[2].requests == 340 + counts[2]
+    # Those without a session are divided by what they ask.
+    versions: set[int] = set()
+    for index in range(20):
+        asked = pb.GenerateRequest(adapter="red", text=f"hi {index}")
+        replies = [await gateway.inference.Generate(asked) for _ in range(2)]
+        (number,) = {reply.adapter.number for reply in replies}
+        versions.add(number)
+    assert versions == {1, 2}
     assert figures[2].errors == 0
     assert figures[2].tokens == 4 * figures[2].requests
     assert 0 < figures[2].ttft_p50_s <= figures[2].ttft_p95_s
@@ -319,7 +327,10 @@ async def test_a_shadow_answers_copies_that_nobody_gets(
 ) -> None:
     published("red", 5)
     await divide(gateway, shadow=(2, 100))
-    assert {await ask(gateway, f"session-{index}") for index in range(5)} == {1}
+    assert {await ask(gateway, f"session-{index}") for index in range(4)} == {1}
+    # Of several answers the first is compared.
+    several = pb.Sampling(max_tokens=4, n=2, temperature=1)
+    await gateway.inference.Generate(pb.GenerateRequest(adapter="red", text="hi", sampling=several))
     await gateway.core.shadows.settle()
     report = (await told_of(gateway)).shadow
     # The fake engine's tokens are the same for everybody.

@@ -152,7 +152,6 @@ class Seats:
                 if not place.granted.done():
                     place.granted.set_exception(error)
             line.places.clear()
-            self._forget_empty(line)
 
     def _forget_empty(self, line: Line) -> None:
         if not line.places and not line.seated and self._lines.get(line.flow) is line:
