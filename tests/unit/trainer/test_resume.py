@@ -420,6 +420,30 @@ def test_what_checkpoints_hold_cannot_change_even_if_stated(interrupted, tmp_pat
         )
 
 
+def test_another_base_in_its_place_is_refused(interrupted, tmp_path):
+    file = tmp_path / "run" / "run.json"
+    run = json.loads(file.read_text())
+    run["base"]["fingerprint"] = "sha256:another"
+    file.write_text(json.dumps(run))
+    with pytest.raises(RecipeChangedError, match="was started on another base"):
+        manylora_trainer.train(interrupted(), tmp_path / "run", resume=True)
+
+
+def test_an_adapter_that_has_ended_takes_no_more_steps(make_task, write_recipe, tmp_path):
+    brief, long = make_task("brief", steps=1), make_task("long", steps=4)
+    with pytest.raises(RunInterruptedError):
+        manylora_trainer.train(
+            write_recipe(brief, long), tmp_path / "run", progress=StopAt(2, signal.SIGTERM)
+        )
+    with pytest.raises(RecipeChangedError, match="brief has ended, so more steps cannot"):
+        manylora_trainer.train(
+            write_recipe({**brief, "steps": 3}, long),
+            tmp_path / "run",
+            resume=True,
+            allow_changes=["tasks.0.steps"],
+        )
+
+
 def test_an_end_that_is_already_behind_is_refused(interrupted, tmp_path):
     with pytest.raises(RecipeChangedError, match="has done 2 steps, so it cannot end at 1"):
         manylora_trainer.train(
