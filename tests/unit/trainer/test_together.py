@@ -123,6 +123,7 @@ def test_an_adapter_that_ends_early_leaves_the_rest_unchanged(make_task, write_r
         if '"brief"' in line and '"loss"' in line
     ]
     assert steps == [1]
+    assert [step for step, _ in entries(tmp_path / "both", "brief", "validation_loss")] == [1]
 
 
 def test_an_adapter_with_nan_loss_stops_alone_and_says_why(make_task, write_recipe, tmp_path):
