@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from deploy.stages.canary import Reading, judge, probes_due
+from deploy.stages.canary import Reading, did, judge, probes_due
 from deploy.stages.gate_settings import Bounds, Canary
 from deploy.stages.operator import Copies, Figures
 
@@ -40,6 +40,7 @@ def test_a_step_passes_when_time_and_requests_are_enough() -> None:
     uncompared = verdict(copies=Copies(2, 10, same=3))
     assert (uncompared.state, uncompared.reasons) == ("watch", ("3 of 10 copies",))
     assert verdict(copies=None).state == "passed"
+    assert verdict(copies=Copies(2, 10, same=5, different=5)).state == "passed"
 
 
 @pytest.mark.parametrize(
@@ -126,4 +127,11 @@ def test_probes_are_paced_over_the_window() -> None:
     assert due(45, 40) == 0
     assert due(200, 48) == 2
     assert due(200, 60) == 0
+    assert due(45, 60, Copies(2, 10)) == 0
     assert due(200, 60, Copies(2, 10)) == 10
+
+
+def test_a_window_counts_what_was_done_in_it() -> None:
+    before = Figures(100, 3, 900, 0.5, {"UNAVAILABLE": 2, "DATA_LOSS": 1})
+    now = Figures(160, 5, 1500, 0.2, {"UNAVAILABLE": 4, "DATA_LOSS": 1})
+    assert did(now, before) == Figures(60, 2, 600, 0.2, {"UNAVAILABLE": 2})

@@ -120,6 +120,7 @@ def test_a_rollback_ends_a_promotion_and_no_other_rollback(journal: Journal) -> 
     child = in_child(lambda: journal.alone("promote"))
     with journal.alone("rollback", instead_of="promote"):
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
+        assert journal.running()
     child = in_child(lambda: journal.alone("rollback"))
     with (
         pytest.raises(BusyError, match="rollback"),

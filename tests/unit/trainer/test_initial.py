@@ -1,7 +1,8 @@
 """Going on from an adapter that was trained before."""
 
+import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 import manylora_trainer
 from manylora_registry import Registry
@@ -26,6 +27,18 @@ def test_training_goes_on_from_the_weights_it_is_given(first, make_task, write_r
     assert before.keys() == after.keys()
     for name, tensor in before.items():
         assert after[name] == pytest.approx(tensor, abs=1e-9)
+
+
+def test_what_fails_at_once_keeps_the_weights_it_was_given(
+    first, make_task, write_recipe, tmp_path
+):
+    given = {name: tensor * np.float32(1e30) for name, tensor in load_file(first / WEIGHTS).items()}
+    save_file(given, first / WEIGHTS)
+    lora = {"rank": 4, "alpha": 8, "init_from": str(first / "adapters/word")}
+    result = manylora_trainer.train(write_recipe(make_task("word", lora=lora)), tmp_path / "run")
+    assert (result.tasks["word"].stopped or "").startswith("step 1: loss nan")
+    kept = load_file(tmp_path / "run/stopped/word/adapter_model.safetensors")
+    assert all((kept[name] == tensor).all() for name, tensor in given.items())
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Preference tuning equals its formula, computed with an unpacked model that is trained by hand."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -111,6 +112,9 @@ def test_dpo_equals_its_formula(task, write_recipe, tiny_base, tmp_path, pack_to
     assert ours[-1] < ours[0] - 0.01
     assert result.tasks["prefer"].metrics["validation_loss"] == pytest.approx(validation, rel=1e-4)
     assert lines[-2]["preference_accuracy"] > 0.5
+    # The loss of a pair with this margin: the pairs are much alike.
+    margin = -math.log(math.expm1(ours[-1]))
+    assert lines[-2]["preference_margin"] == pytest.approx(margin, rel=0.2)
 
 
 def test_the_reference_of_an_adapter_that_goes_on_is_where_it_started(

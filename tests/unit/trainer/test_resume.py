@@ -26,6 +26,7 @@ from manylora_trainer.errors import (
 )
 from manylora_trainer.progress import Progress
 from manylora_trainer.recipe import load_recipe
+from manylora_trainer.recipe_changes import accept_changes
 from manylora_trainer.saved_runs import read_run
 from tests.unit.trainer.conftest import StopAt
 
@@ -72,16 +73,26 @@ def losses(run: Path) -> list[tuple[int, str, float]]:
 
 
 @pytest.fixture
-def recipe(make_task, write_recipe):
+def tasks(make_task):
     # Batches that divide neither the rows nor the shuffle buffer: epochs and windows end within a
     # batch, and resumes fall in the middle of both.
-    return write_recipe(
+    return [
         make_task("brief", steps=3, batch_size=9, shuffle_buffer=11),
         make_task("long", steps=7, batch_size=None, batch_tokens=1000, shuffle_buffer=11),
-    )
+    ]
 
 
-def test_killed_at_any_moment_and_resumed_equals_uninterrupted(recipe, tmp_path):
+@pytest.fixture
+def recipe(tasks, write_recipe):
+    return write_recipe(*tasks)
+
+
+def test_killed_at_any_moment_and_resumed_equals_uninterrupted(
+    tasks, make_task, write_recipe, tmp_path
+):
+    # What is saved are the weights of its first validation.
+    best = make_task("best", steps=5, early_stopping={"patience": 9, "min_delta": 100.0})
+    recipe = write_recipe(*tasks, best)
     moments = json.dumps(list(MOMENTS.values()))
     victims = subprocess.run(
         [sys.executable, "-c", VICTIMS, recipe, tmp_path, moments],
@@ -398,8 +409,16 @@ def test_resume_refuses_a_changed_recipe_and_names_every_change(interrupted, tmp
 
 
 def test_a_stated_change_is_taken_up_and_recorded(interrupted, tmp_path):
+    with pytest.raises(RunInterruptedError):
+        manylora_trainer.train(
+            interrupted({"validate_every": 3}),
+            tmp_path / "run",
+            resume=True,
+            allow_changes=["training.validate_every"],
+            progress=StopAt(3, signal.SIGTERM),
+        )
     result = manylora_trainer.train(
-        interrupted({"checkpoint_every": 3}, steps=5),
+        interrupted({"validate_every": 3, "checkpoint_every": 3}, steps=5),
         tmp_path / "run",
         resume=True,
         allow_changes=["tasks.0.steps", "training"],
@@ -407,8 +426,10 @@ def test_a_stated_change_is_taken_up_and_recorded(interrupted, tmp_path):
     assert {step for step, _, _ in losses(tmp_path / "run")} == {1, 2, 3, 4, 5}
     assert result.tasks["a"].adapter is not None
     run = json.loads((tmp_path / "run" / "run.json").read_text())
-    (change,) = run["changes"]
-    assert change["fields"] == ["training.checkpoint_every", "tasks.0.steps"]
+    assert [change["fields"] for change in run["changes"]] == [
+        ["training.validate_every"],
+        ["training.checkpoint_every", "tasks.0.steps"],
+    ]
     assert run["recipe_digest"] == load_recipe(tmp_path / "run" / "recipe.yaml").digest
 
 
@@ -417,6 +438,53 @@ def test_what_checkpoints_hold_cannot_change_even_if_stated(interrupted, tmp_pat
     with pytest.raises(RecipeChangedError, match=r"tasks\.0\.lora\.rank cannot change"):
         manylora_trainer.train(
             changed, tmp_path / "run", resume=True, allow_changes=["tasks.0.lora.rank"]
+        )
+
+
+def test_a_statement_covers_what_is_below_it_and_nothing_that_cannot_change():
+    before = {
+        "workers": {"count": 1},
+        "training": {"threads": 1},
+        "tasks": [{"optimizer": {"kind": "adamw", "betas": [0.9, 0.999]}}],
+    }
+    after = {
+        "workers": {"count": 2},
+        "training": {"threads": 2},
+        "tasks": [{"optimizer": {"kind": "adamw", "betas": [0.8, 0.999]}}],
+    }
+    stated = ["training", "tasks.0.optimizer"]
+    assert accept_changes("run", before, after, stated) == [
+        "training.threads",
+        "tasks.0.optimizer.betas.0",
+    ]
+    with pytest.raises(RecipeChangedError, match=r"--allow-change training\.threads"):
+        accept_changes("run", before, after, ["training.thread", "tasks.0.optimizer"])
+    after["tasks"][0]["optimizer"]["kind"] = "sgd"
+    with pytest.raises(RecipeChangedError, match=r"tasks\.0\.optimizer\.kind cannot change"):
+        accept_changes("run", before, after, stated)
+
+
+def test_another_base_in_its_place_is_refused(interrupted, tmp_path):
+    file = tmp_path / "run" / "run.json"
+    run = json.loads(file.read_text())
+    run["base"]["fingerprint"] = "sha256:another"
+    file.write_text(json.dumps(run))
+    with pytest.raises(RecipeChangedError, match="was started on another base"):
+        manylora_trainer.train(interrupted(), tmp_path / "run", resume=True)
+
+
+def test_an_adapter_that_has_ended_takes_no_more_steps(make_task, write_recipe, tmp_path):
+    brief, long = make_task("brief", steps=1), make_task("long", steps=4)
+    with pytest.raises(RunInterruptedError):
+        manylora_trainer.train(
+            write_recipe(brief, long), tmp_path / "run", progress=StopAt(2, signal.SIGTERM)
+        )
+    with pytest.raises(RecipeChangedError, match="brief has ended, so more steps cannot"):
+        manylora_trainer.train(
+            write_recipe({**brief, "steps": 3}, long),
+            tmp_path / "run",
+            resume=True,
+            allow_changes=["tasks.0.steps"],
         )
 
 

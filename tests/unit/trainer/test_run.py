@@ -124,6 +124,8 @@ def test_the_run_directory_tells_the_run(run, tmp_path):
     assert sum(line["tokens"] for line in steps) == task["tokens"]
     assert (directory / "plots" / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert steps[-1]["loss"] < steps[0]["loss"]
+    kept = sorted(entry.name for entry in (directory / "checkpoints").iterdir())
+    assert kept == ["step-00000004", "step-00000006"]
 
 
 def test_the_run_tells_what_it_ran_on_and_no_secret(recipe, tmp_path, monkeypatch):

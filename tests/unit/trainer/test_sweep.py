@@ -300,7 +300,12 @@ def test_a_directory_is_taken_up_only_when_asked_and_unchanged(write_sweep, tmp_
         run_sweep(load_sweep(write_sweep(**small)))
     with pytest.raises(SweepError, match="another sweep or recipe"):
         run_sweep(load_sweep(write_sweep(space={RATE: [0.02]})), resume=True)
-    (tmp_path / "sweeps" / "sweep" / "sweep.json").write_text('{"trials": [{}], "task": "a"}')
+    file = tmp_path / "sweeps" / "sweep" / "sweep.json"
+    # As if the search had proposed something else then.
+    file.write_text(file.read_text().replace("0.01", "0.03"))
+    with pytest.raises(SweepError, match="no longer proposes what it did"):
+        run_sweep(load_sweep(write_sweep(**small)), resume=True)
+    file.write_text('{"trials": [{}], "task": "a"}')
     with pytest.raises(SweepError, match="not what a sweep writes"):
         read_sweep(tmp_path / "sweeps" / "sweep")
 

@@ -8,7 +8,9 @@ import pytest
 from safetensors.numpy import load_file
 
 import manylora_trainer
+from manylora_trainer.adapter_settings import EarlyStopping
 from manylora_trainer.errors import RunInterruptedError
+from manylora_trainer.result import TaskProgress
 from manylora_trainer.saved_runs import read_run
 from tests.unit.trainer.conftest import StopAt
 
@@ -123,6 +125,7 @@ def test_an_adapter_that_ends_early_leaves_the_rest_unchanged(make_task, write_r
         if '"brief"' in line and '"loss"' in line
     ]
     assert steps == [1]
+    assert [step for step, _ in entries(tmp_path / "both", "brief", "validation_loss")] == [1]
 
 
 def test_an_adapter_with_nan_loss_stops_alone_and_says_why(make_task, write_recipe, tmp_path):
@@ -207,6 +210,15 @@ def test_an_adapter_ends_when_validation_gets_no_better_and_keeps_its_best_weigh
     assert_equal_to_rounding(both, tmp_path / "best", "early")
     manylora_trainer.train(write_recipe(steady), tmp_path / "alone")
     assert_equal_to_rounding(both, tmp_path / "alone", "steady")
+
+
+def test_patience_is_with_validations_in_a_row():
+    progress, settings = TaskProgress(), EarlyStopping(patience=2)
+    for step, loss in enumerate([3.0, 3.1, 2.0, 2.1], start=1):
+        progress.validated(step, loss, settings)
+    assert progress.ended_early is None
+    progress.validated(5, 2.2, settings)
+    assert progress.ended_early == "step 5: no better validation loss than 2.0000 of step 3"
 
 
 def test_equal_runs_are_equal_bytes(make_task, write_recipe, tmp_path):
