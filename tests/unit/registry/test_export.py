@@ -26,6 +26,7 @@ from manylora_registry.errors import (
 )
 from manylora_registry.manifest import load_manifest
 from manylora_registry.transfer import export_version, import_version
+from tests.unit.registry.test_faults import no_file_longer_than
 
 FORMATS = ["peft", "hf", "oci", "tar"]
 CARD = "---\nlicense: mit\n---\n# Spelling\n\nCorrects it. \u00e9\r\n"
@@ -273,9 +274,14 @@ class TestHostileSources:
 
         return refuse
 
+    @pytest.fixture(params=[b"lora_A", b'"layers"'], ids=["weights", "manifest"])
+    def blob(self, request, layout):
+        blobs = (layout / "blobs/sha256").iterdir()
+        (found,) = (path for path in blobs if request.param in path.read_bytes())
+        return found
+
     @pytest.mark.parametrize("damage", ["flip", "cut", "long", "gone", "link", "pipe", "directory"])
-    def test_a_damaged_blob_is_refused(self, layout, refused, tmp_path, damage):
-        blob = max((layout / "blobs/sha256").iterdir(), key=lambda path: path.stat().st_size)
+    def test_a_damaged_blob_is_refused(self, layout, refused, blob, tmp_path, damage):
         content = blob.read_bytes()
         blob.unlink()
         match damage:
@@ -296,6 +302,12 @@ class TestHostileSources:
                 pass
 
         refused(layout, "is damaged")
+
+    def test_no_more_is_written_than_the_manifest_says(self, layout, refused, blob):
+        os.truncate(blob, 1 << 40)
+
+        with no_file_longer_than(1 << 20):
+            refused(layout, "is damaged")
 
     @pytest.mark.parametrize(
         "digest", ["sha256:../../../secret", "../x", "sha256:" + "A" * 64, "md5:0", 3, None]
