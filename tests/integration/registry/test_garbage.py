@@ -108,6 +108,7 @@ def test_a_child_keeps_its_parent(registry, publish):
     assert child.parent == "spelling@1"
     with pytest.raises(VersionNotFoundError):
         publish(3, parent="spelling@9")
+    assert registry.verify().unreferenced == ()
 
     registry.delete("spelling@1")
     report = registry.collect_garbage(grace=NOW)
