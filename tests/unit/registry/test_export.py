@@ -329,19 +329,26 @@ class TestHostileSources:
 
         refused(layout)
 
-    def test_a_manifest_that_takes_back_what_it_says_is_refused(self, layout, refused):
-        """A negative size would hide a huge one in their sum."""
+    @pytest.mark.parametrize(
+        ("sizes", "says"),
+        [
+            # A negative size would hide a huge one in their sum.
+            ((1 << 60, -(1 << 60)), "is not the manifest of an adapter"),
+            ((1 << 60, 1), "says it holds"),
+        ],
+    )
+    def test_a_manifest_of_impossible_sizes_is_refused(self, layout, refused, sizes, says):
         index = json.loads((layout / "index.json").read_text())
         name = index["manifests"][0]["digest"][7:]
         manifest = json.loads((layout / "blobs/sha256" / name).read_text())
-        manifest["layers"][0]["size"] = 1 << 60
-        manifest["layers"][1]["size"] = -(1 << 60)
+        for layer, size in zip(manifest["layers"], sizes, strict=True):
+            layer["size"] = size
         content = json.dumps(manifest).encode()
         index["manifests"][0]["digest"] = digest_of(content)
         (layout / "blobs/sha256" / digest_of(content)[7:]).write_bytes(content)
         (layout / "index.json").write_text(json.dumps(index))
 
-        refused(layout, "is not the manifest of an adapter")
+        refused(layout, says)
 
     @pytest.mark.parametrize("kind", ["link", "hard link", "device", "twice", "sparse", "climbing"])
     def test_a_tar_of_anything_but_plain_files_is_refused(
@@ -372,7 +379,15 @@ class TestHostileSources:
             import_version(other, "again", archive, base=base)  # It is never looked at.
             assert not [*tmp_path.rglob("evil")]
         else:
-            refused(archive)
+            refused(archive, "is no plain file, or there twice")
+
+    def test_a_tar_of_too_many_entries_is_refused(self, refused, tmp_path):
+        archive = tmp_path / "it.tar"
+        with tarfile.open(archive, "w") as tar:
+            for number in range(1001):
+                tar.addfile(tarfile.TarInfo(str(number)))
+
+        refused(archive, "more than 1000 entries")
 
     def test_a_tar_packed_by_another_tool_is_read(self, layout, other, base, version, tmp_path):
         archive = tmp_path / "it.tar"
