@@ -174,10 +174,11 @@ class TestEveryStore:
 
     def test_moves_large_blobs_in_little_memory(self, store, tmp_path):
         large = tmp_path / "large"
-        block = os.urandom(1 << 20)
         sha256 = hashlib.sha256()
         with large.open("wb") as file:
-            for _ in range(72):
+            for number in range(72):
+                # No two alike: what is hashed must not be overwritten by what is read meanwhile.
+                block = bytes([number]) * (1 << 20)
                 file.write(block)
                 sha256.update(block)
         digest = f"sha256:{sha256.hexdigest()}"
@@ -207,6 +208,13 @@ def test_a_local_store_clears_up_after_the_dead(tmp_path):
     assert store.sweep(timedelta(hours=1)) == 0
     assert store.sweep(timedelta()) == 1
     assert [*(tmp_path / "incoming").iterdir()] == []
+
+
+def test_a_local_blob_is_not_overwritten_by_mistake(tmp_path):
+    digest = put(open_blob_store(tmp_path.as_uri()), CONTENT)
+
+    (blob,) = (tmp_path / "blobs").rglob(digest[7:])
+    assert blob.stat().st_mode & 0o222 == 0
 
 
 def test_a_damaged_local_blob_is_kept_to_be_looked_at(tmp_path):

@@ -3,7 +3,7 @@
 import pytest
 import sqlalchemy as sa
 
-from manylora_registry import Alias
+from manylora_registry import Alias, Registry
 from manylora_registry.errors import (
     AdapterNotFoundError,
     AliasConflictError,
@@ -84,14 +84,43 @@ def test_an_alias_moves_by_compare_and_set_and_remembers(registry, publish):
 
 def test_a_changed_history_is_noticed(registry, publish, database):
     publish(1)
-    for _ in range(3):
+    changes = {
+        1: "why = 'no'",
+        3: "actor = 'nobody'",
+        5: "at = at + 1",
+        7: "digest = 'sha256:0'",
+        9: "previous = 7",
+        11: "override = NOT override",
+    }
+    for _ in range(12):
         registry.set_alias("spelling", "production", 1, why="because")
     engine = sa.create_engine(database)
     with engine.begin() as raw:
-        raw.execute(sa.text("UPDATE alias_moves SET why = 'no' WHERE generation = 2"))
+        for generation, change in changes.items():
+            raw.execute(sa.text(f"UPDATE alias_moves SET {change} WHERE generation = {generation}"))
     engine.dispose()
 
-    assert "generation 2" in str(registry.verify().problems)
+    found = [str(problem) for problem in registry.verify().problems]
+    assert len(found) == len(changes)
+    for generation, problem in zip(changes, found, strict=True):
+        assert problem.endswith(f"at or before generation {generation}")
+
+
+class _YankedMeanwhile(Registry):
+    """Somebody withdraws each version as soon as it was found."""
+
+    def resolve(self, reference, *, base=None):
+        found = super().resolve(reference, base=base)
+        self.yank(found)
+        return found
+
+
+def test_an_alias_never_moves_to_what_was_withdrawn_meanwhile(publish, place):
+    publish(1)
+    with _YankedMeanwhile.open(database=place.database, blobs=place.blobs) as registry:
+        with pytest.raises(YankedError):
+            registry.set_alias("spelling", "production", 1)
+        assert registry.aliases("spelling") == {}
 
 
 def test_a_withdrawn_version_is_kept_but_not_served(registry, publish, place, tmp_path):

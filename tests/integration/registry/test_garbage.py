@@ -108,6 +108,7 @@ def test_a_child_keeps_its_parent(registry, publish):
     assert child.parent == "spelling@1"
     with pytest.raises(VersionNotFoundError):
         publish(3, parent="spelling@9")
+    assert registry.verify().unreferenced == ()
 
     registry.delete("spelling@1")
     report = registry.collect_garbage(grace=NOW)
@@ -124,13 +125,17 @@ def test_a_lease_keeps_a_version_until_it_is_released_or_runs_out(registry, publ
         report = registry.collect_garbage(grace=NOW)
         assert "replica 7" in str(report.kept)
         registry.materialize(version, tmp_path / "cache")
-        lease.renew()
+        taken = lease.expires_at
+        lease.renew(seconds=2 * 3600)
+        assert lease.expires_at - taken >= timedelta(hours=1)
     registry.collect_garbage(grace=NOW)
     with pytest.raises(DeletedError):
         registry.lease(version)
 
     publish(1)
     lease = registry.lease(version, seconds=0)
+    with pytest.raises(LeaseExpiredError):
+        lease.renew()
     registry.delete(version)
     assert registry.collect_garbage(grace=NOW).collected == ("spelling@1",)
     with pytest.raises(LeaseExpiredError):

@@ -57,6 +57,8 @@ def test_a_protection_is_overridden_and_lifted_only_with_a_reason(registry, publ
     registry.protect("spelling", "production")
     with pytest.raises(AliasProtectedError, match="why"):
         registry.set_alias("spelling", "production", 1, override=True)
+    with pytest.raises(AliasProtectedError, match="--override"):
+        registry.set_alias("spelling", "production", 1, why="the disk is on fire")
     move = registry.set_alias("spelling", "production", 1, override=True, why="the disk is on fire")
     assert move.override
     assert registry.history("spelling") == [move]
@@ -67,6 +69,17 @@ def test_a_protection_is_overridden_and_lifted_only_with_a_reason(registry, publ
     registry.protect("spelling", "production", protected=False, why="retired")
     assert registry.protections("spelling") == []
     assert not registry.set_alias("spelling", "production", 1).override
+
+
+def test_a_rollback_overrides_a_protection_only_with_a_reason(registry, publish):
+    for number in (1, 2):
+        publish(number)
+        registry.set_alias("spelling", "production", number)
+    registry.protect("spelling", "production")
+
+    with pytest.raises(AliasProtectedError, match="--override and a reason"):
+        registry.rollback("spelling", "production", override=True)
+    assert registry.rollback("spelling", "production", override=True, why="it lies").override
 
 
 def test_evaluations_are_kept_in_order(registry, publish):
@@ -154,15 +167,17 @@ def test_a_rollback_goes_to_what_was_there_before(registry, publish, moves, yank
         assert registry.rollback("spelling", "production").version == before
 
 
-@pytest.mark.parametrize("yanked", [[1], [1, 2]])
-def test_where_nothing_can_be_served_there_is_nothing_to_go_back_to(registry, publish, yanked):
-    for number in (1, 2):
+@pytest.mark.parametrize(("moves", "yanked"), [([1, 2], [1]), ([1, 2], [1, 2]), ([1, 2, 1], [1])])
+def test_where_nothing_can_be_served_there_is_nothing_to_go_back_to(
+    registry, publish, moves, yanked
+):
+    for number in moves:
         publish(number)
         registry.set_alias("spelling", "production", number)
     for number in yanked:
         registry.yank(f"spelling@{number}")
 
-    with pytest.raises(VersionNotFoundError, match="no version before 2 that can be served"):
+    with pytest.raises(VersionNotFoundError, match=f"no version before {moves[-1]} that can be"):
         registry.before("spelling", "production")
 
 

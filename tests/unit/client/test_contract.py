@@ -511,3 +511,7 @@ def test_a_message_may_be_larger_than_grpc_would_allow(serve: Serve, connect: Co
     assert len(connect(server.target).generate("x").text) == 5 * 2**20
     with pytest.raises(ResourceExhaustedError):
         connect(server.target, max_message_bytes=2**20).generate("x")
+    received = len(server.service.received)
+    with pytest.raises(ResourceExhaustedError):
+        connect(server.target, max_message_bytes=2**20).generate("x" * 2**21)
+    assert len(server.service.received) == received, "it is not even sent"

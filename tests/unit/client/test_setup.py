@@ -71,6 +71,12 @@ def test_a_tls_file_that_is_not_there_is_named(tmp_path: Path) -> None:
         tls_credentials(gone)
 
 
+@pytest.mark.parametrize("given", ["certificate", "key"])
+def test_a_certificate_and_its_key_go_together(given: str, tmp_path: Path) -> None:
+    with pytest.raises(InvalidInputError, match="go together"):
+        tls_credentials(**{given: tmp_path / "one.pem"})
+
+
 def test_threads_share_one_client(serve: Serve) -> None:
     server = serve(lambda request: Answer(request.text))
 

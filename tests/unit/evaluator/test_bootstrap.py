@@ -28,6 +28,7 @@ def test_the_interval_of_right_and_wrong_is_scipys_wilson(rows: int, share: floa
 
     theirs = binomtest(right, rows).proportion_ci(method="wilson")
     assert (score.low, score.high) == pytest.approx((theirs.low, theirs.high))
+    assert 0 <= score.low <= score.high <= 1
 
 
 @pytest.mark.parametrize("truth", [0.7, 0.95])
@@ -72,7 +73,7 @@ def test_rows_without_weight_score_nothing() -> None:
 
 
 def test_groups_weigh_alike_however_many_their_rows() -> None:
-    rows = [(Tally(1, 1, "many"),)] * 9 + [(Tally(0, 1, "few"),)]
+    rows = [(Tally(1, 1, "many"),)] * 9 + [(Tally(0, 1, "few"), Tally(0, 0, "none"))]
 
     assert estimate(rows, seed=0).mean == pytest.approx(0.5)
 

@@ -21,6 +21,7 @@ from manylora_evaluator import (
     evaluate,
     gate,
 )
+from manylora_evaluator.paired import needed_rows
 from tests.unit.client.scripted import Answer, Failure, Reply, ScriptedServer
 
 Evaluate = Callable[..., EvaluationResult]
@@ -173,6 +174,16 @@ def test_regressions_are_listed_row_by_row(evaluated: Evaluate) -> None:
     assert (score.test.better, score.test.worse) == (30, 3)
 
 
+def test_of_regressions_the_largest_loss_comes_first(evaluated: Evaluate) -> None:
+    result = evaluated(
+        {"spelling@1": 2, "spelling@2": 0}, expected=["yes yes", "yes"], scorers="[rouge_l]"
+    )
+
+    (score,) = compare(result, "spelling@2", "spelling@1").scores
+
+    assert [lost.expected for lost in score.regressions] == ["yes", "yes", "yes yes", "yes yes"]
+
+
 def test_versions_are_known_by_number_and_digest(evaluated: Evaluate) -> None:
     result = evaluated({"spelling@1": 60, "spelling@2": 90})
 
@@ -284,17 +295,35 @@ def test_slices_are_scored_apart(evaluated: Evaluate) -> None:
     assert result.tasks[0].rows[3].slices == {"parity": "odd"}
 
 
-def test_several_scores_share_one_chance_of_error(evaluated: Evaluate) -> None:
+@pytest.mark.parametrize(("right", "verdict"), [(67, "better"), (66, "too_few_rows")])
+def test_several_scores_share_one_chance_of_error(
+    right: int, verdict: str, evaluated: Evaluate
+) -> None:
     result = evaluated(
-        {"spelling@1": 60, "spelling@2": 67},
+        {"spelling@1": 60, "spelling@2": right},
         scorers="[exact_match, {kind: regex, pattern: 'yes'}]",
         task="compare: [exact_match, regex]",
     )
 
     decided = compare(result, "spelling@2", "spelling@1")
 
-    assert [score.adjusted_p for score in decided.scores] == [
-        pytest.approx(2 * decided.scores[0].test.p_value)
+    test = decided.scores[0].test
+    assert [(score.adjusted_p, score.needed_rows) for score in decided.scores] == [
+        (pytest.approx(2 * test.p_value), needed_rows(test.deviation, Decision(), scores=2))
     ] * 2
-    assert decided.scores[0].test.p_value < 0.05 / 2
-    assert decided.verdict == "better"
+    assert test.p_value < 0.05, "which alone were enough"
+    assert decided.verdict == verdict
+
+
+def test_one_score_that_cannot_be_told_leaves_the_whole_undecided(evaluated: Evaluate) -> None:
+    result = evaluated(
+        {"spelling@1": 60, "spelling@2": 90},
+        scorers="[exact_match, {kind: regex, pattern: 'yes|no'}]",
+        task="compare: [exact_match, regex]",
+    )
+    assert compare(result, "spelling@2", "spelling@1").verdict == "better"
+
+    finer = compare(result, "spelling@2", "spelling@1", decision=Decision(difference=0.01))
+
+    assert [score.verdict for score in finer.scores] == ["better", "too_few_rows"]
+    assert finer.verdict == "too_few_rows"

@@ -87,12 +87,16 @@ def test_failed_requests_alone_are_asked_again(
     # A signal or a full disk may have cut the last line off.
     kept = tmp_path / "out" / "answers.jsonl"
     kept.write_bytes(kept.read_bytes()[:-9])
+    script.rows.clear()
+    with pytest.raises(EvaluationFailedError, match="2 of 12"):
+        evaluate(suite, target, out=tmp_path / "out", resume=True)
+    assert len(script.rows) == 3
     script.trouble = None
     script.rows.clear()
 
     result = evaluate(suite, target, out=tmp_path / "out", resume=True)
 
-    assert len(script.rows) == 3
+    assert len(script.rows) == 2
     assert result.failures == 0
     assert result.score("spelling", "spelling", "exact_match").mean == 1
 
@@ -113,6 +117,20 @@ def test_answers_in_any_script_are_kept_whatever_the_locale(
 
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "out/results.json").is_file()
+
+
+def test_a_full_disk_is_told_once_and_costs_no_answer(
+    serve: Serve, write_suite: WriteSuite, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "answers.jsonl").symlink_to("/dev/full")
+
+    result = evaluate(write_suite(ROWS), serve(lambda _: Answer("yes")).target, out=out)
+
+    assert result.score("spelling", "spelling", "exact_match").mean == 1
+    (told,) = caplog.messages
+    assert told.endswith("answers.jsonl: No space left on device")
 
 
 def test_without_resume_everything_is_asked(

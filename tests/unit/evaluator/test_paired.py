@@ -69,6 +69,19 @@ def test_a_ratio_of_sums_is_permuted_row_by_row_with_its_weights() -> None:
     new = [(Tally(100, 100),), *shares([1, 1, 1])]
 
     assert paired_test(old, new, seed=0).p_value == 1
+    assert paired_test([(Tally(0, 2),)], [(Tally(1, 2),)], seed=0).method == "permutation"
+
+
+def test_rounding_is_no_gain() -> None:
+    test = paired_test(shares([0.3, 0.1 + 0.2]), shares([0.1 + 0.2, 0.3]), seed=0)
+
+    assert (test.better, test.worse) == (0, 0)
+
+
+def test_no_shuffle_as_far_apart_is_no_proof() -> None:
+    test = paired_test(shares([0.1] * 40), shares([0.9] * 40), seed=0)
+
+    assert test.p_value == pytest.approx(1 / 10_001)
 
 
 def test_equal_versions_are_seldom_told_apart() -> None:

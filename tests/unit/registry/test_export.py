@@ -26,6 +26,7 @@ from manylora_registry.errors import (
 )
 from manylora_registry.manifest import load_manifest
 from manylora_registry.transfer import export_version, import_version
+from tests.unit.registry.test_faults import no_file_longer_than
 
 FORMATS = ["peft", "hf", "oci", "tar"]
 CARD = "---\nlicense: mit\n---\n# Spelling\n\nCorrects it. \u00e9\r\n"
@@ -273,9 +274,14 @@ class TestHostileSources:
 
         return refuse
 
+    @pytest.fixture(params=[b"lora_A", b'"layers"'], ids=["weights", "manifest"])
+    def blob(self, request, layout):
+        blobs = (layout / "blobs/sha256").iterdir()
+        (found,) = (path for path in blobs if request.param in path.read_bytes())
+        return found
+
     @pytest.mark.parametrize("damage", ["flip", "cut", "long", "gone", "link", "pipe", "directory"])
-    def test_a_damaged_blob_is_refused(self, layout, refused, tmp_path, damage):
-        blob = max((layout / "blobs/sha256").iterdir(), key=lambda path: path.stat().st_size)
+    def test_a_damaged_blob_is_refused(self, layout, refused, blob, tmp_path, damage):
         content = blob.read_bytes()
         blob.unlink()
         match damage:
@@ -297,6 +303,12 @@ class TestHostileSources:
 
         refused(layout, "is damaged")
 
+    def test_no_more_is_written_than_the_manifest_says(self, layout, refused, blob):
+        os.truncate(blob, 1 << 40)
+
+        with no_file_longer_than(1 << 20):
+            refused(layout, "is damaged")
+
     @pytest.mark.parametrize(
         "digest", ["sha256:../../../secret", "../x", "sha256:" + "A" * 64, "md5:0", 3, None]
     )
@@ -317,19 +329,26 @@ class TestHostileSources:
 
         refused(layout)
 
-    def test_a_manifest_that_takes_back_what_it_says_is_refused(self, layout, refused):
-        """A negative size would hide a huge one in their sum."""
+    @pytest.mark.parametrize(
+        ("sizes", "says"),
+        [
+            # A negative size would hide a huge one in their sum.
+            ((1 << 60, -(1 << 60)), "is not the manifest of an adapter"),
+            ((1 << 60, 1), "says it holds"),
+        ],
+    )
+    def test_a_manifest_of_impossible_sizes_is_refused(self, layout, refused, sizes, says):
         index = json.loads((layout / "index.json").read_text())
         name = index["manifests"][0]["digest"][7:]
         manifest = json.loads((layout / "blobs/sha256" / name).read_text())
-        manifest["layers"][0]["size"] = 1 << 60
-        manifest["layers"][1]["size"] = -(1 << 60)
+        for layer, size in zip(manifest["layers"], sizes, strict=True):
+            layer["size"] = size
         content = json.dumps(manifest).encode()
         index["manifests"][0]["digest"] = digest_of(content)
         (layout / "blobs/sha256" / digest_of(content)[7:]).write_bytes(content)
         (layout / "index.json").write_text(json.dumps(index))
 
-        refused(layout, "is not the manifest of an adapter")
+        refused(layout, says)
 
     @pytest.mark.parametrize("kind", ["link", "hard link", "device", "twice", "sparse", "climbing"])
     def test_a_tar_of_anything_but_plain_files_is_refused(
@@ -360,7 +379,15 @@ class TestHostileSources:
             import_version(other, "again", archive, base=base)  # It is never looked at.
             assert not [*tmp_path.rglob("evil")]
         else:
-            refused(archive)
+            refused(archive, "is no plain file, or there twice")
+
+    def test_a_tar_of_too_many_entries_is_refused(self, refused, tmp_path):
+        archive = tmp_path / "it.tar"
+        with tarfile.open(archive, "w") as tar:
+            for number in range(1001):
+                tar.addfile(tarfile.TarInfo(str(number)))
+
+        refused(archive, "more than 1000 entries")
 
     def test_a_tar_packed_by_another_tool_is_read(self, layout, other, base, version, tmp_path):
         archive = tmp_path / "it.tar"

@@ -179,7 +179,7 @@ def _columns(results: Sequence[EvaluationResult], reference: str) -> dict[str, _
         task.task: _Answers(task, index)
         for result in results
         for task in result.tasks
-        for index, column in reversed(list(enumerate(task.columns)))
+        for index, column in enumerate(task.columns)
         if _is(column, reference)
     }
 
@@ -216,7 +216,7 @@ def _test(new: _Answers, old: _Answers, shared: Sequence[str], score: str, seed:
 def _verdict(test: PairedTest, p_value: float, needed: int, decision: Decision) -> Verdict:
     if test.rows < decision.rows:
         return "too_few_rows"
-    if p_value < decision.alpha and test.difference != 0:
+    if p_value < decision.alpha:
         return "better" if test.difference > 0 else "worse"
     return "too_few_rows" if test.rows < needed else "not_distinguishable"
 
