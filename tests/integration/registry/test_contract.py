@@ -111,7 +111,7 @@ class _YankedMeanwhile(Registry):
 
     def resolve(self, reference, *, base=None):
         found = super().resolve(reference, base=base)
-        self.yank(found)
+        self.yank(f"{found.name}@{found.number}")
         return found
 
 
