@@ -110,8 +110,8 @@ class LimitsConfig(ConfigModel):
     """What one request, and all of them together, may ask for."""
 
     max_requests: int = Field(default=1024, ge=1)
-    """Requests running or waiting in the whole gateway. One tenant's requests for one adapter take
-    at most as many places as they leave free; more are refused with RESOURCE_EXHAUSTED."""
+    """Requests running or waiting in the whole gateway. One tenant's requests for one adapter get a
+    place while they hold no more than are free; more are refused with RESOURCE_EXHAUSTED."""
     each_adapter: AdapterLimits = AdapterLimits()
     """For every adapter that `adapters` does not name."""
     adapters: dict[str, AdapterLimits] = Field(default_factory=dict)
