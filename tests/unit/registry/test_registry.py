@@ -288,3 +288,13 @@ def test_reading_makes_no_registry(tmp_path):
     with pytest.raises(RegistryLocationError):
         Registry.open(tmp_path / "typo", create=False)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_latest_version_was_not_deleted(registry, publish):
+    publish(seed=1)
+    publish(seed=2)
+    registry.delete("spelling@2")
+    (adapter,) = registry.adapters()
+    assert adapter.latest.number == 1
+    registry.delete("spelling@1")
+    assert registry.adapters() == []
