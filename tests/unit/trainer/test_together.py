@@ -151,6 +151,16 @@ def test_an_adapter_with_nan_loss_stops_alone_and_says_why(make_task, write_reci
     assert [e["task"] for e in entries if "stopped" in e] == ["hopeless"]
 
 
+def test_an_adapter_whose_last_step_breaks_it_is_not_an_adapter(make_task, write_recipe, tmp_path):
+    broken = {"learning_rate": 1e30, "clip_norm": None, "schedule": "constant"}
+    recipe = write_recipe(make_task("hopeless", steps=1, optimizer=broken))
+    result = manylora_trainer.train(recipe, tmp_path / "run")
+    assert "step 1: validation loss" in (result.tasks["hopeless"].stopped or "")
+    assert not (tmp_path / "run" / "adapters" / "hopeless").exists()
+    kept = load_file(tmp_path / "run" / "stopped" / "hopeless" / "adapter_model.safetensors")
+    assert all(abs(tensor).max() < 1 for tensor in kept.values())
+
+
 def test_a_resume_right_before_a_nan_keeps_the_same_sound_weights(
     make_task, write_recipe, tmp_path
 ):
