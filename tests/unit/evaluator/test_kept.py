@@ -129,7 +129,8 @@ def test_a_full_disk_is_told_once_and_costs_no_answer(
     result = evaluate(write_suite(ROWS), serve(lambda _: Answer("yes")).target, out=out)
 
     assert result.score("spelling", "spelling", "exact_match").mean == 1
-    (told,) = caplog.messages
+    # gRPC's own thread may have something to say too.
+    (told,) = [one.message for one in caplog.records if one.name == "manylora_evaluator.kept"]
     assert told.endswith("answers.jsonl: No space left on device")
 
 
