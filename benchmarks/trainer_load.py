@@ -31,7 +31,8 @@ class Load:
     """Including the first, which is not counted."""
     rows: str
     """`mixed`, `spelling`, or either with `distinct-` before it: no two rows begin alike."""
-    pack_tokens: int = 512
+    pack_tokens: int | None = None
+    """None: as many as suit the machine."""
     rank: int = 8
     learning_rate: float = 2e-3
     max_length: int = 512

@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 
 import manylora_trainer
 from manylora_cli.train import train
+from manylora_trainer import memory
 from manylora_trainer.base_model import BaseModel
 from manylora_trainer.dataset import load_task
 from manylora_trainer.dry_run import plan
@@ -95,12 +96,28 @@ def test_weights_are_reckoned_as_they_are(recipe, tiny_base):
     assert memory.adapters == memory.optimizers / 2 * 3  # Weights, a sound copy, gradients.
 
 
-def test_a_cpu_computes_512_tokens_at_once_unless_told_otherwise(make_task, write_recipe):
-    rows = [{"wrong": "w" * 100, "right": f"{i}"} for i in range(40)]
-    task = make_task("a", rows, batch_size=16)
-    for given, taken in ((None, 512), (256, 256)):
-        reckoned = plan(load_recipe(write_recipe(task, pack_tokens=given))).memory
-        assert reckoned.pack_tokens == taken
+def test_packs_of_a_cpu_leave_room_unless_told_otherwise(
+    make_task, write_recipe, tmp_path, monkeypatch
+):
+    rows = [{"wrong": "w" * 100, "right": f"{i}"} for i in range(120)]
+    task = make_task("a", rows, batch_size=64)
+    limit = tmp_path / "memory.max"
+    monkeypatch.setattr(memory, "CGROUP_LIMIT", limit)
+
+    def taken(given: int | None) -> int:
+        return plan(load_recipe(write_recipe(task, pack_tokens=given))).memory.pack_tokens
+
+    limit.write_text("max\n")
+    assert taken(None) == 2048
+    kept = plan(load_recipe(write_recipe(task, pack_tokens=2048))).memory.activations
+    # A half of the 40 % that activations may take.
+    limit.write_text(str(round(kept / 0.2) + 5))
+    assert taken(None) == 2048
+    limit.write_text(str(round(kept / 0.2) - 5))
+    assert taken(None) == 1024
+    limit.write_text(str(round(kept / 0.2 / 8)))
+    assert taken(None) == 512, "fewer would not train"
+    assert taken(4096) == 4096
 
 
 def test_four_bits_are_reckoned_as_such(make_task, write_recipe, tiny_base):

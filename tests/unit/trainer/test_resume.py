@@ -16,6 +16,7 @@ import pytest
 from rich.console import Console
 
 import manylora_trainer
+from manylora_trainer import memory
 from manylora_trainer.errors import (
     CheckpointError,
     RecipeChangedError,
@@ -439,6 +440,21 @@ def test_what_checkpoints_hold_cannot_change_even_if_stated(interrupted, tmp_pat
         manylora_trainer.train(
             changed, tmp_path / "run", resume=True, allow_changes=["tasks.0.lora.rank"]
         )
+
+
+def test_a_machine_with_less_memory_goes_on_with_the_packs_of_the_first(
+    make_task, write_recipe, tmp_path, monkeypatch
+):
+    rows = [{"wrong": f"{i}" + "w" * 100, "right": f"word{i}"} for i in range(40)]
+    recipe = write_recipe(make_task("a", rows, batch_size=20, steps=4), pack_tokens=None)
+    manylora_trainer.train(recipe, tmp_path / "whole")
+    with pytest.raises(RunInterruptedError):
+        manylora_trainer.train(recipe, tmp_path / "moved", progress=StopAt(2, signal.SIGTERM))
+    limit = tmp_path / "memory.max"
+    limit.write_text("1000000")
+    monkeypatch.setattr(memory, "CGROUP_LIMIT", limit)
+    manylora_trainer.train(recipe, tmp_path / "moved", resume=True)
+    assert adapters(tmp_path / "moved") == adapters(tmp_path / "whole")
 
 
 def test_a_statement_covers_what_is_below_it_and_nothing_that_cannot_change():

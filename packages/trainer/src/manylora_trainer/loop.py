@@ -144,7 +144,7 @@ def train_run(
 
         watch.say(f"base {recipe.base.name} on {device}, steps {first + 1} to {last}")
         transformers.utils.logging.disable_progress_bar()
-        footprint = Footprint.of(recipe, identity, device)
+        footprint = Footprint.of(recipe, identity, device, (earlier or {}).get("pack_tokens"))
         # Workers whose devices differ must all plan the same step.
         pack_tokens = workers.agreed(footprint.pack_tokens)
         assert pack_tokens is not None
@@ -163,7 +163,14 @@ def train_run(
         if writes:
             with stating_storage_faults(path, how_to_resume):
                 begin_run(
-                    directory, recipe, identity, data, begun, torch.get_num_threads(), watch.say
+                    directory,
+                    recipe,
+                    identity,
+                    data,
+                    begun,
+                    torch.get_num_threads(),
+                    pack_tokens,
+                    watch.say,
                 )
         workers.wait()
         run = directory.read_run() or {}

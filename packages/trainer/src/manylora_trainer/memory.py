@@ -23,10 +23,13 @@ ACTIVATION_SHARE = 0.4
 """Of a machine's memory, which is for other things too."""
 ACTIVATION_SHARE_ON_GPU = 0.8
 """Of what a GPU has beside base, adapters and optimisers; logits and the allocator need some."""
-PACK_TOKENS = 512
-"""Enough to fill a CPU."""
+PACK_TOKENS = (2048, 1024, 512)
+"""The first that fits is taken: products of few rows leave cores idle, and a prefix is computed
+again in every pack."""
+PACK_SHARE = 0.5
+"""Of the room for activations on a CPU, which packs may take; longer examples may take all."""
 PACK_TOKENS_ON_GPU = (16384, 8192, 4096, 2048)
-"""The first that fits is taken. Few are over before the processor has handed over the next."""
+"""Likewise. Few are over before the processor has handed over the next."""
 FLOAT32 = torch.float32.itemsize
 LOGITS_CHUNK = 256
 """Predictions whose logits exist at one time."""
@@ -141,16 +144,24 @@ class Footprint:
     parameters: Mapping[str, int]
     """`trained_parameters`; of no meaning where the base itself is trained."""
     device: torch.device
+    began_with: int | None = None
+    """The `pack_tokens` of a run that is resumed: other packs would round differently."""
 
     @classmethod
-    def of(cls, recipe: Recipe, identity: BaseModelIdentity, device: torch.device) -> "Footprint":
+    def of(
+        cls,
+        recipe: Recipe,
+        identity: BaseModelIdentity,
+        device: torch.device,
+        began_with: int | None = None,
+    ) -> "Footprint":
         """Of a recipe whose base has this identity.
 
         Raises:
             UnsupportedBaseError: the base's configuration cannot be used.
         """
         shapes = architecture_of(recipe.base, identity)
-        return cls(recipe, shapes, trained_parameters(recipe, identity), device)
+        return cls(recipe, shapes, trained_parameters(recipe, identity), device, began_with)
 
     @property
     def base_bytes(self) -> int:
@@ -180,16 +191,18 @@ class Footprint:
     @cached_property
     def pack_tokens(self) -> int:
         """Tokens in one forward: as the recipe says, or as many as suit the device."""
-        given = self.recipe.training.pack_tokens
+        given = self.recipe.training.pack_tokens or self.began_with
         if given is not None:
             return given
+        recomputing = self.recipe.training.gradient_checkpointing
         if self.device.type == "cpu":
-            return PACK_TOKENS
-        recomputed = self.recipe.training.gradient_checkpointing != "off"
-        for tokens in PACK_TOKENS_ON_GPU:
-            if self.activation_bytes(tokens, recomputed=recomputed) <= self._room:
+            choices, room, recomputed = PACK_TOKENS, PACK_SHARE * self._room, recomputing == "on"
+        else:
+            choices, room, recomputed = PACK_TOKENS_ON_GPU, self._room, recomputing != "off"
+        for tokens in choices:
+            if self.activation_bytes(tokens, recomputed=recomputed) <= room:
                 return tokens
-        return PACK_TOKENS_ON_GPU[-1]
+        return choices[-1]
 
     @property
     def largest_pack(self) -> int:

@@ -143,8 +143,8 @@ class Training(ConfigModel):
     """What all tasks of a run share."""
 
     pack_tokens: int | None = Field(default=None, ge=16)
-    """Tokens computed in one forward and backward; examples are packed up to it. Unset: 512 on a
-    CPU; 16,384 on a GPU, or as many as its memory has room for."""
+    """Tokens computed in one forward and backward; examples are packed up to it. Unset: 2,048
+    on a CPU and 16,384 on a GPU, or as many as memory has room for."""
     validate_every: int = Field(default=20, ge=1)
     """Steps between validation losses; each adapter is also validated when it ends."""
     checkpoint_every: int = Field(default=20, ge=1)

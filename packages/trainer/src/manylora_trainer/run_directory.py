@@ -186,6 +186,7 @@ def begin_run(
     data: Mapping[str, TaskData[Any, Any]],
     begun: str,
     threads: int,
+    pack_tokens: int,
     say: Callable[[str], None],
 ) -> dict[str, Any]:
     """Writes run.json and the held-out rows, or checks them against what is there.
@@ -218,6 +219,7 @@ def begin_run(
                     f"{task.name}: its files have changed since the run began. The first "
                     f"{looked_through:,} rows are the same; those behind them train as they are now"
                 )
+        run["pack_tokens"] = pack_tokens
         _record_start(directory, threads)
         return run
     held_out = directory.path / "held_out"
@@ -233,6 +235,7 @@ def begin_run(
         "base": {"path": str(recipe.base), "fingerprint": base.fingerprint},
         "seed": recipe.seed,
         "threads": threads,
+        "pack_tokens": pack_tokens,
         "versions": {
             "python": platform.python_version(),
             **{library: version(library) for library in LIBRARIES},
