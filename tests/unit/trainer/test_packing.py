@@ -1,7 +1,5 @@
 """Packs hold many examples without padding, and none of them sees another."""
 
-import itertools
-
 import numpy as np
 import pytest
 import torch
@@ -15,7 +13,6 @@ from manylora_trainer.lora import Adapter, Routing, attach
 from manylora_trainer.packing import Batch, pack_batches
 from manylora_trainer.targets import linears_of
 from manylora_trainer.tokenization import Example
-from manylora_trainer.varlen import VarlenPlan
 
 
 def example(tokens: list[int], prompt: int) -> Example:
@@ -94,25 +91,20 @@ def test_one_example_cannot_change_another(base):
     torch.testing.assert_close(first_rows(changed), first_rows(second), rtol=0, atol=0)
 
 
-SHAPES = st.lists(
-    st.tuples(st.integers(0, 40), st.lists(st.integers(2, 60), min_size=1, max_size=12)),
-    min_size=1,
-    max_size=4,
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 40), st.lists(st.integers(2, 60), min_size=1, max_size=12)),
+        min_size=1,
+        max_size=4,
+    ),
+    st.integers(16, 300),
 )
-"""Of each adapter's batch: tokens that all its examples begin with, and of their own."""
-
-
-def batches_of(shapes):
-    return [
+def test_every_prediction_is_made_exactly_once_at_its_own_position(shapes, pack_tokens):
+    batches = [
         Batch(adapter, random_examples(adapter, shared, lengths))
         for adapter, (shared, lengths) in enumerate(shapes)
     ]
-
-
-@settings(max_examples=60, deadline=None)
-@given(SHAPES, st.integers(16, 300))
-def test_every_prediction_is_made_exactly_once_at_its_own_position(shapes, pack_tokens):
-    batches = batches_of(shapes)
     expected = sorted(
         (b.adapter, int(place), int(e.tokens[place - 1]), int(e.tokens[place]))
         for b in batches
@@ -136,29 +128,6 @@ def test_every_prediction_is_made_exactly_once_at_its_own_position(shapes, pack_
         assert covered == list(range(len(pack)))
         queried = np.concatenate([bucket.queries.ravel() for bucket in pack.buckets])
         assert set(queried.tolist()) == set(covered)
-
-
-@given(SHAPES)
-def test_a_gpu_attends_to_whole_examples_in_the_order_of_the_pack(shapes):
-    for pack in pack_batches(batches_of(shapes), 300):
-        plan = VarlenPlan(pack, torch.device("cpu"))
-        queries, ends = plan.query_offsets.tolist(), plan.key_offsets.tolist()
-        keys = plan.key_index.numpy() if plan.gathers else np.arange(len(pack))
-        assert queries[-1] == len(pack)
-        for n, (start, end) in enumerate(itertools.pairwise(queries)):
-            seen = keys[ends[n] : ends[n + 1]]
-            assert seen[start - end :].tolist() == list(range(start, end))
-            assert pack.positions[seen].tolist() == list(range(len(seen)))
-
-
-def test_examples_of_several_adapters_share_attention_calls():
-    batches = [Batch(adapter, random_examples(adapter, 40, [20, 21])) for adapter in range(5)]
-    (pack,) = pack_batches(batches, 4096)
-    # Five prompts in one call, and the examples behind each in one of their own.
-    assert sorted(bucket.queries.shape for bucket in pack.buckets) == [*5 * [(2, 21)], (5, 40)]
-    alike = [Batch(adapter, random_examples(adapter, 0, [20, 21])) for adapter in range(5)]
-    (pack,) = pack_batches(alike, 4096)
-    assert [bucket.queries.shape for bucket in pack.buckets] == [(10, 21)]
 
 
 def test_a_shared_prompt_is_computed_once():

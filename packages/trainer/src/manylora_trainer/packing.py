@@ -262,8 +262,6 @@ def _build(clusters: Sequence[_Cluster]) -> Pack:
     buckets: list[Bucket] = []
     ranges: list[Range] = []
     spans: list[Span] = []
-    # Attention does not ask whose a token is: what has no prefix shares calls across adapters.
-    unprefixed: list[tuple[int, int]] = []
     at = counted = 0
     for cluster in clusters:
         prefix, start = cluster.prefix, at
@@ -273,7 +271,7 @@ def _build(clusters: Sequence[_Cluster]) -> Pack:
             tokens.append(examples[0][1].tokens[:prefix])
             positions.append(np.arange(prefix))
             token_sequences.append(np.full(prefix, cluster.first))
-            unprefixed.append((start, prefix))
+            buckets.append(_bucket(np.arange(0), [(start, prefix)]))
             at += prefix
         shared = np.arange(start, start + prefix)
         places: list[tuple[int, int]] = []
@@ -289,10 +287,7 @@ def _build(clusters: Sequence[_Cluster]) -> Pack:
             places.append((at, own))
             at += own
             counted += 1
-        if prefix:
-            buckets += [_bucket(shared, similar) for similar in _similar(places)]
-        else:
-            unprefixed += places
+        buckets += [_bucket(shared, similar) for similar in _similar(places)]
         adapter, numbers = cluster.batch.adapter, tuple(number for number, _ in examples)
         if ranges and ranges[-1].adapter == adapter:
             ranges[-1] = Range(adapter, ranges[-1].start, at)
@@ -300,8 +295,6 @@ def _build(clusters: Sequence[_Cluster]) -> Pack:
         else:
             ranges.append(Range(adapter, start, at))
             spans.append(Span(adapter, numbers))
-    unprefixed.sort(key=lambda place: (place[1], place[0]))
-    buckets += [_bucket(np.arange(0), similar) for similar in _similar(unprefixed)]
     return Pack(
         np.concatenate(tokens).astype(np.int64),
         np.concatenate(positions),

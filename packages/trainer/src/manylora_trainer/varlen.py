@@ -45,9 +45,6 @@ class VarlenPlan:
         prefixes = np.concatenate(
             [np.full(len(bucket.queries), bucket.prefix) for bucket in pack.buckets]
         )
-        # As they stand in the pack, so that queries need no gathering.
-        order = np.argsort(starts)
-        starts, ends, prefixes = starts[order], ends[order], prefixes[order]
         own = ends - starts
         self.longest_query = int(own.max())
         self.longest_key = int((own + prefixes).max())
@@ -59,7 +56,7 @@ class VarlenPlan:
             return
         prefix_starts = np.concatenate(
             [np.full(len(bucket.queries), bucket.keys[0, 0]) for bucket in pack.buckets]
-        )[order]
+        )
         keys = [
             part
             for start, end, prefix, prefix_start in zip(
@@ -69,6 +66,7 @@ class VarlenPlan:
         ]
         self.key_index = on_device(np.concatenate(keys), device)
         homes = [np.arange(end - n, end) for end, n in zip(key_ends, own, strict=True)]
+        # Examples stand in the pack in the order of the sequences.
         self.key_home = on_device(np.concatenate(homes), device)
         firsts = key_ends - own - prefixes
         having = [
