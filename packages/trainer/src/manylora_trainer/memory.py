@@ -24,8 +24,7 @@ ACTIVATION_SHARE = 0.4
 ACTIVATION_SHARE_ON_GPU = 0.8
 """Of what a GPU has beside base, adapters and optimisers; logits and the allocator need some."""
 PACK_TOKENS = (2048, 1024, 512)
-"""The first that fits is taken: products of few rows leave cores idle, and a prefix is computed
-again in every pack."""
+"""The first that fits is taken. Smaller ones are slower: docs/benchmarks.md."""
 PACK_SHARE = 0.5
 """Of the room for activations on a CPU, which packs may take; longer examples may take all."""
 PACK_TOKENS_ON_GPU = (16384, 8192, 4096, 2048)
