@@ -1,6 +1,7 @@
 """Promise 3: N adapters trained in one run equal N trained in N runs, to float32 rounding."""
 
 import json
+import re
 import signal
 from pathlib import Path
 
@@ -149,6 +150,22 @@ def test_an_adapter_with_nan_loss_stops_alone_and_says_why(make_task, write_reci
     lines = (tmp_path / "both" / "metrics.jsonl").read_text().splitlines()
     entries = [json.loads(line, parse_constant=pytest.fail) for line in lines]
     assert [e["task"] for e in entries if "stopped" in e] == ["hopeless"]
+
+
+def test_an_adapter_with_an_infinite_gradient_beside_a_finite_loss_stops_as_well(
+    make_task, write_recipe, tmp_path
+):
+    # B starts at zero: the loss is the base's, and the gradient grows with alpha.
+    hopeless = make_task("hopeless", lora={"rank": 4, "alpha": 10**30})
+    recipe = write_recipe(make_task("healthy"), hopeless)
+    result = manylora_trainer.train(recipe, tmp_path / "run")
+    stopped = re.fullmatch(
+        r"step 1: loss ([0-9.]+), gradient norm inf", result.tasks["hopeless"].stopped or ""
+    )
+    assert stopped and float(stopped[1]) < 20
+    assert result.tasks["healthy"].stopped is None
+    kept = load_file(tmp_path / "run" / "stopped" / "hopeless" / "adapter_model.safetensors")
+    assert all(abs(tensor).max() < 1 for tensor in kept.values())
 
 
 def test_an_adapter_whose_last_step_breaks_it_is_not_an_adapter(make_task, write_recipe, tmp_path):
