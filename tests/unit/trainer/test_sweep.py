@@ -109,6 +109,30 @@ def test_later_runs_are_held_to_what_earlier_trials_reached(write_sweep):
     assert result.best.run == 0
 
 
+def test_a_trial_that_breaks_at_a_rung_counts_for_nothing_there_resumed_or_not(write_sweep):
+    settings = {
+        "trials_per_run": 2,
+        "space": {RATE: [1e30, 0.02, 0.0001, 0.0002]},
+        "overrides": ["tasks.0.optimizer.clip_norm=null", "training.validate_every=1"],
+        "halving": {"first_rung": 1, "factor": 2},
+    }
+    whole = run_sweep(load_sweep(write_sweep("whole", **settings)))
+    broken, best, *rest = whole.trials
+    assert "step 1: validation loss" in (broken.why or "")
+    assert best.state == "finished"
+    # One of the three that came to the first rung with a loss goes on: not two of four.
+    assert [trial.step for trial in rest] == [1, 1]
+
+    def interrupt(text):
+        if text.startswith("trials 2"):
+            signal.raise_signal(signal.SIGINT)
+
+    resumed = load_sweep(write_sweep("resumed", **settings))
+    with pytest.raises(RunInterruptedError):
+        run_sweep(resumed, say=interrupt)
+    assert run_sweep(resumed, resume=True).trials == whole.trials
+
+
 # Runs a sweep and kills its own process just before the wanted file operation, see test_resume.
 VICTIM = """
 import os, pathlib, signal, sys

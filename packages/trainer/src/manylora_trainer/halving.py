@@ -1,6 +1,5 @@
 """Which trials go on at a rung, and which leave the run."""
 
-import math
 from collections.abc import Mapping
 
 from manylora_trainer.sweep_settings import Halving
@@ -32,7 +31,7 @@ class Rungs:
         if self._halving is None or not losses or not self._is_rung(step):
             return {}
         for trial, loss in losses.items():
-            self.add(trial, {step: loss if math.isfinite(loss) else math.inf})
+            self.add(trial, {step: loss})
         reached = self._losses[step]
         ranked = sorted(reached, key=lambda trial: (reached[trial], trial))
         kept = max(1, len(ranked) // self._halving.factor)

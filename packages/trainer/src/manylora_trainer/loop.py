@@ -276,17 +276,17 @@ def train_run(
                 running = [t for t in taking_part if t.progress.stopped is None]
                 due = done % training.validate_every == 0
                 measured = [t.name for t in running if due or t.data.steps == done]
-                validated = trainees.validate(done, measured)
+                losses = trainees.validate(done, measured)
+                validated = {n: loss for n, loss in losses.items() if progress[n].stopped is None}
                 for name, loss in validated.items():
-                    if progress[name].stopped is None:
-                        metrics.write({"step": done, "task": name, "validation_loss": loss})
-                        watch.validated(name, loss)
+                    metrics.write({"step": done, "task": name, "validation_loss": loss})
+                    watch.validated(name, loss)
                 ahead = {
                     t.name for t in running if t.data.steps > done and not t.progress.ended_early
                 }
                 compared = {name: loss for name, loss in validated.items() if name in ahead}
                 for name, why in judge(done, compared).items():
-                    progress[name].stopped = progress[name].stopped or why
+                    progress[name].stopped = why
                 for name in measured:
                     cursor = progress[name].cursor
                     if cursor.overlong_dropped or cursor.overlong_truncated:
