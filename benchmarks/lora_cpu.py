@@ -1,11 +1,11 @@
 """Are our CPU LoRA kernels as fast as no LoRA at all, and how far ahead of what else there is?
 
-Sixteen concurrent requests over one base and four random adapters (and the bare base), float32:
-vLLM with our kernels, with its own, with LoRA off, and transformers + PEFT's mixed `adapter_names`.
+Sixteen concurrent requests over one base and four random adapters (and the bare base): vLLM with
+our kernels, with its own, with LoRA off, and transformers + PEFT's mixed `adapter_names`.
 Each runs in a process of its own, all alike in threads and settings; they take turns, one at work
 at a time, so that what else the machine does falls on all of them. Medians of the rounds.
 
-    python benchmarks/lora_cpu.py [--base DIR] [--quick] [--only off grouped]
+    python benchmarks/lora_cpu.py [--base DIR] [--quick] [--dtype bfloat16] [--only off grouped]
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ class Load:
     decode_tokens: int
     prefill_tokens: int
     rank: int
+    dtype: str
 
     def prompts(self, length: int) -> list[list[int]]:
         """Prompts of arbitrary tokens, the same in every process."""
@@ -84,7 +85,7 @@ class Vllm:
         )
         self.engine = LLM(
             str(load.base),
-            dtype="float32",
+            dtype=load.dtype,
             max_num_seqs=load.requests,
             max_model_len=2 * load.prefill_tokens,
             enforce_eager=True,
@@ -121,7 +122,7 @@ class Peft:
 
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
         self.names = [path.name for path in load.adapters]
-        base = AutoModelForCausalLM.from_pretrained(load.base, dtype=torch.float32)
+        base = AutoModelForCausalLM.from_pretrained(load.base, dtype=getattr(torch, load.dtype))
         model = PeftModel.from_pretrained(base, str(load.adapters[0]), adapter_name=self.names[0])
         for path in load.adapters[1:]:
             model.load_adapter(str(path), adapter_name=path.name)
@@ -277,6 +278,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--base", type=Path, default=Path("bases/smollm2-135m"))
     parser.add_argument("--adapters", type=int, default=4)
     parser.add_argument("--rank", type=int, default=16, choices=[1, 8, 16, 32, 64])
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--requests", type=int, default=16)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--rounds", type=int, default=5)
@@ -299,6 +301,7 @@ def load_of(options: argparse.Namespace, directory: Path) -> Load:
         decode_tokens=16 if options.quick else 64,
         prefill_tokens=64 if options.quick else 256,
         rank=options.rank,
+        dtype=options.dtype,
     )
 
 
@@ -367,7 +370,7 @@ def report(
     """The table, then the JSON line."""
     print(
         f"{load.requests} requests, {len(load.adapters)} adapters of rank {load.rank} and the bare "
-        f"base, float32, {threads} threads; tokens/s, median"
+        f"base, {load.dtype}, {threads} threads; tokens/s, median"
     )
     print(f"{'':<24}{'requests':<10}{'decode':>10}{'prefill':>10}{'as PEFT':>10}")
     same = {
