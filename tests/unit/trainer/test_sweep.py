@@ -17,11 +17,12 @@ from manylora_cli.publish import publish
 from manylora_cli.sweep import sweep as sweep_verb
 from manylora_registry import Registry
 from manylora_registry.errors import ConfigError
-from manylora_trainer.errors import RunInterruptedError, SweepError
+from manylora_trainer.errors import NoExamplesError, RunInterruptedError, SweepError
 from manylora_trainer.recipe import load_recipe
 from manylora_trainer.saved_runs import read_run
 from manylora_trainer.sweep import read_sweep, run_sweep
 from manylora_trainer.sweep_settings import load_sweep
+from tests.unit.trainer.conftest import words
 from tests.unit.trainer.test_together import weights
 
 app = typer.Typer()
@@ -298,6 +299,15 @@ def test_ctrl_c_between_two_runs_says_how_to_go_on(write_sweep):
     assert states == ["finished", "running"]
     resumed = run_sweep(sweep, resume=True)
     assert [trial.state for trial in resumed.trials] == ["finished", "finished"]
+
+
+def test_a_sweep_needs_rows_that_fall_to_validation(make_task, write_recipe, write_sweep):
+    split = {"validation": 0.01, "held_out": 0}
+    write_recipe(make_task("few", rows=words(3, "few"), split=split))
+    with pytest.raises(
+        NoExamplesError, match=r"a sweep has no validation rows .* split\.validation"
+    ):
+        run_sweep(load_sweep(write_sweep()))
 
 
 def test_trials_on_other_rows_are_not_compared(write_sweep, tmp_path):

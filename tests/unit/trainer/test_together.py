@@ -10,10 +10,10 @@ from safetensors.numpy import load_file
 
 import manylora_trainer
 from manylora_trainer.adapter_settings import EarlyStopping
-from manylora_trainer.errors import RunInterruptedError
+from manylora_trainer.errors import NoExamplesError, RunInterruptedError
 from manylora_trainer.result import TaskProgress
 from manylora_trainer.saved_runs import read_run
-from tests.unit.trainer.conftest import StopAt
+from tests.unit.trainer.conftest import StopAt, words
 
 DIFFERENT = {
     "all": {"lora": {"rank": 4, "alpha": 8}},
@@ -206,6 +206,13 @@ ENDS_EARLY = {
 def entries(run: Path, task: str, key: str) -> list[tuple[int, float]]:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [(line["step"], line[key]) for line in lines if line["task"] == task and key in line]
+
+
+def test_early_stopping_needs_rows_that_fall_to_validation(make_task, write_recipe, tmp_path):
+    few = {"validation": 0.01, "held_out": 0}
+    recipe = write_recipe(make_task("early", **ENDS_EARLY, rows=words(3, "early"), split=few))
+    with pytest.raises(NoExamplesError, match=r"early: .* no validation rows .* split\.validation"):
+        manylora_trainer.train(recipe, tmp_path / "run")
 
 
 def test_an_adapter_ends_when_validation_gets_no_better_and_keeps_its_best_weights(

@@ -133,9 +133,10 @@ def train_run(
                 task, tokenizer, recipe.seed, say=watch.say, ask=stop_if_asked
             )
             watch.say(_describe(task, data[task.name]))
-            if task.early_stopping and not data[task.name].validation:
+            judged = "early_stopping" if task.early_stopping else "a sweep"
+            if (task.early_stopping or judge is not nobody) and not data[task.name].validation:
                 raise NoExamplesError(
-                    f"task {task.name}: early_stopping has no validation rows to go by; "
+                    f"task {task.name}: {judged} has no validation rows to go by; "
                     "raise split.validation"
                 )
         checkpoint = load_checkpoint(directory.checkpoints, watch.say)
