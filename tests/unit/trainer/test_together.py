@@ -162,7 +162,8 @@ def test_an_adapter_with_an_infinite_gradient_beside_a_finite_loss_stops_as_well
     stopped = re.fullmatch(
         r"step 1: loss ([0-9.]+), gradient norm inf", result.tasks["hopeless"].stopped or ""
     )
-    assert stopped and float(stopped[1]) < 20
+    assert stopped
+    assert float(stopped[1]) < 20
     assert result.tasks["healthy"].stopped is None
     kept = load_file(tmp_path / "run" / "stopped" / "hopeless" / "adapter_model.safetensors")
     assert all(abs(tensor).max() < 1 for tensor in kept.values())
