@@ -20,7 +20,7 @@ import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -41,7 +41,7 @@ class Load:
     decode_tokens: int
     prefill_tokens: int
     rank: int
-    dtype: str
+    dtype: Literal["float32", "bfloat16"]
 
     def prompts(self, length: int) -> list[list[int]]:
         """Prompts of arbitrary tokens, the same in every process."""
