@@ -578,6 +578,30 @@ async def test_a_flood_leaves_express_seats_to_others(make: Callable[..., Adapte
     assert not more.seated.is_set()
 
 
+@pytest.mark.parametrize(
+    ("flood", "other", "express"),
+    [
+        (Share(), Share(), 2),
+        (Share(adapter_weight=3), Share(), 1),
+        (Share(), Share(adapter_weight=3), 3),
+        (Share("a"), Share("b"), 2),
+        (Share("a"), Share("b", tenant_weight=3), 3),
+        (Share("a", tenant_weight=3), Share("b", adapter_weight=9), 1),
+    ],
+)
+async def test_express_seats_are_for_lines_that_hold_less_than_their_share(
+    make: Callable[..., AdapterPool], flood: Share, other: Share, express: int
+) -> None:
+    pool = make(seats=4, express=4)
+    seated = [Request(pool, RED, flood) for _ in range(6)]
+    await settled(pool)
+    assert sum(request.seated.is_set() for request in seated) == 4
+    others = [Request(pool, GREEN, other) for _ in range(6)]
+    await settled(pool)
+    assert sum(request.seated.is_set() for request in others) == express
+    assert sum(request.seated.is_set() for request in seated) == 4
+
+
 async def test_as_many_leave_as_want_a_slot(make: Callable[..., AdapterPool], clock: Clock) -> None:
     pool = make(slots=2, turn_s=1)
     busy = [Request(pool, RED), Request(pool, GREEN)]
