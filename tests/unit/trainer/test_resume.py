@@ -296,6 +296,17 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(recipe, tmp_path
     assert adapters(tmp_path / "run") == adapters(tmp_path / "whole")
 
 
+def test_a_state_that_was_edited_and_lost_its_hash_is_damaged(recipe, tmp_path):
+    with pytest.raises(RunInterruptedError):
+        manylora_trainer.train(recipe, tmp_path / "run", progress=StopAt(2, signal.SIGTERM))
+    for file in (tmp_path / "run" / "checkpoints").glob("*/state.json"):
+        state = json.loads(file.read_bytes())
+        del state["digest"]
+        file.write_text(json.dumps(state))
+    with pytest.raises(CheckpointError, match="its state does not match its hash"):
+        manylora_trainer.train(recipe, tmp_path / "run", resume=True)
+
+
 def test_only_damaged_checkpoints_are_an_error(recipe, tmp_path):
     with pytest.raises(RunInterruptedError):
         manylora_trainer.train(recipe, tmp_path / "run", progress=StopAt(2, signal.SIGTERM))
