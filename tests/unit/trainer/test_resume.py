@@ -398,6 +398,14 @@ def test_a_damaged_file_of_a_run_is_one_clear_error_before_it_trains_on(
             manylora_trainer.train(recipe, tmp_path / "run", resume=True)
 
 
+@pytest.mark.parametrize("tokens", ["many", 0, 512.5, None])
+def test_a_size_of_packs_that_is_none_is_one_clear_error(interrupted, tmp_path, tokens):
+    file = tmp_path / "run/run.json"
+    file.write_text(json.dumps(json.loads(file.read_bytes()) | {"pack_tokens": tokens}))
+    with pytest.raises(RunDirectoryError, match=r"/run.json is damaged .*pack_tokens is "):
+        manylora_trainer.train(interrupted(), tmp_path / "run", resume=True)
+
+
 def test_a_run_goes_on_without_the_files_that_only_tell_of_it(interrupted, tmp_path):
     run = tmp_path / "run"
     for file in ("environment.json", "metrics.jsonl", "base.json"):

@@ -81,6 +81,10 @@ class RunDirectory:
             _ = run["base"]["fingerprint"]
             _ = datetime.fromisoformat(run["started_at"])
             _ = [(t["data_fingerprint"], t["rows_skipped"]) for t in run["tasks"].values()]
+            # One that began before it was recorded has none.
+            tokens = run.get("pack_tokens", 1)
+            if type(tokens) is not int or tokens < 1:
+                raise ValueError(f"pack_tokens is {json.dumps(tokens)}")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise RunDirectoryError(
                 f"{file} is damaged ({type(error).__name__}: {error}): put it back from a copy, or "
