@@ -406,6 +406,13 @@ def test_a_size_of_packs_that_is_none_is_one_clear_error(interrupted, tmp_path, 
         manylora_trainer.train(interrupted(), tmp_path / "run", resume=True)
 
 
+def test_one_process_removes_what_killed_workers_left_of_ray(interrupted, tmp_path):
+    run = tmp_path / "run"
+    (run / "ray/run").mkdir(parents=True)
+    manylora_trainer.train(interrupted(), run, resume=True)
+    assert not (run / "ray").exists()
+
+
 def test_a_run_goes_on_without_the_files_that_only_tell_of_it(interrupted, tmp_path):
     run = tmp_path / "run"
     for file in ("environment.json", "metrics.jsonl", "base.json"):

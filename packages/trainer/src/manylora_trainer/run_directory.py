@@ -57,6 +57,11 @@ class RunDirectory:
         return self.path / "environment.json"
 
     @property
+    def ray(self) -> Path:
+        """What Ray keeps of several workers, as long as they train."""
+        return self.path / "ray"
+
+    @property
     def curves(self) -> Path:
         """The losses as a picture."""
         return self.path / "plots" / "curves.png"
