@@ -17,6 +17,11 @@ def led_to(begun: Entry, move: AliasMove) -> bool:
     return (move.generation, move.version) == (begun.generation + 1, target)
 
 
+def has_moved(registry: Registry, stage: Stage, name: str, begun: Entry) -> bool:
+    """Whether a promotion or a rollback has come to its move."""
+    return any(led_to(begun, move) for move in moves_of(registry, stage, name))
+
+
 def tell_moves(registry: Registry, stage: Stage, name: str, work: Work) -> None:
     """Keeps the newest moves that have no record: of scripts that were killed, and by hand."""
     begun = Journal(stage, name).read()

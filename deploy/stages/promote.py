@@ -25,7 +25,7 @@ from deploy.stages.errors import (
 )
 from deploy.stages.hosting import Hosting
 from deploy.stages.journal import Journal, Promotion
-from deploy.stages.moves import led_to, moves_of, tell_moves
+from deploy.stages.moves import has_moved, tell_moves
 from deploy.stages.operator import Operator
 from deploy.stages.settings import Stage
 from deploy.stages.taking_over import BoundBrokenError, Place, take_over
@@ -114,7 +114,8 @@ class _Promoting:
             self._take_back(begun, begun.broken)
         if present is not None:
             tell_moves(self.registry, self.target, self.name, self.work)
-        if begun is not None and self._moved(begun):
+        # Whether it had come to its end, but for its own words about it.
+        if begun is not None and has_moved(self.registry, self.target, self.name, begun):
             self.journal.end()
             begun = None
         if begun is not None and not self._still_meant(begun):
@@ -140,11 +141,6 @@ class _Promoting:
         raise BusyError(
             f"a rollback of {self.name} on {self.target.name} was interrupted: run it again first"
         )
-
-    def _moved(self, begun: Promotion) -> bool:
-        """Whether it had come to its end, but for its own words about it."""
-        moves = moves_of(self.registry, self.target, self.name)
-        return any(led_to(begun, move) for move in moves)
 
     def _still_meant(self, begun: Promotion) -> bool:
         generation = 0 if self.alias is None else self.alias.generation

@@ -8,6 +8,7 @@ import signal
 from deploy.stages.errors import SignalledError, StageError
 from deploy.stages.hosting import Hosting
 from deploy.stages.journal import Journal, Promotion
+from deploy.stages.moves import has_moved
 from deploy.stages.operator import Operator
 from deploy.stages.settings import Stage
 from deploy.stages.work import Work, audit
@@ -45,11 +46,13 @@ def interrupted(source: Stage, target: Stage, name: str, work: Work) -> Signalle
         return SignalledError("interrupted; nothing was begun")
     stands = "nothing was changed"
     if begun.gates and begun.present is not None and target.gates.canary is not None:
-        work.say(f"interrupted: sending everybody back to version {begun.present}")
         # Who presses Ctrl-C again, or a rollback that ends this, wants just what is done here.
         before = signal.signal(signal.SIGINT, signal.SIG_IGN)
         try:
-            stands = send_back(target, name, begun)
+            # Behind the move, the old version would answer until the gateway has followed it.
+            if not _moved(source, target, name, begun):
+                work.say(f"interrupted: sending everybody back to version {begun.present}")
+                stands = send_back(target, name, begun)
         finally:
             signal.signal(signal.SIGINT, before)
     try:
@@ -63,6 +66,17 @@ def interrupted(source: Stage, target: Stage, name: str, work: Work) -> Signalle
     except (RegistryError, KeyboardInterrupt) as error:
         work.say(f"the history does not tell of this: {error or 'interrupted again'}")
     return SignalledError(f"interrupted; {stands}. Run it again to go on")
+
+
+def _moved(source: Stage, target: Stage, name: str, begun: Promotion) -> bool:
+    """Whether the alias has moved; in the canary before, the registry is not waited for."""
+    if where(target, begun) != "alias":
+        return False
+    try:
+        with source.open_registry() as registry:
+            return has_moved(registry, target, name, begun)
+    except RegistryError:
+        return False
 
 
 def where(target: Stage, promotion: Promotion) -> str:

@@ -3,6 +3,7 @@
 One client asks production all the while, and nothing of it may fail.
 """
 
+import logging
 import signal
 from collections.abc import Callable, Iterator
 
@@ -195,6 +196,27 @@ def test_a_second_signal_does_not_keep_everybody_from_being_sent_back(world: Wor
     assert ended.status == 1, ended.err
     assert "everybody is back on version 1. Run it again to go on" in ended.err
     assert (world.serving(name), world.division(name)) == (1, {})
+
+
+def test_who_interrupts_behind_the_move_of_the_alias_sends_nobody_back(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Until the gateway has followed the alias, they would be back on the old version."""
+    name, moment = "", -1
+    while not name or world.serving(name) == 1:
+        moment += 2
+        name = candidate(world)
+        assert world.scripts.run("promote", name, kill=moment).killed
+    name = candidate(world)
+    with world.client(name), caplog.at_level(logging.INFO):
+        ended = world.scripts.run("promote", name, kill=moment, by=signal.SIGINT)
+        assert ended.status == 1, ended.err
+        assert f"interrupted; {name}@2 serves already. Run it again to go on" in ended.err
+        assert f"{name}@production is divided: version 2 100 %" in caplog.text
+        assert f"{name}@production is divided: no more" not in caplog.text
+        assert world.scripts.run("promote", name).status == 0
+    assert (world.serving(name), world.division(name)) == (2, {})
+    assert ("", "done") in world.outcomes(name, "promote")
 
 
 def test_a_candidate(world: World) -> None:

@@ -345,23 +345,27 @@ def test_words_without_a_verdict_are_not_kept(
     assert [run.unreadable for run in runs] == [4, 0, 0]
 
 
+@pytest.mark.parametrize(("judges", "asked"), [("j", 4 + 2 + 4), ("jk", 4 + 2 + 2 + 4)])
 def test_what_a_judge_cost_before_an_evaluation_was_broken_off_is_counted_once(
     judge: Callable[..., ScriptedJudge],
     serve: Callable[..., ScriptedServer],
     write_suite: Callable[..., Path],
     tmp_path: Path,
+    judges: str,
+    asked: int,
 ) -> None:
+    """Nor by a second judge of the same settings."""
     well = False
 
     def script(body: Mapping[str, Any]) -> Reply:
         return by_reference(body) if well or shown(body, "answer") == "5" else Status(400)
 
     server = judge(script)
-    path = write_suite(ROWS, scorers=f"[{{kind: judge, by: j, criteria: {CORRECT}}}]")
-    path.write_text(
-        f"{path.read_text()}judges: {{j: {{kind: openai, url: {server.url}, model: m, "
-        "prompt_price: 3}}\n"
-    )
+    scorers = [f"{{kind: judge, name: {j}, by: {j}, criteria: {CORRECT}}}" for j in judges]
+    path = write_suite(ROWS, scorers=f"[{', '.join(scorers)}]")
+    settings = f"{{kind: openai, url: {server.url}, model: m, prompt_price: 3}}"
+    each = ", ".join(f"{j}: {settings}" for j in judges)
+    path.write_text(f"{path.read_text()}judges: {{{each}}}\n")
     gateway = serve(arithmetic).target
     with pytest.raises(EvaluationFailedError):
         evaluate(path, gateway, out=tmp_path / "out")
@@ -369,13 +373,13 @@ def test_what_a_judge_cost_before_an_evaluation_was_broken_off_is_counted_once(
 
     resumed = evaluate(path, gateway, out=tmp_path / "out", resume=True)
 
-    whole = evaluate(path, gateway)
-    assert len(server.asked) == 4 + 2 + 4
+    whole = evaluate(path, gateway, out=tmp_path / "whole")
+    assert len(server.asked) == asked
     spent = [
         (one.requests, one.cached, one.prompt_tokens, one.completion_tokens, one.cost)
         for one in (*resumed.judges, *whole.judges)
     ]
-    assert spent[0] == spent[1]
+    assert spent[: len(judges)] == spent[len(judges) :]
 
 
 def test_a_damaged_entry_is_asked_again(

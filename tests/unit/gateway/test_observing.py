@@ -9,6 +9,7 @@ import subprocess
 import sys
 import urllib.request
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
@@ -16,7 +17,16 @@ import grpc
 import pytest
 from google.protobuf import duration_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
+    ExportTraceServiceRequest,
+    ExportTraceServiceResponse,
+)
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2_grpc import (
+    TraceServiceServicer,
+    add_TraceServiceServicer_to_server,
+)
+from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor, SpanExportResult
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from manylora.admin.v1 import admin_pb2
@@ -28,6 +38,7 @@ from manylora_gateway.logs import log_to_stderr, requests_logger
 from manylora_gateway.metrics import Metrics
 from manylora_gateway.requests import Requests
 from manylora_gateway.servicers import InferenceContext, InferenceServicer
+from manylora_gateway.span_exporter import SpanExporter
 from manylora_registry import Registry, Version
 from tests.unit.gateway.conftest import Publish, Start
 from tests.unit.gateway.fake_engine import MAX_CONTEXT
@@ -389,6 +400,51 @@ asyncio.run(tracing.end())
                 assert process.wait(timeout=20) == 0
             finally:
                 process.kill()
+
+
+class Collector(TraceServiceServicer):
+    """Takes all spans."""
+
+    def Export(  # noqa: N802, the name is gRPC's.
+        self, request: ExportTraceServiceRequest, context: grpc.ServicerContext
+    ) -> ExportTraceServiceResponse:
+        return ExportTraceServiceResponse()
+
+
+def test_an_outage_of_the_collector_is_told_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "2")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        host, port = free.getsockname()
+    exporter = SpanExporter(f"http://{host}:{port}")
+    span = TracerProvider().get_tracer("test").start_span("span")
+    span.end()
+    assert isinstance(span, ReadableSpan)
+
+    def outage() -> None:
+        caplog.clear()
+        for _ in range(3):
+            assert exporter.export([span, span]) is SpanExportResult.FAILURE
+        # With or without a word about the tries before.
+        assert sorted(record.levelname for record in caplog.records) in (
+            ["ERROR"],
+            ["ERROR", "WARNING"],
+        )
+
+    outage()
+    collector = grpc.server(ThreadPoolExecutor(1))
+    add_TraceServiceServicer_to_server(Collector(), collector)
+    collector.add_insecure_port(f"{host}:{port}")
+    collector.start()
+    try:
+        while exporter.export([span]) is not SpanExportResult.SUCCESS:
+            pass
+    finally:
+        collector.stop(None).wait()
+    assert re.search(r"spans are exported again; ([6-9]|\d\d+) were lost", caplog.text)
+    outage()
+    exporter.shutdown()
 
 
 async def test_a_request_is_one_json_line_that_keeps_its_text_to_itself(

@@ -246,6 +246,30 @@ async def test_a_saved_rollout_that_cannot_be_set_yet_ends_like_any_other(
     assert await shares_of(gateway) == [2]
 
 
+async def test_a_rollout_is_cleared_where_nothing_can_be_served(
+    served: dict[str, Version],
+    published: Publish,
+    start: Start,
+    tmp_path: Path,
+) -> None:
+    published("red", 5)
+    async with start() as gateway:
+        await divide(gateway, (2, 50), (1, 50))
+    cache, blobs = tmp_path / "cache", tmp_path / "registry/blobs"
+    shutil.rmtree(cache)
+    blobs.rename(blobs.with_name("away"))
+    saved = tmp_path / "state/rollouts.json"
+    async with start() as gateway:
+        entry = await gateway.until_failed("red@production")
+        assert not entry.HasField("serving")
+        assert json.loads(saved.read_text())["rollouts"]
+        cleared = await divide(gateway)
+        assert (list(cleared.shares), cleared.HasField("shadow")) == ([], False)
+        assert json.loads(saved.read_text())["rollouts"] == []
+        status = await refused(divide(gateway, adapter="nobody"))
+        assert told(status)[0] == "NOT_FOUND"
+
+
 async def test_a_saved_rollout_is_over_when_a_version_it_needs_was_yanked_meanwhile(
     served: dict[str, Version],
     registry: Registry,

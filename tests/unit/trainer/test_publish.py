@@ -7,7 +7,7 @@ import pytest
 
 import manylora_trainer
 from manylora_registry import Registry
-from manylora_registry.errors import InvalidNameError
+from manylora_registry.errors import AliasConflictError, InvalidNameError
 from manylora_trainer.errors import NotPublishableError
 from manylora_trainer.progress import Progress
 from manylora_trainer.publish import publish_run
@@ -77,6 +77,31 @@ def test_publishing_again_moves_no_alias(run, registry):
     for _ in range(2):
         publish_run(run, registry, alias="production")
     assert registry.aliases("first")["production"].generation == 1
+
+
+class Overtaken(Registry):
+    """Somebody moves the alias while a version is being published."""
+
+    def publish(self, name, directory, **description):
+        self.set_alias(name, "production", 1)
+        return super().publish(name, directory, **description)
+
+
+def test_an_alias_that_somebody_moved_meanwhile_stays(run, registry, tmp_path):
+    publish_run(run, registry, alias="production")
+    (run / "adapters/first/README.md").write_text("Another.")
+    with (
+        Overtaken.open(tmp_path / "registry") as overtaken,
+        pytest.raises(NotPublishableError) as refused,
+    ):
+        publish_run(run, overtaken, alias="production")
+    assert isinstance(refused.value.__cause__, AliasConflictError)
+    assert "first@production is at generation 2, not 1: somebody moved it" in str(refused.value)
+    assert "there to stay: first@2; production points at none" in str(refused.value)
+    assert registry.aliases("first")["production"].version == 1
+
+    publish_run(run, registry, alias="production")
+    assert registry.aliases("first")["production"].version == 2
 
 
 class Publishing(Progress):

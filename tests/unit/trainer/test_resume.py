@@ -296,6 +296,17 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(recipe, tmp_path
     assert adapters(tmp_path / "run") == adapters(tmp_path / "whole")
 
 
+def test_a_state_that_was_edited_and_lost_its_hash_is_damaged(recipe, tmp_path):
+    with pytest.raises(RunInterruptedError):
+        manylora_trainer.train(recipe, tmp_path / "run", progress=StopAt(2, signal.SIGTERM))
+    for file in (tmp_path / "run" / "checkpoints").glob("*/state.json"):
+        state = json.loads(file.read_bytes())
+        del state["digest"]
+        file.write_text(json.dumps(state))
+    with pytest.raises(CheckpointError, match="its state does not match its hash"):
+        manylora_trainer.train(recipe, tmp_path / "run", resume=True)
+
+
 def test_only_damaged_checkpoints_are_an_error(recipe, tmp_path):
     with pytest.raises(RunInterruptedError):
         manylora_trainer.train(recipe, tmp_path / "run", progress=StopAt(2, signal.SIGTERM))
@@ -385,6 +396,21 @@ def test_a_damaged_file_of_a_run_is_one_clear_error_before_it_trains_on(
             RunDirectoryError, match=rf"/{file} is damaged .*: put it back from a copy"
         ):
             manylora_trainer.train(recipe, tmp_path / "run", resume=True)
+
+
+@pytest.mark.parametrize("tokens", ["many", 0, 512.5, None])
+def test_a_size_of_packs_that_is_none_is_one_clear_error(interrupted, tmp_path, tokens):
+    file = tmp_path / "run/run.json"
+    file.write_text(json.dumps(json.loads(file.read_bytes()) | {"pack_tokens": tokens}))
+    with pytest.raises(RunDirectoryError, match=r"/run.json is damaged .*pack_tokens is "):
+        manylora_trainer.train(interrupted(), tmp_path / "run", resume=True)
+
+
+def test_one_process_removes_what_killed_workers_left_of_ray(interrupted, tmp_path):
+    run = tmp_path / "run"
+    (run / "ray/run").mkdir(parents=True)
+    manylora_trainer.train(interrupted(), run, resume=True)
+    assert not (run / "ray").exists()
 
 
 def test_a_run_goes_on_without_the_files_that_only_tell_of_it(interrupted, tmp_path):

@@ -89,8 +89,8 @@ class Aliases:
         with self._database.read() as connection:
             moved = _moved(connection, name, alias)
             gone = gone_versions(connection, adapter_id(connection, name))
-        before = back_to(moved, gone)
         came, back = way(moved)
+        before = back_to(came, back, gone)
         if before is None and (not back or came[-1] in gone):
             raise VersionNotFoundError(
                 f"{name}@{alias} pointed at no version before {came[-1]} that can be served"

@@ -10,7 +10,7 @@ from sqlalchemy.engine import Connection, Row
 from manylora_registry.database import Database
 from manylora_registry.description import check_description
 from manylora_registry.errors import DescriptionError, VersionInUseError
-from manylora_registry.history import back_to
+from manylora_registry.history import back_to, way
 from manylora_registry.leases import end_upload
 from manylora_registry.manifest import Manifest
 from manylora_registry.reference import AdapterReference
@@ -343,7 +343,7 @@ def _going_back_to(connection: Connection, version: Row[Any]) -> list[str]:
         moved.setdefault(move.alias, []).append(move.version)
     gone = gone_versions(connection, version.adapter_id)
     return sorted(
-        alias for alias, numbers in moved.items() if back_to(numbers, gone) == version.number
+        alias for alias, numbers in moved.items() if back_to(*way(numbers), gone) == version.number
     )
 
 

@@ -45,17 +45,17 @@ def way(moved: Iterable[int]) -> tuple[list[int], bool]:
     return came, back
 
 
-def back_to(moved: Iterable[int], gone: Container[int]) -> int | None:
+def back_to(came: Sequence[int], back: bool, gone: Container[int]) -> int | None:
     """Where a rollback goes: to the version before the present one came, past what is gone.
 
     Args:
-        moved: where the alias was moved, oldest first, at least once.
+        came: by which versions the alias came to the present one; see `way`.
+        back: whether its last move went back.
         gone: versions that were withdrawn or deleted.
 
     Returns:
         None: there is none, or the alias was moved back already and what it means is not gone.
     """
-    came, back = way(moved)
     if back and came[-1] not in gone:
         return None
     return next((version for version in reversed(came[:-1]) if version not in gone), None)

@@ -285,14 +285,14 @@ class Registry(Reading):
         """
         return self._catalog.describe(reference_to(version), tags or {}, metrics or {})
 
-    def yank(self, reference: str | AdapterReference) -> Version:
+    def yank(self, version: Version | str | AdapterReference) -> Version:
         """Withdraws a version: it resolves no more, aliases at it included; its bytes are kept.
 
         Raises:
             InvalidReferenceError: not a reference.
             NotFoundError: no such adapter, version or alias.
         """
-        return self._catalog.yank(reference_to(reference))
+        return self._catalog.yank(reference_to(version))
 
     def delete(self, version: Version | str | AdapterReference) -> Version:
         """Marks a version as deleted: it is not served, and `collect_garbage` removes its bytes.

@@ -131,6 +131,7 @@ def _show(rollout: "Rollout", as_json: bool) -> None:
             )
             for share in rollout.shares
         ],
+        empty=f"nothing can be served of {rollout.adapter}@{rollout.alias}",
     )
     if rollout.HasField("shadow"):
         seen = rollout.shadow

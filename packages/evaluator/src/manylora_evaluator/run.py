@@ -16,6 +16,7 @@ from manylora_client import AsyncClient
 from manylora_evaluator.asking import Replies, ask_rows, progress_bars, resolve
 from manylora_evaluator.errors import EvaluationFailedError, SuiteError, UnknownTaskError
 from manylora_evaluator.gates import gate
+from manylora_evaluator.judge.cache import Cache
 from manylora_evaluator.judge.caller import Caller
 from manylora_evaluator.judge.judging import EXPECTED, Judge
 from manylora_evaluator.judge.model import open_model
@@ -249,12 +250,17 @@ async def _callers(
         for scorer in task.settings.scorers
         if isinstance(scorer, JudgeSettings | PairwiseSettings)
     }
+    judges = {name: settings for name, settings in suite.judges.items() if name in used}
+    kept = None
+    if verdicts is not None and any(settings.cache is None for settings in judges.values()):
+        kept = Cache(verdicts)
+    asked_before = set[str]() if kept is None else kept.keys()
     return {
         name: Caller(
             settings,
             await stack.enter_async_context(open_model(settings, server, token)),
-            verdicts,
+            kept,
+            asked_before,
         )
-        for name, settings in suite.judges.items()
-        if name in used
+        for name, settings in judges.items()
     }

@@ -8,6 +8,7 @@ from typing import Any
 from manylora_gateway.admission import Admission
 from manylora_gateway.errors import (
     InvalidRequestError,
+    UnknownAdapterError,
     UnservableError,
     Violation,
     YankedAdapterError,
@@ -35,14 +36,15 @@ class RolloutState:
     """How the requests for an alias are divided now."""
 
     key: AliasKey
-    serving: Version
+    serving: Version | None
+    """What the alias means by itself; None: nothing of it can be served."""
     rollout: Rollout | None
 
     @property
     def shares(self) -> tuple[Share, ...]:
         """What each version gets."""
         divided = self.rollout.shares if self.rollout is not None else ()
-        return divided or (Share(self.serving, 100),)
+        return divided or (() if self.serving is None else (Share(self.serving, 100),))
 
 
 class Operations:
@@ -139,13 +141,28 @@ class Operations:
     ) -> RolloutState:
         """Divides the requests for an alias, once every version is loaded on every replica.
 
+        Without shares and shadow the division ends, whatever can be served.
+
         Raises:
             InvalidRequestError: the shares are no division.
             GatewayError: a version is not there or cannot be served; nothing has changed.
         """
         check_division(shares, shadow)
         async with self._setting:
+            if not shares and shadow is None:
+                return await self._clear(key)
             return await self._set(key, shares, shadow)
+
+    async def _clear(self, key: AliasKey) -> RolloutState:
+        try:
+            serving = await self._routes.serving(key)
+        except UnknownAdapterError:
+            raise
+        except Exception:
+            # Whatever is wrong with it: this only takes away.
+            serving = None
+        self._put(key, Rollout(under="", shares=()))
+        return RolloutState(key, serving, None)
 
     async def _set(
         self, key: AliasKey, shares: Division, shadow: tuple[int, int] | None
@@ -161,15 +178,17 @@ class Operations:
         # Rollouts end with their versions, but this one was not among them while it loaded.
         for version in rollout.versions:
             await self._routes.resolve(f"{version.name}@{version.number}")
-        state = await self.rollout(key)
-        if state.serving.digest != serving.digest:
+        if (await self._routes.serving(key)).digest != serving.digest:
             text = "moved while the versions were loaded: look at it and set it again"
             raise InvalidRequestError([Violation("alias", text)])
+        self._put(key, rollout)
+        return await self.rollout(key)
+
+    def _put(self, key: AliasKey, rollout: Rollout) -> None:
         before = self.rollouts.put(key, rollout)
         logger.info("%s is divided: %s", "@".join(key), _told(rollout))
         for version in [] if before is None else before.versions:
             self._routes.displace(version)
-        return await self.rollout(key)
 
     async def begin(self) -> None:
         """Sets the rollouts again that were saved, as far as their aliases have not moved.

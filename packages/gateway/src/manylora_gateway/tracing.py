@@ -29,10 +29,11 @@ def configure(config: TracingConfig, service: str, processor: SpanProcessor | No
         return
     if processor is None:
         # Only who exports pays for the exporter's imports.
-        from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
 
-        processor = BatchSpanProcessor(OTLPSpanExporter(endpoint=config.endpoint))
+        from manylora_gateway.span_exporter import SpanExporter
+
+        processor = BatchSpanProcessor(SpanExporter(config.endpoint))
     provider = TracerProvider(
         resource=Resource.create({"service.name": service}),
         sampler=ParentBased(TraceIdRatioBased(config.sample)),

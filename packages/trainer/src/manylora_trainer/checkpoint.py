@@ -88,8 +88,7 @@ def load_checkpoint(directory: Path, warn: Callable[[str], None]) -> Checkpoint 
 
 def _read(path: Path) -> Checkpoint:
     state = json.loads((path / STATE_FILE).read_bytes())
-    # A checkpoint of before it was kept has no digest of its own.
-    if state.pop("digest", None) not in (None, _digest_of(state)):
+    if state.pop("digest", None) != _digest_of(state):
         raise ValueError("its state does not match its hash")
     if _digest(path / TENSORS_FILE) != state["tensors"]:
         raise ValueError("its tensors do not match their hash")

@@ -4,6 +4,7 @@
 # pyright: reportUnknownMemberType=false, reportMissingTypeStubs=false
 
 import os
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from datetime import datetime
@@ -99,6 +100,9 @@ def train_run(
         with stating_storage_faults(path, how_to_resume):
             metrics = open_run(path, recipe, identity, resume=resume, allow_changes=allow_changes)
     with closing(metrics):
+        if workers.size == 1:
+            # Of several that were killed; nobody else trains this run.
+            shutil.rmtree(directory.ray, ignore_errors=True)
         workers.wait()
         if has_ended(directory):
             watch.say(f"{path} has ended already")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from manylora_registry import BaseModelIdentity, Registry, Version
-from manylora_registry.errors import RegistryError
+from manylora_registry.errors import AdapterNotFoundError, RegistryError
 from manylora_registry.reference import check_alias_name
 from manylora_trainer.errors import NotPublishableError
 from manylora_trainer.saved_runs import is_locked
@@ -62,6 +62,7 @@ def publish_run(
         problems.append("every adapter stopped early")
     if problems:
         raise NotPublishableError(f"{run_dir}: {'; '.join(problems)}")
+    generations = _generations(registry, chosen, alias)
     versions: list[Version] = []
     with _telling(versions, chosen):
         for name in chosen:
@@ -74,7 +75,7 @@ def publish_run(
                 parent=_parent(registry, run, name),
             )
             versions.append(version)
-    _point(registry, versions, alias, f"published from run {run['id'][:12]}")
+    _point(registry, versions, alias, generations, f"published from run {run['id'][:12]}")
     return versions
 
 
@@ -108,6 +109,7 @@ def publish_best_trial(directory: Path, registry: Registry, alias: str | None = 
     run = _read_json(run_dir / "run.json", "tasks")
     if problem := _problem(run_dir, run["tasks"], best.name):
         raise NotPublishableError(f"{run_dir}: {problem}")
+    generations = _generations(registry, [sweep.task], alias)
     version = registry.publish(
         sweep.task,
         run_dir / "adapters" / best.name,
@@ -116,7 +118,7 @@ def publish_best_trial(directory: Path, registry: Registry, alias: str | None = 
         lineage={**_lineage(run_dir, run, best.name), "trial": best.name},
         parent=_parent(registry, run, best.name),
     )
-    _point(registry, [version], alias, f"best of {len(sweep.trials)} trials")
+    _point(registry, [version], alias, generations, f"best of {len(sweep.trials)} trials")
     return version
 
 
@@ -165,8 +167,32 @@ def _telling(published: Sequence[Version], chosen: Sequence[str]) -> Generator[N
         ) from error
 
 
-def _point(registry: Registry, versions: Sequence[Version], alias: str | None, why: str) -> None:
-    """Has `alias` of each adapter point at its version, where it does not already."""
+def _generations(registry: Registry, names: Sequence[str], alias: str | None) -> dict[str, int]:
+    """At which generation `alias` of each adapter is; 0: there is none yet."""
+    found: dict[str, int] = {}
+    if alias is None:
+        return found
+    for name in names:
+        try:
+            there = registry.aliases(name).get(alias)
+        except AdapterNotFoundError:
+            there = None
+        found[name] = 0 if there is None else there.generation
+    return found
+
+
+def _point(
+    registry: Registry,
+    versions: Sequence[Version],
+    alias: str | None,
+    generations: Mapping[str, int],
+    why: str,
+) -> None:
+    """Has `alias` of each adapter point at its version, where it does not already.
+
+    One that was moved since its generation was looked up stays: whoever moved it may have
+    published the newer version.
+    """
     moved: list[Version] = []
     if alias is None:
         return
@@ -174,7 +200,8 @@ def _point(registry: Registry, versions: Sequence[Version], alias: str | None, w
         try:
             there = registry.aliases(version.name).get(alias)
             if there is None or there.version != version.number:
-                registry.set_alias(version.name, alias, version.number, why=why)
+                expect = generations[version.name]
+                registry.set_alias(version.name, alias, version.number, expect=expect, why=why)
         except RegistryError as error:
             raise NotPublishableError(
                 f"{error} (published before this, and there to stay: {_names(versions)}; {alias} "

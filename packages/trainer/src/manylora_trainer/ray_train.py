@@ -35,13 +35,12 @@ from manylora_trainer.interruption import Signals
 from manylora_trainer.progress import Progress
 from manylora_trainer.recipe import Recipe
 from manylora_trainer.result import RunResult
-from manylora_trainer.run_directory import open_run
+from manylora_trainer.run_directory import RunDirectory, open_run
 
 if TYPE_CHECKING:
     from manylora_trainer.loop import Judge
 
 SECONDS_BETWEEN_LOOKS = 0.2
-RAY_DIRECTORY = "ray"
 
 
 @dataclass(frozen=True)
@@ -101,7 +100,7 @@ def train_on_workers(
             ),
             run_config=ray.train.RunConfig(
                 name=path.name,
-                storage_path=str(path.absolute() / RAY_DIRECTORY),
+                storage_path=str(RunDirectory(path.absolute()).ray),
                 failure_config=ray.train.FailureConfig(max_failures=settings.max_restarts),
                 logging_config=ray.train.LoggingConfig(log_level="WARNING"),
             ),
@@ -115,7 +114,7 @@ def train_on_workers(
     finally:
         # What Ray keeps of a run; ours has all it needs in its checkpoints. First, as Ray ends
         # this process where it is shut down under a run that goes on.
-        shutil.rmtree(path / RAY_DIRECTORY, ignore_errors=True)
+        shutil.rmtree(RunDirectory(path).ray, ignore_errors=True)
         if own_cluster:
             ray.shutdown()
     if isinstance(outcome, TrainerError):

@@ -57,6 +57,11 @@ class RunDirectory:
         return self.path / "environment.json"
 
     @property
+    def ray(self) -> Path:
+        """What Ray keeps of several workers, as long as they train."""
+        return self.path / "ray"
+
+    @property
     def curves(self) -> Path:
         """The losses as a picture."""
         return self.path / "plots" / "curves.png"
@@ -81,6 +86,10 @@ class RunDirectory:
             _ = run["base"]["fingerprint"]
             _ = datetime.fromisoformat(run["started_at"])
             _ = [(t["data_fingerprint"], t["rows_skipped"]) for t in run["tasks"].values()]
+            # One that began before it was recorded has none.
+            tokens = run.get("pack_tokens", 1)
+            if type(tokens) is not int or tokens < 1:
+                raise ValueError(f"pack_tokens is {json.dumps(tokens)}")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise RunDirectoryError(
                 f"{file} is damaged ({type(error).__name__}: {error}): put it back from a copy, or "

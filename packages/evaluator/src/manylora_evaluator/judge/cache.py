@@ -42,9 +42,9 @@ class Cache:
                 f"the judge's cache {directory} cannot be written: {error.strerror}"
             ) from error
 
-    def keys(self) -> frozenset[str]:
+    def keys(self) -> set[str]:
         """What is kept."""
-        return frozenset(path.stem for path in self._directory.glob("*/*.json"))
+        return {path.stem for path in self._directory.glob("*/*.json")}
 
     def get(self, key: str) -> Completion | None:
         """What is kept under `key`; a file that is damaged counts as none."""

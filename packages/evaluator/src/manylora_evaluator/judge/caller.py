@@ -5,7 +5,6 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -42,21 +41,21 @@ class Counts:
 class Caller:
     """One judge for one evaluation. The same question is asked once, even while under way."""
 
-    def __init__(self, settings: JudgeModel, model: Model, kept: Path | None = None) -> None:
+    def __init__(
+        self, settings: JudgeModel, model: Model, kept: Cache | None, asked_before: set[str]
+    ) -> None:
         """Prepares to ask `model`.
 
-        Verdicts are kept in the directory `kept` where the settings name no cache; those that are
-        there already are what the evaluation asked before it was broken off.
+        Verdicts are `kept` where the settings name no cache. The keys in `asked_before` are what
+        the evaluation asked before it was broken off; who counts one takes it out.
 
         Raises:
             JudgeError: the directory of its cache cannot be written.
         """
         self._settings = settings
         self._model = model
-        directory = settings.cache or kept
-        self._cache = None if directory is None else Cache(directory)
-        own = self._cache if settings.cache is None else None
-        self._asked_before = frozenset[str]() if own is None else own.keys()
+        self._cache = kept if settings.cache is None else Cache(settings.cache)
+        self._asked_before = asked_before if settings.cache is None else set[str]()
         self._free = asyncio.Semaphore(settings.concurrency)
         self._asked: dict[str, asyncio.Task[Completion]] = {}
         self.concurrency = settings.concurrency
@@ -100,6 +99,8 @@ class Caller:
         kept = None if self._cache is None else self._cache.get(key)
         if kept is not None and readable(kept.text):
             if key in self._asked_before:
+                # A second judge of the same settings would have had it cached.
+                self._asked_before.remove(key)
                 self.counts.requests += 1
                 self.counts.spend(kept)
             else:

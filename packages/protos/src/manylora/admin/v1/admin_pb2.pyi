@@ -459,7 +459,7 @@ class Rollout(_message.Message):
     """Whether the division survives a restart of the gateway (it has a `state` directory)."""
     @_builtins.property
     def shares(self) -> _containers.RepeatedCompositeFieldContainer[Global___VersionShare]:
-        """One entry of 100 percent where nothing is divided."""
+        """One entry of 100 percent where nothing is divided; none where nothing can be served."""
 
     @_builtins.property
     def shadow(self) -> Global___ShadowReport: ...
