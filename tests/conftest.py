@@ -1,4 +1,6 @@
-"""How inputs are drawn, wherever a test draws them."""
+"""How inputs are drawn, wherever a test draws them, and which signals its processes hear."""
+
+import signal
 
 from hypothesis import HealthCheck, settings
 
@@ -9,3 +11,7 @@ settings.register_profile(
     "tests", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("tests")
+
+# A shell starts background jobs with SIGINT ignored, and processes inherit that. Not in the new
+# process by a preexec_fn, which may break where this one has threads, as those of gRPC.
+signal.signal(signal.SIGINT, signal.default_int_handler)

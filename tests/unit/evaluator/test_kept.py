@@ -50,8 +50,6 @@ def test_an_interrupted_evaluation_goes_on_where_it_was(
         stderr=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-        # A shell starts background jobs with SIGINT ignored, and children inherit that.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     kept = out / "answers.jsonl"
     while not (kept.exists() and kept.read_bytes().count(b"\n") == 10):
