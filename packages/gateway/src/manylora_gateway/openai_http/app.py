@@ -105,7 +105,8 @@ class _Completions:
         try:
             named = check_request_id(request.headers.get(REQUEST_ID_HEADER, ""))
             request_id = named or request_id
-            asked = await self._read(request, request_id)
+            with self._inference.metrics.refusals(request_id, caller().name):
+                asked = await self._read(request, request_id)
         except ClientDisconnect:
             return
         except Exception as error:
