@@ -226,6 +226,7 @@ async def running_gateway(
         ListenConfig(inference="127.0.0.1:0", admin="127.0.0.1:0", health="127.0.0.1:0"),
         None if tls is None else ServerTls(tls),
         None if tenants is None else Access(tenants),
+        metrics=metrics,
     )
     fleet = Fleet(local, routes, admission, metrics, front.announce, warm=config.slots)
     inference = Inference(registry, routes, local, admission, metrics)

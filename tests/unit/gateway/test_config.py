@@ -51,6 +51,13 @@ def test_every_mistake_comes_at_once_with_its_line(tmp_path: Path) -> None:
     }
 
 
+def test_a_port_has_sixteen_bits(tmp_path: Path) -> None:
+    path = write(tmp_path, '{base: model, listen: {admin: "[::1]:65535", http: "a:65536"}}')
+    with pytest.raises(ConfigError, match="at most 65535") as caught:
+        load_config(path, GatewayConfig)
+    assert [problem.path for problem in caught.value.problems] == ["listen.http"]
+
+
 def test_an_application_needs_the_cluster_it_is_in(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="ray_address"):
         load_config(write(tmp_path, "{base: model, ray_application: manylora}"), GatewayConfig)

@@ -533,7 +533,7 @@ async def test_each_error_has_its_status(
         form = {"structured_outputs": {"regex": IMPOSSIBLE.pattern}}
         with pytest.raises(openai.BadRequestError) as held:
             await client.chat.completions.create(model="red", extra_body=form, **options)
-        assert held.value.param == "response_format"
+        assert held.value.param == "structured_outputs.regex"
     gateway.engine.dead = True
     with pytest.raises(openai.InternalServerError) as lost:
         await client.chat.completions.create(model="red", messages=ASK)

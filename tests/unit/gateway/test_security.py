@@ -33,6 +33,7 @@ from manylora_client import (
 from manylora_gateway.access import token_digest
 from manylora_gateway.config import TlsConfig
 from manylora_gateway.errors import StartError
+from manylora_gateway.logs import FIELDS
 from manylora_gateway.tls import ServerTls
 from manylora_registry import Version
 from tests.unit.gateway.certificates import HOUR, Authority
@@ -116,6 +117,45 @@ async def test_a_refused_call_keeps_its_name(
                 ids.append((await http.post(url, headers=dict([named]))).headers["x-request-id"])
             for request_id in ids:
                 assert request_id == told_back if told_back else len(request_id) == 32
+
+
+async def test_what_is_refused_before_it_is_admitted_is_counted_and_logged(
+    served: dict[str, Version],
+    start: Start,
+    tenants: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO, "manylora_gateway.requests")
+    wrong = pb.GenerateRequest(adapter="red", text="")
+    async with start(tenants=tenants) as gateway, httpx.AsyncClient(timeout=60) as http:
+        inference, admin = gateway.inference, gateway.admin
+        url = f"{gateway.http}/v1/completions"
+        key = {"authorization": "Bearer reader-token"}
+        await refused(inference.Generate(RED))
+        await http.post(url, headers={"x-request-id": "mine"})
+        await refused(admin.ListReplicas(admin_pb2.ListReplicasRequest(), metadata=READER))
+        await refused(
+            inference.Generate(pb.GenerateRequest(adapter="blue", text="hi"), metadata=READER)
+        )
+        await refused(inference.Generate(wrong, metadata=READER))
+        await refused(cast("Any", inference.GenerateStream(wrong, metadata=READER)).read())
+        await refused(inference.CountTokens(pb.CountTokensRequest(), metadata=READER))
+        batch = pb.BatchGenerateRequest(requests=[RED, wrong])
+        assert len([reply async for reply in inference.BatchGenerate(batch, metadata=READER)]) == 2
+        empty: Any = inference.BatchGenerate(pb.BatchGenerateRequest(), metadata=READER)
+        await refused(empty.read())
+        await http.post(url, headers=key, json={"model": "red", "prompt": ""})
+        await http.post(url, headers=key, json={"model": "blue", "prompt": "hi"})
+        async with grpc.aio.insecure_channel(gateway.front.inference_address) as channel:
+            raw: Any = channel.unary_unary("/manylora.inference.v1.InferenceService/Generate")
+            await refused(raw(b"\x0a\x01\xff", metadata=READER))
+        text = scraped(gateway.metrics).splitlines()
+    for reason, count in (("UNAUTHENTICATED", 2), ("PERMISSION_DENIED", 3), ("INVALID_REQUEST", 7)):
+        assert f'manylora_rejections_total{{reason="{reason}"}} {count}.0' in text
+    ends: list[dict[str, Any]] = [vars(record)[FIELDS] for record in caplog.records]
+    assert len(ends) == 13
+    assert ("mine", "UNAUTHENTICATED") in {(end["request_id"], end["code"]) for end in ends}
+    assert {end["tenant"] for end in ends} == {"", "reader"}
 
 
 async def test_bytes_that_are_no_message_keep_their_name(gateway: RunningGateway) -> None:

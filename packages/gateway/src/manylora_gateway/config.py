@@ -3,12 +3,24 @@
 from pathlib import Path
 from typing import Annotated, Literal, Self, get_args
 
-from pydantic import Field, StringConstraints, model_validator
+from pydantic import AfterValidator, Field, StringConstraints, model_validator
 
 from manylora_registry.config import ConfigModel
 
+MAX_PORT = 65_535
+
+
+def _with_a_port(address: str) -> str:
+    # gRPC would listen on what is left of it in 16 bits.
+    if int(address.rpartition(":")[2]) > MAX_PORT:
+        raise ValueError(f"the port must be at most {MAX_PORT}")
+    return address
+
+
 Address = Annotated[
-    str, StringConstraints(pattern=r"^[^\s:]+:\d{1,5}$|^\[[0-9a-fA-F:]+\]:\d{1,5}$")
+    str,
+    StringConstraints(pattern=r"^[^\s:]+:\d{1,5}$|^\[[0-9a-fA-F:]+\]:\d{1,5}$"),
+    AfterValidator(_with_a_port),
 ]
 ConstraintKind = Literal["json_schema", "json_object", "regex", "choice", "grammar"]
 AliasName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]

@@ -22,6 +22,7 @@ from manylora_gateway.guard import Guard, HttpAuthentication
 from manylora_gateway.health import probes
 from manylora_gateway.inference import Inference
 from manylora_gateway.limits import Limits
+from manylora_gateway.metrics import Metrics
 from manylora_gateway.openai_http.app import application
 from manylora_gateway.openai_http.reading import Reading
 from manylora_gateway.openai_http.server import HttpServer
@@ -53,16 +54,22 @@ class Front:
         tls: ServerTls | None = None,
         access: Access | None = None,
         max_message_bytes: int = DEFAULT_MESSAGE_BYTES,
+        metrics: Metrics | None = None,
     ) -> None:
+        metrics = metrics or Metrics()
         self._tls = tls
         self._health = _Health()
         self._serving = False
         self._access = access
         self._inference, self.inference_address = _bound(
-            listen.inference, "listen.inference", tls, Guard(access, "infer"), max_message_bytes
+            listen.inference,
+            "listen.inference",
+            tls,
+            Guard(access, "infer", metrics),
+            max_message_bytes,
         )
         self._admin, self.admin_address = _bound(
-            listen.admin, "listen.admin", tls, Guard(access, "admin"), max_message_bytes
+            listen.admin, "listen.admin", tls, Guard(access, "admin", metrics), max_message_bytes
         )
         self._http = None
         if listen.http is not None:
@@ -73,7 +80,7 @@ class Front:
             self._probes = HttpServer(listen.health, "listen.health")
 
     @classmethod
-    def configured(cls, config: GatewayConfig) -> "Front":
+    def configured(cls, config: GatewayConfig, metrics: Metrics) -> "Front":
         """The front of a gateway's file.
 
         Raises:
@@ -85,6 +92,7 @@ class Front:
             None if config.tls is None else ServerTls(config.tls),
             None if config.tenants is None else Access(config.tenants),
             config.limits.max_message_bytes,
+            metrics,
         )
 
     @property
@@ -129,7 +137,7 @@ class Front:
             reading = Reading(limits, base)
             app = application(inference, reading, lambda: self._serving)
             if self._access is not None:
-                app = HttpAuthentication(app, self._access)
+                app = HttpAuthentication(app, self._access, inference.metrics)
             await self._http.start(app, limits.config.stall_s)
 
     async def announce(self, serving: bool) -> None:

@@ -56,10 +56,10 @@ async def run(
     """
     stop = asyncio.Event()
     _listen_for_signals(stop)
-    front = Front.configured(config)
+    metrics = Metrics(config.metrics.max_versions)
+    front = Front.configured(config, metrics)
     await front.answer_probes()
     addresses = dict(front.addresses)
-    metrics = Metrics(config.metrics.max_versions)
     if config.listen.metrics is not None:
         host, port = metrics.serve(config.listen.metrics)
         addresses["metrics"] = f"{host}:{port}"

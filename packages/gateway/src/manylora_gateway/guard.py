@@ -20,6 +20,7 @@ from manylora_gateway.access import Access, bearer_token
 from manylora_gateway.errors import GatewayError, InvalidRequestError, Violation
 from manylora_gateway.health import HEALTH_PATH
 from manylora_gateway.limits import request_id_to_tell
+from manylora_gateway.metrics import Metrics
 from manylora_gateway.openai_http.app import tell
 from manylora_gateway.openai_http.problems import problem_of
 from manylora_gateway.openai_http.server import PEER_CERTIFICATE
@@ -41,9 +42,10 @@ class Guard(grpc.aio.ServerInterceptor):
     refused as such, where gRPC would log a trace and answer UNKNOWN.
     """
 
-    def __init__(self, access: Access | None, role: Role) -> None:
+    def __init__(self, access: Access | None, role: Role, metrics: Metrics) -> None:
         self._access = access
         self._role: Role = role
+        self._metrics = metrics
 
     async def intercept_service(
         self,
@@ -71,10 +73,15 @@ class Guard(grpc.aio.ServerInterceptor):
 
     def _guarded(self, inner: Callable[..., Any], access: Access | None) -> Callable[..., Any]:
         async def check(request: Any, context: Context) -> None:
-            if access is not None:
-                await self._admit(access, context)
-            if isinstance(request, InvalidRequestError):
-                await abort(context, request, _request_id(context))
+            request_id = _request_id(context)
+            try:
+                with self._metrics.refusals(request_id):
+                    if access is not None:
+                        self._admit(access, context)
+                    if isinstance(request, InvalidRequestError):
+                        raise request
+            except GatewayError as error:
+                await abort(context, error, request_id)
 
         async def call(request: Any, context: Context) -> Any:
             await check(request, context)
@@ -87,20 +94,20 @@ class Guard(grpc.aio.ServerInterceptor):
 
         return generate if inspect.isasyncgenfunction(inner) else call
 
-    async def _admit(self, access: Access, context: Context) -> None:
-        """Has the call's task know its tenant, or ends the call."""
+    def _admit(self, access: Access, context: Context) -> None:
+        """Has the call's task know its tenant.
+
+        Raises:
+            GatewayError: it has none, or one that may not call here.
+        """
         metadata = dict(context.invocation_metadata() or ())
         header = metadata.get("authorization")
         if isinstance(header, bytes):
             header = header.decode("latin-1")
-        try:
-            names = names_in_auth_context(context.auth_context())
-            tenant = access.identify(bearer_token(header), names)
-            tenant.require_role(self._role)
-        except GatewayError as error:
-            await abort(context, error, _request_id(context))
-        else:
-            set_caller(tenant)
+        names = names_in_auth_context(context.auth_context())
+        tenant = access.identify(bearer_token(header), names)
+        tenant.require_role(self._role)
+        set_caller(tenant)
 
 
 def _request_id(context: Context) -> str:
@@ -131,21 +138,24 @@ def _readable(read: Callable[[bytes], Any] | None) -> Callable[[bytes], Any] | N
 class HttpAuthentication:
     """The same in front of an HTTP application."""
 
-    def __init__(self, app: ASGIApp, access: Access) -> None:
+    def __init__(self, app: ASGIApp, access: Access, metrics: Metrics) -> None:
         self._app = app
         self._access = access
+        self._metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Passes on what a tenant with the role `infer` asks."""
         if scope["path"] != HEALTH_PATH:
             headers = Request(scope).headers
             certificate = scope.get("state", {}).get(PEER_CERTIFICATE) or {}
+            request_id = request_id_to_tell(headers.get(REQUEST_ID_KEY, ""))
             try:
-                names = names_in_peer_certificate(certificate)
-                tenant = self._access.identify(bearer_token(headers.get("authorization")), names)
-                tenant.require_role("infer")
+                with self._metrics.refusals(request_id):
+                    names = names_in_peer_certificate(certificate)
+                    token = bearer_token(headers.get("authorization"))
+                    tenant = self._access.identify(token, names)
+                    tenant.require_role("infer")
             except GatewayError as error:
-                request_id = request_id_to_tell(headers.get(REQUEST_ID_KEY, ""))
                 await tell(problem_of(error), request_id)(scope, receive, send)
                 return
             set_caller(tenant)

@@ -94,13 +94,14 @@ class Inference:
             GatewayError: at any point; nothing follows.
         """
         began = time.monotonic()
-        tenant.require_adapter(request.adapter)
+        request_id = request.request_id or uuid.uuid4().hex
+        with self.metrics.refusals(request_id, tenant.name):
+            tenant.require_adapter(request.adapter)
         name = request.adapter.partition("@")[0]
         sampling = request.sampling
         call = current_call()
         span = tracing.begin("manylora.generate", call.traceparent)
         tokens: list[int] = []
-        request_id = request.request_id or uuid.uuid4().hex
         seen = self.metrics.observation(request_id, tenant.name, call.deadline)
         try:
             with (

@@ -264,6 +264,18 @@ class Metrics:
                 self._count(seen, code, reason)
             log_request("request ended", seen.told(code))
 
+    @contextmanager
+    def refusals(self, request_id: str, tenant: str = "") -> Generator[None, None, None]:
+        """Around what looks at a request before anybody follows it."""
+        seen = self.observation(request_id, tenant)
+        try:
+            yield
+        except Exception as error:
+            code, reason = seen.failure(error)
+            self.rejections.labels(reason).inc()
+            log_request("request refused", seen.told(code))
+            raise
+
     def _count(self, seen: Observation, code: str, reason: str) -> None:
         labels = self.labels(seen.version)
         self.requests.labels(*labels, code).inc()

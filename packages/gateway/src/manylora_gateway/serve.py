@@ -2,7 +2,6 @@
 
 import asyncio
 import os
-import shutil
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ from manylora_gateway.config import GatewayConfig
 from manylora_gateway.environment import cluster_environment, raise_file_limit
 from manylora_gateway.logs import log_to_stderr
 from manylora_gateway.processes import end_marked, mark_descendants
+from manylora_gateway.scratch import scratch_directory
 from manylora_gateway.worker import Servable
 from manylora_registry import Registry, identify_base
 from manylora_registry.config import load_config
@@ -45,8 +45,10 @@ def serve(
     os.environ.update(cluster_environment())
     raise_file_limit()
     mark_descendants()
-    with Registry.open(config.registry, create=False) as registry:
-        scratch = Path(tempfile.mkdtemp(prefix="manylora-"))
+    with (
+        Registry.open(config.registry, create=False) as registry,
+        scratch_directory(Path(tempfile.gettempdir())) as scratch,
+    ):
         try:
             # gRPC and Ray read the environment when they are imported.
             from manylora_gateway.gateway import run
@@ -56,7 +58,6 @@ def serve(
             served = asyncio.run(run(config, registry, servable, scratch, make_engine))
         finally:
             end_marked(KILL_GRACE_S)
-            shutil.rmtree(scratch, ignore_errors=True)
     if not served:
         # A start was cut off: Ray's own exit would wait for the cluster it was starting.
         sys.stderr.flush()

@@ -22,6 +22,7 @@ from manylora.inference.v1 import inference_pb2_grpc
 from manylora_gateway import messages, rollout_messages
 from manylora_gateway.calls import current_call, set_call
 from manylora_gateway.errors import DeadlineError, InvalidRequestError, Violation
+from manylora_gateway.generation import GenerationRequest
 from manylora_gateway.inference import Inference
 from manylora_gateway.limits import check_request_id
 from manylora_gateway.operations import Operations
@@ -105,13 +106,13 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     ) -> pb.GenerateResponse:
         """Answers once, when the whole text is there."""
         async with _answering(context) as request_id, self._inference.until_cut_off():
-            asked = self._requests.generation(request, request_id)
+            asked = self._read(request, request_id)
             return messages.generate_response(await self._inference.generate(asked, caller()))
 
     async def GenerateStream(self, request: pb.GenerateRequest, context: StreamContext) -> None:
         """Answers while the text is made."""
         async with _answering(context) as request_id, self._inference.until_cut_off():
-            asked = self._requests.generation(request, request_id)
+            asked = self._read(request, request_id)
             replies = messages.StreamMessages(asked.sampling.n)
             async with aclosing(self._inference.stream(asked, caller())) as events:
                 async for event in events:
@@ -123,9 +124,11 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     async def BatchGenerate(self, request: pb.BatchGenerateRequest, context: BatchContext) -> None:
         """Answers many requests, each as soon as it is there."""
         async with _answering(context) as request_id, self._inference.until_cut_off():
+            with self._inference.metrics.refusals(request_id, caller().name):
+                batch = self._requests.batch(request)
             tasks = [
                 asyncio.create_task(self._one_of_batch(index, message, f"{request_id}/{index}"))
-                for index, message in enumerate(self._requests.batch(request))
+                for index, message in enumerate(batch)
             ]
             try:
                 for finished in asyncio.as_completed(tasks):
@@ -141,8 +144,10 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         self, request: pb.CountTokensRequest, context: CountContext
     ) -> pb.CountTokensResponse:
         """Counts prompt tokens."""
-        async with _answering(context):
-            tokens = await self._inference.count_tokens(self._requests.prompt(request), caller())
+        async with _answering(context) as request_id:
+            with self._inference.metrics.refusals(request_id, caller().name):
+                prompt = self._requests.prompt(request)
+                tokens = await self._inference.count_tokens(prompt, caller())
             return pb.CountTokensResponse(tokens=tokens)
 
     async def ListAdapters(
@@ -154,11 +159,15 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             adapters = await self._inference.adapters(caller())
             return await asyncio.to_thread(messages.adapters_response, adapters)
 
+    def _read(self, request: pb.GenerateRequest, request_id: str) -> GenerationRequest:
+        with self._inference.metrics.refusals(request_id, caller().name):
+            return self._requests.generation(request, request_id)
+
     async def _one_of_batch(
         self, index: int, message: pb.GenerateRequest, request_id: str
     ) -> pb.BatchGenerateResponse:
         try:
-            asked = self._requests.generation(message, request_id)
+            asked = self._read(message, request_id)
             generation = await self._inference.generate(asked, caller())
         except Exception as error:
             return messages.batch_error(index, to_status(error))

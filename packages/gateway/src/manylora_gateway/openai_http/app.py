@@ -105,7 +105,8 @@ class _Completions:
         try:
             named = check_request_id(request.headers.get(REQUEST_ID_HEADER, ""))
             request_id = named or request_id
-            asked = await self._read(request, request_id)
+            with self._inference.metrics.refusals(request_id, caller().name):
+                asked = await self._read(request, request_id)
         except ClientDisconnect:
             return
         except Exception as error:
@@ -148,7 +149,7 @@ class _Completions:
             body = replies.whole([task.result() for task in tasks])
             response = JSONResponse(body, headers={REQUEST_ID_HEADER: request_id})
         except Exception as error:
-            response = tell(problem_of(_first(error)), request_id)
+            response = tell(problem_of(_first(error), asked.form), request_id)
         await response(scope, receive, send)
 
     async def _stream(self, asked: Asked, replies: Replies, request_id: str, send: Send) -> None:
@@ -175,7 +176,7 @@ class _Completions:
         except Exception as error:
             if not open_:
                 raise
-            body = problem_of(_first(error)).body()
+            body = problem_of(_first(error), asked.form).body()
             await send(_part(error_event(body), last=True))
 
     async def _events(self, asked: Asked) -> AsyncGenerator[tuple[int, Event], None]:

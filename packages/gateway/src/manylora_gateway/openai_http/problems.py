@@ -22,10 +22,11 @@ HTTP_STATUS: Mapping[str, tuple[int, str]] = {
 }
 """Status and type for each gRPC status of our errors."""
 
+FORM_FIELD = "sampling.structured_output"
 CORE_FIELDS = {
     "adapter": "model",
     "chat.messages": "messages",
-    "sampling.structured_output": "response_format",
+    FORM_FIELD: "response_format",
     "text": "prompt",
     "tokens.ids": "prompt",
 }
@@ -81,9 +82,15 @@ class BodyEncodedError(InvalidRequestError):
         super().__init__([Violation("content-encoding", text)])
 
 
-def problem_of(error: Exception) -> Problem:
-    """What a client is told of `error`; of one that is not ours no more than an id in the log."""
+def problem_of(error: Exception, form: str = "") -> Problem:
+    """What a client is told of `error`; of one that is not ours no more than an id in the log.
+
+    Args:
+        error: what went wrong.
+        form: the parameter that holds answers to a form, where one does.
+    """
     error = stated(error)
+    fields = CORE_FIELDS | ({FORM_FIELD: form} if form else {})
     status, kind = HTTP_STATUS[error.status]
     message, param = str(error), None
     if isinstance(error, BodyTooBigError):
@@ -93,7 +100,7 @@ def problem_of(error: Exception) -> Problem:
     if isinstance(error, InvalidRequestError):
         told = InvalidRequestError(
             [
-                Violation(CORE_FIELDS.get(violation.field, violation.field), violation.message)
+                Violation(fields.get(violation.field, violation.field), violation.message)
                 for violation in error.violations
             ]
         )

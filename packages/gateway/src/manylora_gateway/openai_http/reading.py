@@ -40,6 +40,8 @@ class Asked:
     """One for each prompt; a chat has one."""
     stream: bool
     include_usage: bool
+    form: str
+    """The parameter that says what answers are held to; empty where none does."""
 
 
 class Reading:
@@ -152,6 +154,7 @@ class Reading:
             ),
             stream=body.stream,
             include_usage=body.stream_options.include_usage,
+            form=names["constraint"],
         )
 
 
