@@ -37,12 +37,28 @@ class HeldOutRow:
     columns: Mapping[str, Any]
 
     def as_json(self) -> str:
-        """One line of `held_out/TASK.jsonl`."""
+        """One line of `held_out/TASK.jsonl`.
+
+        All columns are in it, so also values that no format would have taken.
+        """
         return json.dumps(
-            {**self.rendered.held_out(), "row": dict(self.columns)},
+            {**self.rendered.held_out(), "row": _with_plain_keys(self.columns)},
             ensure_ascii=False,
             default=str,
         )
+
+
+def _with_plain_keys(value: Any) -> Any:
+    """The same with keys that JSON has no form for as text, as of a map from dates."""
+    if isinstance(value, Mapping):
+        entries = cast("Mapping[Any, Any]", value).items()
+        return {
+            key if isinstance(key, str | int | float | None) else str(key): _with_plain_keys(entry)
+            for key, entry in entries
+        }
+    if isinstance(value, list | tuple):
+        return [_with_plain_keys(entry) for entry in cast("Sequence[Any]", value)]
+    return value
 
 
 @dataclass(frozen=True)
