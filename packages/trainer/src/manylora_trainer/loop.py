@@ -18,13 +18,12 @@ from manylora_trainer.adapter_files import InitialAdapter, read_initial, save_ad
 from manylora_trainer.base_model import BaseModel
 from manylora_trainer.cards import adapter_card
 from manylora_trainer.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from manylora_trainer.dataset import TaskData, load_task
+from manylora_trainer.dataset import TaskData, load_task, require_validation
 from manylora_trainer.durable import stating_storage_faults
 from manylora_trainer.environment import peak_memory_bytes
 from manylora_trainer.errors import (
     DataError,
     InitialAdapterError,
-    NoExamplesError,
     RecipeChangedError,
     RunInterruptedError,
 )
@@ -133,11 +132,7 @@ def train_run(
                 task, tokenizer, recipe.seed, say=watch.say, ask=stop_if_asked
             )
             watch.say(_describe(task, data[task.name]))
-            if task.early_stopping and not data[task.name].validation:
-                raise NoExamplesError(
-                    f"task {task.name}: early_stopping has no validation rows to go by; "
-                    "raise split.validation"
-                )
+            require_validation(task, len(data[task.name].validation))
         checkpoint = load_checkpoint(directory.checkpoints, watch.say)
         first = 0 if checkpoint is None else checkpoint.step
         last = max(task.steps for task in data.values())
