@@ -200,7 +200,7 @@ def train_run(
                     "checkpoint holds its weights yet"
                 )
             else:
-                trainee.start(base, pack_tokens)
+                trainee.start(base)
         # Only now: PiSSA starts from whole weights.
         workers.share(base.decoder)
         run["kind"] = recipe.kind
