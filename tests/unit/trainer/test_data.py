@@ -13,7 +13,7 @@ from manylora_trainer.data_settings import ChatFormat, PromptCompletionFormat, T
 from manylora_trainer.errors import DataError, RowError, UnsupportedBaseError
 from manylora_trainer.formats import Message, Rendered, render
 from manylora_trainer.sources import Row
-from manylora_trainer.tokenization import ChatTokenizer
+from manylora_trainer.tokenization import ChatPreparation, ChatTokenizer
 
 
 @pytest.fixture(scope="module")
@@ -317,6 +317,31 @@ def test_a_conversation_the_template_refuses_is_told(tiny_base, tmp_path):
     rendered = render(ChatFormat(kind="chat"), Row(1, {"messages": [*TALK[:2], *TALK]}))
     with pytest.raises(DataError, match=r"refuses a conversation of user.*'hi': too long"):
         ChatTokenizer(base).encode([rendered])
+
+
+@pytest.mark.parametrize(
+    ("template", "turns", "said"),
+    [
+        (
+            "{% if messages[2:] and messages[1].role == 'user' %}{{ raise_exception('twice') }}"
+            "{% endif %}",
+            [TALK[0], *TALK],
+            "refuses a conversation of user, user.*: twice",
+        ),
+        ("", [TALK[0], {**TALK[1], "content": "hello \n"}, *TALK[2:]], r"answers \('hello \\n'\)"),
+    ],
+    ids=["roles", "white space"],
+)
+def test_a_row_the_template_does_not_take_is_malformed(tiny_base, tmp_path, template, turns, said):
+    base = tmp_path / "strict"
+    shutil.copytree(tiny_base, base)
+    file = base / "chat_template.jinja"
+    file.write_text(template + file.read_text().replace("['content'] }", "['content'] | trim }"))
+    chat = ChatFormat(kind="chat", train="all")
+    preparation = ChatPreparation(chat, ChatTokenizer(base))
+    preparation.encode([preparation.render(Row(1, {"messages": TALK}))])
+    with pytest.raises(RowError, match=f"rows, row 7, field 'messages': .*{said}"):
+        preparation.render(Row(7, {"messages": turns}))
 
 
 def test_a_base_without_a_chat_template_is_refused(tiny_base, tmp_path):

@@ -13,7 +13,7 @@ from manylora_trainer import memory
 from manylora_trainer.base_model import BaseModel
 from manylora_trainer.dataset import load_task
 from manylora_trainer.dry_run import plan
-from manylora_trainer.errors import NoExamplesError, RowError
+from manylora_trainer.errors import NoExamplesError, RowError, UnfitTaskError
 from manylora_trainer.estimates import MemoryEstimate
 from manylora_trainer.recipe import load_recipe
 from manylora_trainer.tokenization import ChatTokenizer
@@ -174,3 +174,21 @@ def test_a_dry_run_finds_what_is_wrong_with_rows(make_task, write_recipe):
     assert plan(load_recipe(write_recipe(skipping))).tasks[0].rows_malformed == 1
     with pytest.raises(NoExamplesError, match="1 are longer than max_length 8"):
         plan(load_recipe(write_recipe({**skipping, "max_length": 8})))
+
+
+def test_a_dry_run_refuses_what_the_rows_it_has_seen_make_impossible(make_task, write_recipe):
+    without_steps = {**make_task("one"), "batch_size": 4, "epochs": 1}
+    del without_steps["steps"]
+    warm = {**without_steps, "optimizer": {"warmup_steps": 50}}
+    with pytest.raises(UnfitTaskError, match=r"are 8 steps.*warmup_steps \(50\)"):
+        plan(load_recipe(write_recipe(warm)))
+    unmeasured = make_task("one", early_stopping={}, split={"validation": 1e-9})
+    with pytest.raises(NoExamplesError, match="early_stopping has no validation rows"):
+        plan(load_recipe(write_recipe(unmeasured)))
+
+
+def test_a_step_has_no_more_examples_than_the_epochs(make_task, write_recipe):
+    task = make_task("one", split={"validation": 0, "held_out": 0}, epochs=1, batch_size=1000)
+    del task["steps"]
+    (planned,) = plan(load_recipe(write_recipe(task))).tasks
+    assert planned.examples_per_step == 40

@@ -67,6 +67,22 @@ def test_a_run_whose_adapter_ended_early_is_exported(
     assert "ended" not in found.data.metrics
 
 
+def test_an_adapter_that_stopped_has_failed_whatever_became_of_the_others(
+    make_task, write_recipe, tmp_path, monkeypatch
+):
+    from mlflow import MlflowClient
+
+    breaking = {"learning_rate": 1e30, "clip_norm": None}
+    recipe = write_recipe(make_task("first", optimizer=breaking), make_task("second"))
+    manylora_trainer.train(recipe, tmp_path / "run")
+    store = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    monkeypatch.chdir(tmp_path)
+    export_run(read_run(tmp_path / "run"), "mlflow", store)
+    found = MlflowClient(store).search_runs(["1"])
+    states = {run.data.params["task.name"]: run.info.status for run in found}
+    assert states == {"first": "FAILED", "second": "FINISHED"}
+
+
 # In a process of its own: trackio reads where it writes when it is imported.
 READ_TRACKIO = """
 import json, sys

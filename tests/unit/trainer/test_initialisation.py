@@ -117,6 +117,16 @@ def test_eva_begins_along_the_main_directions_of_the_inputs(
     assert abs(float(down[0] @ right[0])) > 0.9
 
 
+def test_eva_begins_alike_whatever_the_size_of_the_packs(
+    started, make_task, write_recipe, tmp_path
+):
+    task = make_task("eva", lora=EVA, optimizer=STILL, steps=1)
+    manylora_trainer.train(write_recipe(task, pack_tokens=4096), tmp_path / "whole")
+    whole = adapter_of(tmp_path / "whole", "eva")
+    for name, tensor in adapter_of(started, "eva").items():
+        torch.testing.assert_close(tensor, whole[name])
+
+
 def test_what_they_become_is_what_peft_loads(make_task, write_recipe, tiny_base, tmp_path):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM

@@ -128,6 +128,24 @@ def test_the_run_directory_tells_the_run(run, tmp_path):
     assert kept == ["step-00000004", "step-00000006"]
 
 
+def test_held_out_rows_keep_columns_that_json_has_no_form_for(make_task, write_recipe, tmp_path):
+    task = make_task("odd", steps=1)
+    file = tmp_path / "rows.py"
+    file.write_text(
+        "import datetime\n"
+        "def rows():\n"
+        "    for number in range(40):\n"
+        "        yield {'wrong': f'w{number}', 'right': 'r', 'half': '\\ud800',\n"
+        "               'days': [{datetime.date(2026, 1, 2): {(1, 2): True}}], 1: b'x'}\n"
+    )
+    task["source"] = {"kind": "python", "file": str(file), "function": "rows"}
+    manylora_trainer.train(load_recipe(write_recipe(task)))
+    (first, *_) = (tmp_path / "runs/recipe/held_out/odd.jsonl").read_text("utf-8").splitlines()
+    row = json.loads(first)["row"]
+    assert row["half"] == "\ud800"
+    assert row["days"] == [{"2026-01-02": {"(1, 2)": True}}]
+
+
 def test_the_run_tells_what_it_ran_on_and_no_secret(recipe, tmp_path, monkeypatch):
     monkeypatch.setenv("SOME_TOKEN", "hunter2")
     monkeypatch.chdir(_repository(tmp_path / "work"))

@@ -37,12 +37,28 @@ class HeldOutRow:
     columns: Mapping[str, Any]
 
     def as_json(self) -> str:
-        """One line of `held_out/TASK.jsonl`."""
+        """One line of `held_out/TASK.jsonl`.
+
+        All columns are in it, so also values that no format would have taken.
+        """
         return json.dumps(
-            {**self.rendered.held_out(), "row": dict(self.columns)},
+            {**self.rendered.held_out(), "row": _with_plain_keys(self.columns)},
             ensure_ascii=False,
             default=str,
         )
+
+
+def _with_plain_keys(value: Any) -> Any:
+    """The same with keys that JSON has no form for as text, as of a map from dates."""
+    if isinstance(value, Mapping):
+        entries = cast("Mapping[Any, Any]", value).items()
+        return {
+            key if isinstance(key, str | int | float | None) else str(key): _with_plain_keys(entry)
+            for key, entry in entries
+        }
+    if isinstance(value, list | tuple):
+        return [_with_plain_keys(entry) for entry in cast("Sequence[Any]", value)]
+    return value
 
 
 @dataclass(frozen=True)
@@ -176,7 +192,7 @@ def survey(
             "malformed, the rest held out)"
             + ("" if first_skipped is None else f"; the first malformed one: {first_skipped}")
         )
-    steps, examples = _steps(task, counting)
+    steps, examples = length_of(task, counting.examples, counting.tokens)
     validating = counting.fit([cast("R", row.rendered) for row in validation.rows()])
     return TaskData(
         source,
@@ -263,23 +279,42 @@ class _Counting(Generic[R, I]):
         return kept
 
 
-def _steps(task: Task, counted: _Counting[R, I]) -> tuple[int, int | None]:
-    """Steps of a task, and the examples it ends with if it is counted in epochs."""
+def length_of(task: Task, counted: int, tokens: int) -> tuple[int, int | None]:
+    """Steps of a task, and the examples it ends with if it is counted in epochs.
+
+    `counted` are the examples of one epoch, and `tokens` their tokens.
+
+    Raises:
+        UnfitTaskError: they end within the warm-up.
+    """
     if task.epochs is None:
         assert task.steps is not None
         return task.steps, None
-    examples = math.ceil(task.epochs * counted.examples)
+    examples = math.ceil(task.epochs * counted)
     if task.batch_tokens is None:
         steps = math.ceil(examples / task.examples_per_step)
     else:
-        steps = math.ceil(task.epochs * counted.tokens / task.batch_tokens)
+        steps = math.ceil(task.epochs * tokens / task.batch_tokens)
     if steps <= (warmup := task.optimizer.warmup(steps)):
         raise UnfitTaskError(
             task.name,
-            f"{task.epochs} epochs of {counted.examples} examples are {steps} steps, which must be "
+            f"{task.epochs} epochs of {counted} examples are {steps} steps, which must be "
             f"greater than optimizer.warmup_steps ({warmup})",
         )
     return steps, examples
+
+
+def require_validation(task: Task, rows: int, *, of_sweep: bool = False) -> None:
+    """Refuses a task that goes by its validation rows and has none.
+
+    Raises:
+        NoExamplesError: it does.
+    """
+    judged = "early_stopping" if task.early_stopping else "a sweep" if of_sweep else None
+    if judged and not rows:
+        raise NoExamplesError(
+            f"task {task.name}: {judged} has no validation rows to go by; raise split.validation"
+        )
 
 
 class _Smallest:

@@ -1,7 +1,6 @@
 """What a recipe would train, from a look at its first rows; nothing is written."""
 
 import itertools
-import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -9,7 +8,14 @@ import numpy as np
 
 from manylora_registry.base import identify_base
 from manylora_trainer.adapter_files import read_initial
-from manylora_trainer.dataset import fitted, part_of, preparation_of, rendered_or_skipped
+from manylora_trainer.dataset import (
+    fitted,
+    length_of,
+    part_of,
+    preparation_of,
+    rendered_or_skipped,
+    require_validation,
+)
 from manylora_trainer.errors import NoExamplesError
 from manylora_trainer.estimates import (
     MemoryEstimate,
@@ -161,8 +167,10 @@ def _plan_task(
     mean = tokens / items
     per_step = task.batch_tokens / mean if task.batch_tokens else task.examples_per_step
     steps = task.steps
-    if task.epochs is not None and is_whole:
-        steps = math.ceil(math.ceil(task.epochs * items) / per_step)
+    if is_whole:
+        require_validation(task, counts["validation"])
+        steps, examples = length_of(task, items, tokens)
+        per_step = min(per_step, examples or per_step)
     p50, p90, p99 = (int(np.percentile(lengths, share)) for share in (50, 90, 99))
     dropped = len(lengths) - items
     return kept, TaskPlan(

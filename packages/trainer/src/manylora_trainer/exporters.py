@@ -101,7 +101,8 @@ def _to_mlflow(run: SavedRun, uri: str | None, project: str) -> list[Exported]:
                 if file.is_file():
                     client.log_artifact(there, str(file))
             status = {"finished": "FINISHED", "failed": "FAILED", "running": "RUNNING"}
-            client.set_terminated(there, status.get(run.state, "KILLED"))
+            ended = "FAILED" if run.tasks[task].stopped else status.get(run.state, "KILLED")
+            client.set_terminated(there, ended)
             exported.append(Exported(task, name, len(metrics)))
     except MlflowException as error:
         raise ExportError(f"MLflow at {uri or 'its default place'}: {error.message}") from error

@@ -18,6 +18,9 @@ from manylora_trainer.packing import Batch, pack_batches
 
 OVERSAMPLING = 16
 """Directions beyond the rank that the randomised decomposition looks at."""
+TOKENS_AT_ONCE = 2048
+"""Of inputs that EVA looks at; not `training.pack_tokens`, whose default is smaller where more
+adapters leave less memory, and each cut of the inputs gives other directions."""
 
 
 def start_from_weights(adapter: Adapter, base: BaseModel, seed: int) -> None:
@@ -38,9 +41,7 @@ def start_from_weights(adapter: Adapter, base: BaseModel, seed: int) -> None:
 
 
 @torch.no_grad()
-def start_from_data(
-    adapter: Adapter, base: BaseModel, batches: Sequence[Batch], pack_tokens: int, seed: int
-) -> None:
+def start_from_data(adapter: Adapter, base: BaseModel, batches: Sequence[Batch], seed: int) -> None:
     """EVA (Paischer et al. 2024, https://arxiv.org/abs/2410.07170), every layer at the full rank.
 
     A begins as the directions in which each layer's inputs vary most over the first batches of the
@@ -62,7 +63,7 @@ def start_from_data(
     ]
     try:
         for batch in batches:
-            for pack in pack_batches([batch], pack_tokens):
+            for pack in pack_batches([batch], TOKENS_AT_ONCE):
                 with base.reading(pack):
                     base.hidden_states(pack)
     finally:

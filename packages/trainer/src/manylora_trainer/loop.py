@@ -19,13 +19,12 @@ from manylora_trainer.adapter_files import InitialAdapter, read_initial, save_ad
 from manylora_trainer.base_model import BaseModel
 from manylora_trainer.cards import adapter_card
 from manylora_trainer.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from manylora_trainer.dataset import TaskData, load_task
+from manylora_trainer.dataset import TaskData, load_task, require_validation
 from manylora_trainer.durable import stating_storage_faults
 from manylora_trainer.environment import peak_memory_bytes
 from manylora_trainer.errors import (
     DataError,
     InitialAdapterError,
-    NoExamplesError,
     RecipeChangedError,
     RunInterruptedError,
 )
@@ -137,12 +136,8 @@ def train_run(
                 task, tokenizer, recipe.seed, say=watch.say, ask=stop_if_asked
             )
             watch.say(_describe(task, data[task.name]))
-            judged = "early_stopping" if task.early_stopping else "a sweep"
-            if (task.early_stopping or judge is not nobody) and not data[task.name].validation:
-                raise NoExamplesError(
-                    f"task {task.name}: {judged} has no validation rows to go by; "
-                    "raise split.validation"
-                )
+            rows = len(data[task.name].validation)
+            require_validation(task, rows, of_sweep=judge is not nobody)
         checkpoint = load_checkpoint(directory.checkpoints, watch.say)
         first = 0 if checkpoint is None else checkpoint.step
         last = max(task.steps for task in data.values())
@@ -210,7 +205,7 @@ def train_run(
                     "checkpoint holds its weights yet"
                 )
             else:
-                trainee.start(base, pack_tokens)
+                trainee.start(base)
         # Only now: PiSSA starts from whole weights.
         workers.share(base.decoder)
         run["kind"] = recipe.kind

@@ -48,8 +48,10 @@ class PairPreparation:
     tokenizer: ChatTokenizer
 
     def render(self, row: Row) -> Rendered:
-        """The row as its format says."""
-        return render(self.format, row)
+        """The row as its format says, if the base's chat template takes it."""
+        rendered = render(self.format, row)
+        self.tokenizer.check(rendered, row)
+        return rendered
 
     def encode(self, rendered: Sequence[Rendered]) -> list[Pair]:
         """Both answers of each preference as tokens."""

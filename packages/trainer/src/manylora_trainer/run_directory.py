@@ -360,4 +360,5 @@ def now() -> str:
 
 
 def _lines(lines: Iterable[str]) -> bytes:
-    return "".join(f"{line}\n" for line in lines).encode()
+    # Half a surrogate pair, in a column that no format reads, as JSON escapes it.
+    return "".join(f"{line}\n" for line in lines).encode(errors="backslashreplace")

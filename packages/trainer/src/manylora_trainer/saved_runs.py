@@ -171,7 +171,7 @@ def read_run(path: Path) -> SavedRun:
     run = SavedRun(path, _state(path, record), recipe, record, _read_starts(path))
     try:
         _ = run.tasks, run.tokens_per_s
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
         raise UnreadableRunError(
             f"{path}: run.json is not what a run writes ({type(error).__name__}: {error})"
         ) from error
@@ -274,7 +274,7 @@ def _read_metrics(path: Path) -> list[dict[str, Any]]:
     try:
         *lines, _ = path.read_bytes().split(b"\n")
         entries: list[dict[str, Any]] = [json.loads(line) for line in lines]
-        _ = [(entry["step"] + 0.0, entry["task"]) for entry in entries]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        _ = [(int(entry["step"] + 0), entry["task"]) for entry in entries]
+    except (OSError, ValueError, OverflowError, KeyError, TypeError, RecursionError) as error:
         raise UnreadableRunError(f"{path.parent}: {path.name} cannot be read: {error}") from error
     return entries

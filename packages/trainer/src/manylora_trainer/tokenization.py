@@ -16,8 +16,8 @@ import numpy as np
 from jinja2 import TemplateError
 from numpy.typing import NDArray
 
-from manylora_trainer.data_settings import FormatSettings
-from manylora_trainer.errors import DataError, UnsupportedBaseError
+from manylora_trainer.data_settings import ChatFormat, FormatSettings
+from manylora_trainer.errors import DataError, RowError, UnsupportedBaseError
 from manylora_trainer.formats import Message, Rendered, render
 from manylora_trainer.sources import Row
 
@@ -82,6 +82,7 @@ class ChatTokenizer:
         self._lock = threading.Lock()
         self._base = base
         self._now = now or datetime.now(UTC)
+        self._accepted: set[tuple[str, ...]] = set()
         self.stop_token: int = self._find_stop_token(base)
         self._stop_text: str = self._tokenizer.decode([self.stop_token])
 
@@ -103,6 +104,32 @@ class ChatTokenizer:
     def render_prompt(self, messages: Sequence[Message]) -> str:
         """The text a server would put to the model for these messages."""
         return self._render(messages, add_generation_prompt=True)
+
+    def check(self, rendered: Rendered, row: Row, column: str | None = None) -> None:
+        """Refuses a row of which the chat template makes nothing that can be learned.
+
+        Templates refuse conversations by their roles, so the first of each kind is tried, and one
+        with earlier answers to learn each time: templates cut white space and reasoning from them.
+
+        Raises:
+            RowError: it does.
+        """
+        turns = (*rendered.messages, Message("assistant", rendered.completion))
+        roles = tuple(turn.role for turn in turns)
+        if roles in self._accepted and not rendered.also_trained:
+            return
+        try:
+            self.render_prompt(rendered.messages)
+            whole = self._render(turns, add_generation_prompt=False)
+        except DataError as error:
+            raise RowError(row.source, row.number, column, str(error)) from error
+        at = 0
+        for answer in [rendered.messages[number].content for number in rendered.also_trained]:
+            at = whole.find(answer + self._stop_text, at)
+            if at < 0:
+                raise RowError(row.source, row.number, column, self._changed(answer))
+            at += len(answer)
+        self._accepted.add(roles)
 
     def encode(self, rendered: Sequence[Rendered]) -> list[Example]:
         """Tokenises examples, in their order.
@@ -137,13 +164,17 @@ class ChatTokenizer:
             start = len(prompt := self.render_prompt(messages[:number]))
             answer = messages[number].content
             if whole[:start] != prompt or not whole.startswith(answer + self._stop_text, start):
-                raise UnsupportedBaseError(
-                    f"{self._base}: its chat template changes earlier answers ({answer[:40]!r} …), "
-                    "so only the last one of a conversation can be learned: format.train: last"
-                )
+                raise UnsupportedBaseError(self._changed(answer))
             pieces += [whole[at:start], answer]
             at = start + len(answer) + len(self._stop_text)
         return pieces
+
+    def _changed(self, answer: str) -> str:
+        shown = repr(answer) if len(answer) <= 40 else f"{answer[:20]!r} … {answer[-20:]!r}"
+        return (
+            f"{self._base}: its chat template changes earlier answers ({shown}), so such ones "
+            "cannot be learned, only the last of a conversation: format.train: last"
+        )
 
     def _join(self, pieces: Sequence[list[int]]) -> Example:
         tokens: list[int] = []
@@ -200,8 +231,11 @@ class ChatPreparation:
     tokenizer: ChatTokenizer
 
     def render(self, row: Row) -> Rendered:
-        """The row as its format says."""
-        return render(self.format, row)
+        """The row as its format says, if the base's chat template takes it."""
+        rendered = render(self.format, row)
+        column = self.format.messages_column if isinstance(self.format, ChatFormat) else None
+        self.tokenizer.check(rendered, row, column)
+        return rendered
 
     def encode(self, rendered: Sequence[Rendered]) -> list[Example]:
         """The conversations as tokens."""

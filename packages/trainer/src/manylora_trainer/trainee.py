@@ -104,7 +104,7 @@ class Trainee:
         if self.reference is not None:
             self.reference.weights.copy_(self.adapter.weights)
 
-    def start(self, base: BaseModel, pack_tokens: int) -> None:
+    def start(self, base: BaseModel) -> None:
         """Initialises fresh weights as the task says, beyond what chance made of them."""
         match self.task.lora.init_weights:
             case "kaiming":
@@ -115,7 +115,7 @@ class Trainee:
                 stream = ExampleStream(self.task, self.data, seed=self._seed)
                 count = min(INITIAL_BATCHES, self.data.steps)
                 batches = [Batch.of(0, stream.next_batch()) for _ in range(count)]
-                start_from_data(self.adapter, base, batches, pack_tokens, self._seed)
+                start_from_data(self.adapter, base, batches, self._seed)
         self._sound.copy_(self._weights)
 
     def restore(self, progress: TaskProgress, tensors: Mapping[str, torch.Tensor]) -> None:
