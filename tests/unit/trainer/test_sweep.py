@@ -343,21 +343,24 @@ def test_a_directory_is_taken_up_only_when_asked_and_unchanged(write_sweep, tmp_
 
 
 def test_the_verb_shows_the_trials_and_the_best_is_published(write_sweep, tmp_path):
-    path = write_sweep(space={RATE: [0.02, 0.0001]})
+    modules = "tasks.0.lora.target_modules"
+    path = write_sweep(space={RATE: [0.02, 0.0001], modules: [["q_proj", "v_proj"]]})
     directory = tmp_path / "out"
     result = CliRunner().invoke(app, ["sweep", str(path), "--sweep-dir", str(directory), "--json"])
     told = json.loads(result.stdout)
-    assert told["best"]["settings"] == {RATE: 0.02}
+    assert told["best"]["settings"] == {RATE: 0.02, modules: ["q_proj", "v_proj"]}
     assert (directory / "plots" / "parallel.png").read_bytes().startswith(b"\x89PNG")
     page = (directory / "report.html").read_text()
     assert page.count('class="trial') == 2
+    assert "[&#39;q_proj" not in page
+    assert page.count("[&#34;q_proj&#34;, &#34;v_proj&#34;]") == 4, "best, axis, two rows"
     table = (
         CliRunner()
         .invoke(app, ["sweep", str(path), "--sweep-dir", str(directory), "--resume"])
         .stdout
     )
     assert table.splitlines()[0].split("\t")[2] == "optimizer.learning_rate"
-    assert table.splitlines()[1].startswith("trial-000\tfinished")
+    assert table.splitlines()[1].startswith('trial-000\tfinished\t0.02\t["q_proj", "v_proj"]\t')
     registry = str(tmp_path / "registry")
     CliRunner().invoke(
         app, ["publish", str(directory), "--registry", registry, "--alias", "production"]

@@ -58,6 +58,8 @@ def sweep(
 
 
 def _print_result(result: "SweepResult") -> None:
+    from manylora_trainer.dotted import rounded
+
     paths = list(result.trials[0].settings)
     print_table(
         ("trial", "state", *(path.split(".", 2)[2] for path in paths), "steps", "validation loss"),
@@ -65,7 +67,7 @@ def _print_result(result: "SweepResult") -> None:
             (
                 trial.name,
                 trial.state,
-                *(_value(trial.settings[path]) for path in paths),
+                *(rounded(trial.settings[path]) for path in paths),
                 str(trial.step),
                 "" if trial.loss is None else f"{trial.loss:.4g}",
             )
@@ -77,7 +79,3 @@ def _print_result(result: "SweepResult") -> None:
             f"best: {best.name}; report: {shown(result.directory / 'report.html')}; publish with: "
             f"manylora publish {shown(result.directory)}"
         )
-
-
-def _value(value: object) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)

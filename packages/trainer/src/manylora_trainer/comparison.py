@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from manylora_trainer.charts import LineChart, Series, line_chart
-from manylora_trainer.dotted import differing, dotted
+from manylora_trainer.dotted import differing, dotted, written
 from manylora_trainer.pages import write_page
 from manylora_trainer.plots import plot_lines
 from manylora_trainer.saved_runs import SavedRun, read_run
@@ -133,4 +133,4 @@ def _series(comparison: Comparison, adapter: str, key: str) -> list[Series]:
 
 
 def _shown(value: Any) -> str:
-    return "" if value is None else str(value)
+    return "" if value is None else written(value)

@@ -1,5 +1,6 @@
 """Nested settings as flat ones: `tasks.0.lora.rank`, as `--set` writes them."""
 
+import json
 from collections.abc import Iterator
 from typing import Any, cast
 
@@ -31,3 +32,13 @@ def _leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:
         yield path, value
     for key, inner in items.items():
         yield from _leaves(inner, f"{path}.{key}" if path else str(key))
+
+
+def written(value: Any) -> str:
+    """A setting's value as a recipe would say it."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+
+
+def rounded(value: Any) -> str:
+    """The same with four digits of a number that has more."""
+    return f"{value:.4g}" if isinstance(value, float) else written(value)

@@ -5,6 +5,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from manylora_trainer.dotted import rounded, written
 from manylora_trainer.durable import write_file
 
 
@@ -18,7 +19,7 @@ def write_page(path: Path, template: str, **context: Any) -> None:
         lstrip_blocks=True,
     )
     text = environment.get_template(f"{template}.html.jinja").render(
-        number=_number, shown=_shown, **context
+        number=_number, shown=rounded, written=written, **context
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     # A half of a surrogate, which JSON can name, has no form in UTF-8.
@@ -27,7 +28,3 @@ def write_page(path: Path, template: str, **context: Any) -> None:
 
 def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.4g}"
-
-
-def _shown(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from manylora_trainer.charts import Coordinates, LineChart, Series, line_chart, parallel_chart
+from manylora_trainer.dotted import rounded
 from manylora_trainer.pages import write_page
 from manylora_trainer.plots import plot_parallel
 from manylora_trainer.saved_runs import read_run
@@ -40,7 +41,7 @@ def _coordinates(trials: Sequence[Trial], sweep: Sweep) -> list[Coordinates]:
         values = [trial.settings[path] for trial in trials]
         numbers = all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
         log = isinstance(space, Range) and space.log
-        shown = values if numbers else [str(value) for value in values]
+        shown = values if numbers else [rounded(value) for value in values]
         settings.append(Coordinates(path.split(".", 2)[2], shown, log))
     return [*settings, Coordinates("validation loss", [trial.loss or 0.0 for trial in trials])]
 
