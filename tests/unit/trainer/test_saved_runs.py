@@ -238,13 +238,14 @@ def test_the_page_of_a_run_stands_alone_and_escapes_what_data_holds(
     assert "tasks.0.lora.rank" in page.text
 
 
+@pytest.mark.filterwarnings("error:constrained_layout")
 def test_runs_are_compared_by_result_recipe_and_curve(make_task, write_recipe, tmp_path):
     task = make_task("first")
-    for name, changes in (("low", {}), ("high", {"optimizer": {"learning_rate": 0.05}})):
-        manylora_trainer.train(write_recipe({**task, **changes}, name=name), tmp_path / name)
-    result = invoke(
-        "compare", tmp_path / "low", tmp_path / "high", "--out", tmp_path / "out", "--json"
-    )
+    low, high = tmp_path / ("low-" * 30) / "run", tmp_path / ("high-" * 30) / "run"
+    for run, changes in ((low, {}), (high, {"optimizer": {"learning_rate": 0.05}})):
+        run.parent.mkdir()
+        manylora_trainer.train(write_recipe({**task, **changes}), run)
+    result = invoke("compare", low, high, "--out", tmp_path / "out", "--json")
     told = json.loads(result.stdout)
     assert told["differences"] == {"tasks.first.optimizer.learning_rate": ["0.01", "0.05"]}
     losses = {row["metric"]: row["values"] for row in told["results"]}["validation_loss"]
@@ -253,6 +254,8 @@ def test_runs_are_compared_by_result_recipe_and_curve(make_task, write_recipe, t
     assert page.loads == []
     assert page.tags.count("polyline") == 4
     assert (tmp_path / "out" / "comparison.png").read_bytes().startswith(b"\x89PNG")
-    table = invoke("compare", tmp_path / "low", tmp_path / "high").stdout
+    table = invoke("compare", low, high).stdout
+    named = f"adapter\tmetric\t{low.parent.name}/run\t{high.parent.name}/run\n"
+    assert table.startswith(named), "as much of the paths as tells them apart"
     assert "tasks.first.optimizer.learning_rate\t0.01\t0.05" in table
-    assert invoke("compare", tmp_path / "low").exit_code == 2
+    assert invoke("compare", low).exit_code == 2

@@ -42,6 +42,7 @@ class Comparison:
     """Two or more runs."""
 
     labels: tuple[str, ...]
+    """What each run is called here."""
     runs: tuple[SavedRun, ...]
     results: tuple[ResultRow, ...]
     differences: tuple[DifferenceRow, ...]
@@ -71,7 +72,7 @@ def compare(paths: Sequence[Path]) -> Comparison:
         DifferenceRow(path, tuple(_shown(entry.get(path)) for entry in flat))
         for path in differing(*recipes)
     )
-    return Comparison(tuple(map(str, paths)), runs, tuple(_results(runs)), differences)
+    return Comparison(_labels(paths), runs, tuple(_results(runs)), differences)
 
 
 def write_comparison(comparison: Comparison, directory: Path) -> None:
@@ -130,6 +131,16 @@ def _series(comparison: Comparison, adapter: str, key: str) -> list[Series]:
         for number, (label, run) in enumerate(zip(comparison.labels, comparison.runs, strict=True))
         if adapter in run.tasks
     ]
+
+
+def _labels(paths: Sequence[Path]) -> tuple[str, ...]:
+    """The ends of the paths, as much of each as tells them all apart."""
+    whole = [path.absolute().parts for path in paths]
+    for length in range(1, max(map(len, whole)) + 1):
+        ends = tuple("/".join(parts[-length:]) for parts in whole)
+        if len(set(ends)) == len(ends):
+            return ends
+    return tuple(map(str, paths))
 
 
 def _shown(value: Any) -> str:

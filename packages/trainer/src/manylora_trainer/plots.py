@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 COLUMNS = 4
 DOTS_PER_INCH = 130
+LABEL = 40
+"""Characters of a line's name."""
 
 
 def plot_curves(metrics: Path, picture: Path) -> None:
@@ -49,7 +51,10 @@ def plot_lines(charts: Mapping[str, Sequence[Series]], picture: Path) -> None:
             style = {"marker": "o", "markersize": 4} if one.style == "dots" else {"linewidth": 1.2}
             if one.points:
                 axis.plot(
-                    *zip(*one.points, strict=True), label=one.label, color=f"C{one.shade}", **style
+                    *zip(*one.points, strict=True),
+                    label=_short(one.label),
+                    color=f"C{one.shade}",
+                    **style,
                 )
         axis.set_title(title)
         axis.set_xlabel("step")
@@ -87,6 +92,11 @@ def plot_parallel(
         for tick in upright.ticks:
             axis.text(upright.x - 6, tick.at, tick.label, ha="right", va="center", fontsize=7)
     _save(figure, picture)
+
+
+def _short(label: str) -> str:
+    # A longer one leaves the axes no room.
+    return label if len(label) <= LABEL else f"…{label[1 - LABEL :]}"
 
 
 def _figure(width: float, height: float) -> "Figure":
