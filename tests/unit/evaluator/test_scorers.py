@@ -71,6 +71,9 @@ def test_normalised_match_forgives_case_spaces_punctuation_and_forms(
         ("a b c d e f", "a c", 2 * 2 / 8),
         ("", "a c", 0),
         ("été über", "ÉTÉ ÜBER", 1),
+        ("cafe\u0301 noir", "caf\u00e9 noir", 1),
+        # Two words of Hindi that differ in the vowel's mark alone.
+        ("\u0915\u093f", "\u0915\u093e", 0),
     ],
 )
 def test_rouge_l(output: str, expected: str, f_measure: float) -> None:

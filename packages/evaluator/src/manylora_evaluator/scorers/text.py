@@ -59,7 +59,8 @@ class NormalisedMatch:
 class RougeL:
     """F-measure of the longest common subsequence of words, averaged over the rows.
 
-    Words are runs of letters, digits and underscores, in lower case (Lin 2004, with beta 1).
+    Words are runs of letters, marks, digits and underscores, in Unicode NFC and lower case
+    (Lin 2004, with beta 1).
     """
 
     def __init__(self, name: str = "rouge_l") -> None:
@@ -161,7 +162,8 @@ def _needs_text(row: Row) -> str | None:
 
 
 def _words(text: str) -> list[str]:
-    return re.findall(r"\w+", text.lower())
+    # The package's words hold marks too: without them most vowels of Hindi are between words.
+    return regex.findall(r"\w+", unicodedata.normalize("NFC", text).lower())
 
 
 def _number(text: str) -> float | None:
