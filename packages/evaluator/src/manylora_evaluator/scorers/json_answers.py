@@ -43,10 +43,10 @@ class JsonFieldF1:
     """Micro-averaged F1 over the fields of a JSON object; and `json_valid`.
 
     A field is a leaf of the object, known by its path through nested objects; an array is one
-    leaf, or each of its entries is, one that is there twice twice. It is right when the same path holds an equal value (1 equals
-    1.0; "1" and true do not). A wrong value counts twice, as a field too many and as one missing.
-    An answer that is not one JSON object has no fields; `json_valid` is the share of those that
-    are.
+    leaf, or each of its entries is, one that is there twice twice. It is right when the same path
+    holds an equal value (1 equals 1.0; "1" and true do not). A wrong value counts twice, as a
+    field too many and as one missing. An answer that is not one JSON object has no fields;
+    `json_valid` is the share of those that are.
     """
 
     def __init__(self, settings: JsonFieldF1Settings) -> None:
