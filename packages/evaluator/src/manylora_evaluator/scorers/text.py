@@ -153,11 +153,18 @@ def spaced(text: str) -> str:
     return " ".join(unicodedata.normalize("NFC", text).split())
 
 
+def folded(text: str) -> str:
+    """`text` in NFKC and case-folded, with single spaces."""
+    both = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
+    return " ".join(both.split())
+
+
 def normalised(text: str) -> str:
     """`text` in NFKC and case-folded, its letters, marks and digits in words."""
-    folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
     return " ".join(
-        "".join(sign if unicodedata.category(sign)[0] in "LMN" else " " for sign in folded).split()
+        "".join(
+            sign if unicodedata.category(sign)[0] in "LMN" else " " for sign in folded(text)
+        ).split()
     )
 
 
