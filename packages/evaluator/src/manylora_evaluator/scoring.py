@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from manylora_evaluator.asking import Replies, Reply
-from manylora_evaluator.bootstrap import by_prompt, estimate
+from manylora_evaluator.bootstrap import ROUNDING, by_prompt, estimate
 from manylora_evaluator.errors import RowsError, SuiteError
 from manylora_evaluator.judge.agreement import agreement
 from manylora_evaluator.judge.judging import EXPECTED, Judge, Judgements, tallies_of
@@ -263,11 +263,12 @@ def check(threshold: Threshold, score: Score) -> ThresholdCheck:
     """Holds `threshold` against `score`."""
     value = {"mean": score.mean, "low": score.low, "high": score.high}[threshold.bound]
     name = threshold.score if threshold.bound == "mean" else f"{threshold.bound} {threshold.score}"
-    if threshold.at_least is not None and value < threshold.at_least:
+    # A mean of 0.1 and 0.7 is a little less than 0.4.
+    if threshold.at_least is not None and value < threshold.at_least - ROUNDING:
         return ThresholdCheck(
             threshold, value, False, f"{name} {value:.3f} is below {threshold.at_least:.3f}"
         )
-    if threshold.at_most is not None and value > threshold.at_most:
+    if threshold.at_most is not None and value > threshold.at_most + ROUNDING:
         return ThresholdCheck(
             threshold, value, False, f"{name} {value:.3f} is above {threshold.at_most:.3f}"
         )
