@@ -49,7 +49,8 @@ class Verdict:
 def judge(canary: Canary, reading: Reading) -> Verdict:
     """What to do about a step."""
     seen, bounds = reading.candidate, canary.bounds
-    allowed = math.floor(bounds.errors * max(seen.requests, canary.requests))
+    # A little more, as 0.29 times 100 is a little less than 29.
+    allowed = math.floor(bounds.errors * max(seen.requests, canary.requests) + 1e-9)
     if seen.errors > allowed:
         return Verdict(
             "broken",

@@ -96,13 +96,22 @@ def check_files(target: Stage) -> None:
         )
         if not path.is_file()
     ]
+    recorded: dict[tuple[str, str], Path] = {}
     for place, entry in enumerate(gates.suites):
         try:
             suite = load_suite(entry.path)
-            record_name(suite.name)
+            name = record_name(suite.name)
         except (ConfigError, ResultsError) as error:
             problems.append(str(error))
             continue
+        # The later record of a version would be the one that counts, with the later report.
+        for adapter in sorted({task.adapter.partition("@")[0] for task in suite.tasks}):
+            other = recorded.setdefault((adapter, name), entry.path)
+            if other is not entry.path:
+                problems.append(
+                    f"{file}: suites.{place}.path: {entry.path} records {adapter} as {name!r}, "
+                    f"as {other} does: give one of them another name"
+                )
         known = [task.name for task in suite.tasks]
         problems += [
             f"{file}: suites.{place}.thresholds: {entry.path} has no task {name!r}; it has "

@@ -56,7 +56,7 @@ def test_a_protection_is_overridden_and_lifted_only_with_a_reason(registry, publ
     publish(1)
     registry.protect("spelling", "production")
     with pytest.raises(AliasProtectedError, match="why"):
-        registry.set_alias("spelling", "production", 1, override=True)
+        registry.set_alias("spelling", "production", 1, override=True, why=" \n")
     with pytest.raises(AliasProtectedError, match="--override"):
         registry.set_alias("spelling", "production", 1, why="the disk is on fire")
     move = registry.set_alias("spelling", "production", 1, override=True, why="the disk is on fire")
@@ -65,7 +65,7 @@ def test_a_protection_is_overridden_and_lifted_only_with_a_reason(registry, publ
     assert registry.verify().ok
 
     with pytest.raises(AliasProtectedError):
-        registry.protect("spelling", "production", protected=False)
+        registry.protect("spelling", "production", protected=False, why=" ")
     registry.protect("spelling", "production", protected=False, why="retired")
     assert registry.protections("spelling") == []
     assert not registry.set_alias("spelling", "production", 1).override

@@ -58,6 +58,18 @@ def test_errors_are_told_at_once(requests: int, errors: int, state: str) -> None
     assert verdict(candidate=Figures(requests, errors, 10 * requests, 0.4)).state == state
 
 
+def test_as_many_errors_as_the_bound_says_may_be() -> None:
+    canary = Canary(window_s=100, requests=100, bounds=Bounds(errors=0.29))
+
+    kept, broken = (
+        judge(canary, Reading(100, 100, Figures(100, errors, 1000, 0.4), PRESENT))
+        for errors in (29, 30)
+    )
+
+    assert kept.state == "passed"
+    assert broken.reasons == ("30 of 100 requests failed, 29 may",)
+
+
 @pytest.mark.parametrize(
     ("candidate", "copies", "said"),
     [

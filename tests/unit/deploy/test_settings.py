@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from deploy.stages.errors import NoStageError, SettingsError
+from deploy.stages.gates import check_files
 from deploy.stages.history import records
 from deploy.stages.settings import load_stage, stage_names
 from manylora_registry import Registry
@@ -40,6 +41,27 @@ def test_paths_start_at_the_stage(stages: Path) -> None:
     assert stage.gates.prompts == stages / "p.jsonl"
     (stages / "token").write_text("secret\n")
     assert stage.token == "secret"
+
+
+def test_suites_that_record_one_adapter_have_names_of_their_own(stages: Path) -> None:
+    for file, name, adapter in (
+        ("one", "Nightly run", "a@2"),
+        ("two", "nightly-run", "a"),
+        ("other", "Nightly run", "b"),
+    ):
+        (stages / f"{file}.yaml").write_text(
+            f"name: {name}\n"
+            f"tasks: [{{name: t, adapter: {adapter}, rows: r.jsonl, scorers: [exact_match]}}]\n"
+        )
+    (stages / "gates.yaml").write_text("suites: [{path: one.yaml}, {path: other.yaml}]\n")
+    check_files(load_stage("blue"))
+
+    for second in ("one", "two"):
+        (stages / "gates.yaml").write_text(
+            f"suites: [{{path: one.yaml}}, {{path: {second}.yaml}}]\n"
+        )
+        with pytest.raises(SettingsError, match=r"records a as 'nightly-run', as .*one\.yaml does"):
+            check_files(load_stage("blue"))
 
 
 def test_every_mistake_of_every_file_is_told_at_once(stages: Path) -> None:

@@ -72,3 +72,33 @@ def test_an_answer_that_is_no_label_misses_without_a_false_alarm() -> None:
     assert report.matrix == ((1, 0, 0, 0), (0, 0, 0, 1), (0, 0, 0, 0))
     assert (report.micro.precision, report.micro.recall) == (1, 0.5)
     assert [label.recall for label in report.labels] == [1, 0, 0]
+
+
+@pytest.mark.parametrize(
+    "labels", [["C", "C++", "C#"], ["+", "-"], ["<=50K", ">50K"], ["yes", "yes!"]]
+)
+def test_labels_that_differ_in_punctuation_alone_are_told_apart(labels: list[str]) -> None:
+    for made in (
+        classification(labels=labels),
+        Classification(ClassificationSettings(kind="classification"), list(map(row, labels))),
+    ):
+        assert [made.label_of(f" {label.lower()}\n") for label in labels] == labels
+
+
+def test_otherwise_punctuation_and_case_are_nothing() -> None:
+    made = classification(labels=["yes", "No", "not sure"])
+
+    assert [made.label_of(text) for text in ("Yes.", "*no*", "Not-sure", "yesno")] == [
+        "yes",
+        "No",
+        "not sure",
+        None,
+    ]
+
+
+def test_a_row_that_expects_nothing_has_no_label() -> None:
+    made = Classification(
+        ClassificationSettings(kind="classification"), [row("yes"), row("no"), row(" ")]
+    )
+
+    assert made.unfit(row(" ")) == "is none of the labels no, yes"

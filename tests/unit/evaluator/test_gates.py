@@ -22,6 +22,9 @@ from manylora_evaluator import (
     gate,
 )
 from manylora_evaluator.paired import needed_rows
+from manylora_evaluator.results import Score
+from manylora_evaluator.scoring import check
+from manylora_evaluator.suite import Threshold
 from tests.unit.client.scripted import Answer, Failure, Reply, ScriptedServer
 
 Evaluate = Callable[..., EvaluationResult]
@@ -327,3 +330,14 @@ def test_one_score_that_cannot_be_told_leaves_the_whole_undecided(evaluated: Eva
 
     assert [score.verdict for score in finer.scores] == ["better", "too_few_rows"]
     assert finer.verdict == "too_few_rows"
+
+
+def test_a_score_exactly_at_its_bound_keeps_it() -> None:
+    mean = (0.1 + 0.7) / 2
+    assert mean < 0.4, "as floating-point numbers are added"
+
+    for bound, value in (({"at_least": 0.4}, mean), ({"at_most": mean}, 0.4)):
+        threshold = Threshold.model_validate({"score": "macro_f1"} | bound)
+        assert check(threshold, Score(value, value, value)).passed
+    below = Threshold(score="macro_f1", at_least=0.4)
+    assert not check(below, Score(0.39999, 0.3, 0.5)).passed

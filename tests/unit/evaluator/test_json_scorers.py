@@ -50,6 +50,9 @@ def test_json_field_f1_counts_fields(output: str, expected: str, hits: float, of
         ('{"l": ["A."]}', '{"l": ["a"]}', 2, 2),
         ('{"l": []}', '{"l": []}', 2, 2),
         ('{"l": "a"}', '{"l": ["a"]}', 0, 2),
+        ('{"l": ["a", "a", "a"]}', '{"l": ["a"]}', 2, 4),
+        ('{"l": ["a"]}', '{"l": ["a", "a"]}', 2, 3),
+        ('{"l": ["a", "a"]}', '{"l": ["a", "a"]}', 4, 4),
     ],
 )
 def test_entries_of_arrays_may_count_each_and_text_be_normalised(

@@ -158,6 +158,7 @@ def test_a_judge_that_seldom_says_a_verdict_opens_no_gate(
         'Sure!\n```json\n{"correct": {"reason": "r", "pass": true}}\n```',
         '{"correct": {"pass": true, "more": [{}]}, "other": 1}',
         '<think>{"correct": {"pass": false}} or not?</think> {"correct": {"pass": true}}',
+        '{"correct": {"reason": "no <think> in it", "pass": true}}',
     ],
 )
 def test_a_verdict_may_stand_among_other_words(
@@ -167,6 +168,17 @@ def test_a_verdict_may_stand_among_other_words(
 
     assert result.score("spelling", "spelling", "judge").mean == 1
     assert result.judges[0].unreadable == 0
+
+
+def test_a_thought_that_was_cut_off_holds_no_verdict(
+    judge: Callable[..., ScriptedJudge], judged: Callable[..., EvaluationResult]
+) -> None:
+    words = Words('<think>\nPerhaps {"correct": {"reason": "r", "pass": true}}, but then')
+
+    result = judged(judge(lambda _: words).url)
+
+    assert result.score("spelling", "spelling", "judge").mean == 0
+    assert result.judges[0].unreadable == result.judges[0].requests
 
 
 def test_a_reason_that_is_no_text_is_kept_as_text(

@@ -158,3 +158,9 @@ def test_a_few_rows_without_a_difference_prove_nothing() -> None:
 )
 def test_holm(p_values: list[float], adjusted: list[float]) -> None:
     assert holm(p_values) == pytest.approx(adjusted)
+
+
+def test_a_chance_of_error_however_small_needs_some_number_of_rows() -> None:
+    needed = [needed_rows(0.5, Decision(alpha=alpha)) for alpha in (0.05, 1e-9, 1e-30)]
+
+    assert needed == sorted(set(needed))

@@ -13,7 +13,7 @@ import pytest
 from manylora_evaluator import FixtureError, RowsError, SuiteError
 from manylora_evaluator.row_settings import HeldOutRows, JsonlRows, ParquetRows, Prompt
 from manylora_evaluator.rows import load_rows
-from manylora_evaluator.scoring import prepare
+from manylora_evaluator.scoring import prepare, prepare_all
 from manylora_evaluator.suite import Task, load_suite
 from manylora_registry.errors import ConfigError
 
@@ -306,6 +306,26 @@ def test_a_suite_that_asks_for_what_is_not_there_is_refused(
 ) -> None:
     with pytest.raises(SuiteError, match=complaint):
         prepare(task_of(write_lines(tmp_path / "r.jsonl", GOOD), "exact_match", **change), None)
+
+
+def test_what_is_wrong_with_several_tasks_is_told_at_once(tmp_path: Path) -> None:
+    rows = write_lines(tmp_path / "r.jsonl", GOOD)
+    good = task_of(rows, "exact_match")
+    names = task_of(rows, "exact_match", compare=["guess"], slices=["colour"])
+    number = task_of(rows, "numeric")
+
+    with pytest.raises(SuiteError) as refused:
+        prepare_all([names, good, number, task_of(tmp_path / "none.jsonl", "rouge_l")], None)
+
+    for said in (
+        "has no score guess",
+        "sliced by colour",
+        "r.jsonl line 1: expected: is not a number",
+        "none.jsonl: cannot be read",
+    ):
+        assert said in str(refused.value)
+    with pytest.raises(RowsError, match="is not a number"):
+        prepare_all([good, number], None)
 
 
 def test_a_fixture_that_fails_is_named(tmp_path: Path) -> None:

@@ -71,6 +71,9 @@ def test_normalised_match_forgives_case_spaces_punctuation_and_forms(
         ("a b c d e f", "a c", 2 * 2 / 8),
         ("", "a c", 0),
         ("été über", "ÉTÉ ÜBER", 1),
+        ("cafe\u0301 noir", "caf\u00e9 noir", 1),
+        # Two words of Hindi that differ in the vowel's mark alone.
+        ("\u0915\u093f", "\u0915\u093e", 0),
     ],
 )
 def test_rouge_l(output: str, expected: str, f_measure: float) -> None:
@@ -95,7 +98,14 @@ def test_rouge_l(output: str, expected: str, f_measure: float) -> None:
         ({"absolute": 0.5}, "41.4", "42", 0),
         ({"relative": 0.1}, "-90", "-100", 1),
         ({"relative": 0.1}, "-89", "-100", 0),
+        ({"absolute": 0.1}, "0.4", "0.3", 1),
+        ({"absolute": 0.1}, "0.40001", "0.3", 0),
+        ({"relative": 0.05}, "1.47", "1.4", 1),
+        ({}, "1e-400", "1e-300", 0),
+        ({}, "1e-99999999999999999999", "0", 1),
         ({"take": "first"}, "4 of 7 days", "4", 1),
+        ({"take": "last"}, "10-12 mg", "12", 1),
+        ({"take": "last"}, "5 -3", "-3", 1),
         ({"take": "last"}, "3 + 4 = 7.", "7", 1),
         ({"take": "last"}, "none at all", "7", 0),
     ],

@@ -99,6 +99,7 @@ def test_a_filter_means(found, where, expected):
         ("created>tomorrow", 9, "date"),
         ("yanked=maybe", 8, "yanked=true"),
         ("parent=a", 8, "NAME@NUMBER"),
+        ("parent=a@9999999999999999999999", 8, "NAME@NUMBER"),
         ("name=a name=b", 8, "'and'"),
         ("name=a and", 11, "field"),
         ("(name=a", 8, r"'\)'"),

@@ -52,7 +52,7 @@ class Reason:
     @classmethod
     def of(cls, actor: str | None, why: str, *, override: bool = False) -> "Reason":
         """As a history can show it; without an actor it is the user and host of this process."""
-        return cls(one_line(actor or this_user()), one_line(why), override)
+        return cls(one_line(actor or "") or this_user(), one_line(why), override)
 
 
 class Aliases:

@@ -33,8 +33,9 @@ def check_description(
 
 
 def one_line(text: str) -> str:
-    """`text` as it may stand in a table: what cannot be printed becomes a space."""
-    return "".join(letter if letter.isprintable() else " " for letter in text)[:VALUE_LENGTH]
+    """`text` as it may stand in a table: stripped, and what cannot be printed becomes a space."""
+    shown = "".join(letter if letter.isprintable() else " " for letter in text)
+    return shown.strip()[:VALUE_LENGTH]
 
 
 def _is_text(value: Any) -> bool:

@@ -13,7 +13,8 @@ DEFAULT_SELECTOR = "production"
 SHORTEST_DIGEST = 12
 """Hexadecimal digits a digest may be shortened to."""
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
-_NUMBER = re.compile(r"[1-9][0-9]{0,17}")
+NUMBER = re.compile(r"[1-9][0-9]{0,17}")
+"""What every database can hold as a number."""
 _DIGEST = re.compile(rf"sha256:[0-9a-f]{{{SHORTEST_DIGEST},64}}")
 
 
@@ -58,7 +59,7 @@ class AdapterReference:
     @property
     def number(self) -> int | None:
         """The version number, if that is what selects."""
-        return int(self.selector) if _NUMBER.fullmatch(self.selector) else None
+        return int(self.selector) if NUMBER.fullmatch(self.selector) else None
 
     @property
     def digest(self) -> str | None:

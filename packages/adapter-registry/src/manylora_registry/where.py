@@ -22,6 +22,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from manylora_registry.errors import QueryError
+from manylora_registry.reference import NUMBER
 from manylora_registry.rows import microseconds
 from manylora_registry.schema import (
     adapters,
@@ -236,7 +237,7 @@ def _compare(field: str, sign: str, value: str, dialect: str) -> Condition:
 
 def _children(sign: str, value: str) -> sa.Select[Any]:
     name, at, number = value.partition("@")
-    if sign != "=" or not at or not number.isdecimal():
+    if sign != "=" or not at or not NUMBER.fullmatch(number):
         raise ValueError("write parent=NAME@NUMBER")
     parent, owner = versions.alias(), adapters.alias()
     return (

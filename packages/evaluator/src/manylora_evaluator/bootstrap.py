@@ -18,7 +18,7 @@ RESAMPLES = 2_000
 TAIL = 0.025
 """Share of the resamples on either side of the 95 % interval."""
 ROUNDING = 1e-9
-"""An interval no wider than this has no width."""
+"""Scores no further apart than this are one."""
 CELLS = 4_000_000
 """Resampled rows held in memory at once."""
 

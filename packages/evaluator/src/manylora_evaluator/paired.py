@@ -69,7 +69,8 @@ def needed_rows(deviation: float, decision: Decision, scores: int = 1) -> int:
     is counted with them, so that a sample without any difference is not taken for proof of none.
     """
     normal = NormalDist()
-    z = normal.inv_cdf(1 - decision.alpha / scores / 2) + normal.inv_cdf(decision.power)
+    # The lower tail, as 1 less a very small alpha is 1.
+    z = normal.inv_cdf(decision.power) - normal.inv_cdf(decision.alpha / scores / 2)
     k = (z / decision.difference) ** 2
     # n >= k * (n * deviation^2 + 1) / (n + 1), solved for n.
     b = 1 - k * deviation**2

@@ -24,7 +24,7 @@ from manylora_evaluator.kept import KeptAnswers
 from manylora_evaluator.report import write_report
 from manylora_evaluator.results import EvaluationResult, TaskResult
 from manylora_evaluator.scorer_settings import JudgeSettings, PairwiseSettings
-from manylora_evaluator.scoring import PreparedTask, prepare, task_result
+from manylora_evaluator.scoring import PreparedTask, prepare_all, task_result
 from manylora_evaluator.suite import Suite, Task, load_suite
 from manylora_evaluator.verdicts import Gate
 
@@ -79,7 +79,7 @@ def evaluate(
         ReportError: the result, which it carries, could not be written.
     """
     suite = load_suite(suite_path)
-    prepared = [prepare(task, limit) for task in _chosen(suite, tasks)]
+    prepared = prepare_all(_chosen(suite, tasks), limit)
     if not only:
         _check_opponents(prepared, adapters, baseline)
     asked = {task.settings.name: _asked(task, adapters, baseline, only) for task in prepared}

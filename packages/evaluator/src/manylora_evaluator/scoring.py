@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from manylora_evaluator.asking import Replies, Reply
-from manylora_evaluator.bootstrap import by_prompt, estimate
-from manylora_evaluator.errors import RowsError, SuiteError
+from manylora_evaluator.bootstrap import ROUNDING, by_prompt, estimate
+from manylora_evaluator.errors import EvaluatorError, RowsError, SuiteError
 from manylora_evaluator.judge.agreement import agreement
 from manylora_evaluator.judge.judging import EXPECTED, Judge, Judgements, tallies_of
 from manylora_evaluator.judge.labels import LabelledAnswer, load_labels
@@ -70,6 +70,27 @@ class PreparedTask:
     """Every score there will be, the chief one first."""
 
 
+def prepare_all(tasks: Sequence[Task], limit: int | None) -> list[PreparedTask]:
+    """`prepare` for each of `tasks`; what is wrong with several of them is told at once.
+
+    Raises:
+        RowsError, FixtureError, SuiteError: as `prepare` does, of the one task that has mistakes.
+        SuiteError: of several, with the mistakes of them all.
+    """
+    prepared: list[PreparedTask] = []
+    wrong: list[EvaluatorError] = []
+    for task in tasks:
+        try:
+            prepared.append(prepare(task, limit))
+        except EvaluatorError as error:
+            wrong.append(error)
+    if len(wrong) == 1:
+        raise wrong[0]
+    if wrong:
+        raise SuiteError("; ".join(dict.fromkeys(map(str, wrong))))
+    return prepared
+
+
 def prepare(task: Task, limit: int | None) -> PreparedTask:
     """Reads the rows of `task`, at most `limit`, and makes its scorers; nothing is asked.
 
@@ -117,17 +138,16 @@ def _judged_names(settings: AnyScorer) -> Sequence[str]:
 
 def _check_names(task: Task, rows: Sequence[Row], scores: Sequence[str]) -> None:
     wanted = [*(threshold.score for threshold in task.thresholds), *task.compare]
-    unknown = [name for name in wanted if name not in scores]
-    if unknown:
-        raise SuiteError(
-            f"task {task.name!r} has no score {', '.join(unknown)}; it has {', '.join(scores)}"
+    problems: list[str] = []
+    if unknown := [name for name in wanted if name not in scores]:
+        problems.append(f"has no score {', '.join(unknown)}; it has {', '.join(scores)}")
+    if missing := [name for name in task.slices if not any(name in row.columns for row in rows)]:
+        problems.append(
+            f"is to be sliced by {', '.join(missing)}, which none of the rows of "
+            f"{task.rows.file} has"
         )
-    missing = [name for name in task.slices if not any(name in row.columns for row in rows)]
-    if missing:
-        raise SuiteError(
-            f"task {task.name!r} is to be sliced by {', '.join(missing)}, which none of the rows "
-            f"of {task.rows.file} has"
-        )
+    if problems:
+        raise SuiteError(f"task {task.name!r} {'; and '.join(problems)}")
 
 
 async def task_result(
@@ -263,11 +283,12 @@ def check(threshold: Threshold, score: Score) -> ThresholdCheck:
     """Holds `threshold` against `score`."""
     value = {"mean": score.mean, "low": score.low, "high": score.high}[threshold.bound]
     name = threshold.score if threshold.bound == "mean" else f"{threshold.bound} {threshold.score}"
-    if threshold.at_least is not None and value < threshold.at_least:
+    # A mean of 0.1 and 0.7 is a little less than 0.4.
+    if threshold.at_least is not None and value < threshold.at_least - ROUNDING:
         return ThresholdCheck(
             threshold, value, False, f"{name} {value:.3f} is below {threshold.at_least:.3f}"
         )
-    if threshold.at_most is not None and value > threshold.at_most:
+    if threshold.at_most is not None and value > threshold.at_most + ROUNDING:
         return ThresholdCheck(
             threshold, value, False, f"{name} {value:.3f} is above {threshold.at_most:.3f}"
         )

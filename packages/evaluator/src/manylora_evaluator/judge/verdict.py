@@ -102,9 +102,11 @@ def read_pair(text: str) -> tuple[Preference | None, str]:
 def object_in(text: str) -> Mapping[str, Any]:
     """The JSON object `text` is, or holds between its first and last brace; else an empty one.
 
-    What a model thinks aloud before the answer is passed over.
+    What a model thinks aloud before the answer is passed over, also where it came to no end.
     """
-    braces = re.search(r"\{.*\}", text.rpartition("</think>")[2], re.DOTALL)
+    said = text.rpartition("</think>")[2]
+    thinks = said.lstrip().startswith("<think>")
+    braces = None if thinks else re.search(r"\{.*\}", said, re.DOTALL)
     value = parse(braces.group()) if braces else None
     return cast("Mapping[str, Any]", value) if isinstance(value, dict) else {}
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from manylora_evaluator.rows import Row
 from manylora_evaluator.scorer_settings import ClassificationSettings
 from manylora_evaluator.scorers.tally import Tallies, Tally, one
-from manylora_evaluator.scorers.text import normalised
+from manylora_evaluator.scorers.text import folded, normalised
 
 OTHER = "(other)"
 """Column of the confusion matrix for answers that are no label."""
@@ -42,16 +42,21 @@ class ClassificationReport:
 
 
 class Classification:
-    """Compares labels as normalised_match does.
+    """Compares labels as normalised_match does; with punctuation where that tells labels apart.
 
     The chief score is accuracy; SCORE.macro_f1 is the mean of the labels' F1 (2TP over
     2TP + FP + FN), and SCORE.f1.LABEL one of them.
     """
 
     def __init__(self, settings: ClassificationSettings, rows: Iterable[Row]) -> None:
-        labels = settings.labels or sorted({row.expected.strip() for row in rows})
+        labels = settings.labels or sorted({row.expected.strip() for row in rows} - {""})
         self._label = settings.name
         self._labels = {normalised(label): label for label in labels}
+        self._form = normalised
+        exactly = {folded(label): label for label in labels}
+        if "" in self._labels or len(self._labels) < len(exactly):
+            # C, C++ and C# are one word; nothing is left of + and -.
+            self._labels, self._form = exactly, folded
         self._macro = f"{settings.name}.macro_f1"
         self._each = (
             {label: f"{settings.name}.f1.{label}" for label in self._labels.values()}
@@ -79,7 +84,7 @@ class Classification:
 
     def label_of(self, text: str) -> str | None:
         """The label `text` names, if any."""
-        return self._labels.get(normalised(text))
+        return self._labels.get(self._form(text))
 
     def report(self, pairs: Sequence[tuple[str, str]]) -> ClassificationReport:
         """The report over (expected, answer) pairs."""

@@ -1,6 +1,7 @@
 """Scorers of answers that are JSON."""
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeAlias, cast
 
@@ -42,10 +43,10 @@ class JsonFieldF1:
     """Micro-averaged F1 over the fields of a JSON object; and `json_valid`.
 
     A field is a leaf of the object, known by its path through nested objects; an array is one
-    leaf, or each of its entries is. It is right when the same path holds an equal value (1 equals
-    1.0; "1" and true do not). A wrong value counts twice, as a field too many and as one missing.
-    An answer that is not one JSON object has no fields; `json_valid` is the share of those that
-    are.
+    leaf, or each of its entries is, one that is there twice twice. It is right when the same path
+    holds an equal value (1 equals 1.0; "1" and true do not). A wrong value counts twice, as a
+    field too many and as one missing. An answer that is not one JSON object has no fields;
+    `json_valid` is the share of those that are.
     """
 
     def __init__(self, settings: JsonFieldF1Settings) -> None:
@@ -59,22 +60,21 @@ class JsonFieldF1:
 
     def score(self, output: str, row: Row) -> Mapping[str, Tallies]:
         """2TP over 2TP + FP + FN of the row and its sections; and whether it is an object."""
-        wanted, answer = self._fields(row.expected) or set(), self._fields(output)
-        given = answer or set()
+        wanted, answer = self._fields(row.expected) or Counter(), self._fields(output)
+        given = answer or Counter[Field]()
         scores = {self._settings.name: _f1(wanted, given), VALID: one(answer is not None)}
         for section in self._settings.sections:
             scores[f"{self._settings.name}.{section}"] = _f1(
-                {field for field in wanted if field[0][0] == section},
-                {field for field in given if field[0][0] == section},
+                _below(section, wanted), _below(section, given)
             )
         return scores
 
-    def _fields(self, text: str) -> set[Field] | None:
+    def _fields(self, text: str) -> Counter[Field] | None:
         value = parse(text)
         if not isinstance(value, dict):
             return None
         try:
-            return set(self._leaves(cast("dict[str, Any]", value), ()))
+            return Counter(self._leaves(cast("dict[str, Any]", value), ()))
         except RecursionError:
             return None
 
@@ -194,5 +194,9 @@ def _refuse(constant: str) -> None:
     raise ValueError(f"{constant} is not JSON")
 
 
-def _f1(wanted: set[Field], given: set[Field]) -> Tallies:
-    return (Tally(2 * len(wanted & given), len(wanted) + len(given)),)
+def _below(section: str, fields: Counter[Field]) -> Counter[Field]:
+    return Counter({field: times for field, times in fields.items() if field[0][0] == section})
+
+
+def _f1(wanted: Counter[Field], given: Counter[Field]) -> Tallies:
+    return (Tally(2 * (wanted & given).total(), wanted.total() + given.total()),)
