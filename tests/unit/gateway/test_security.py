@@ -150,11 +150,13 @@ async def test_what_is_refused_before_it_is_admitted_is_counted_and_logged(
         async with grpc.aio.insecure_channel(gateway.front.inference_address) as channel:
             raw: Any = channel.unary_unary("/manylora.inference.v1.InferenceService/Generate")
             await refused(raw(b"\x0a\x01\xff", metadata=READER))
+        await refused(inference.Generate(RED, metadata=(*READER, ("x-request-id", "a b"))))
+        await http.post(url, headers=key | {"x-request-id": "a b"}, json={"model": "red"})
         text = scraped(gateway.metrics).splitlines()
-    for reason, count in (("UNAUTHENTICATED", 2), ("PERMISSION_DENIED", 3), ("INVALID_REQUEST", 7)):
+    for reason, count in (("UNAUTHENTICATED", 2), ("PERMISSION_DENIED", 3), ("INVALID_REQUEST", 9)):
         assert f'manylora_rejections_total{{reason="{reason}"}} {count}.0' in text
     ends: list[dict[str, Any]] = [vars(record)[FIELDS] for record in caplog.records]
-    assert len(ends) == 13
+    assert len(ends) == 15
     assert ("mine", "UNAUTHENTICATED") in {(end["request_id"], end["code"]) for end in ends}
     assert {end["tenant"] for end in ends} == {"", "reader"}
 
