@@ -7,6 +7,7 @@ import re
 import ssl
 import sys
 import time
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, cast
@@ -149,11 +150,13 @@ async def test_what_is_refused_before_it_is_admitted_is_counted_and_logged(
         async with grpc.aio.insecure_channel(gateway.front.inference_address) as channel:
             raw: Any = channel.unary_unary("/manylora.inference.v1.InferenceService/Generate")
             await refused(raw(b"\x0a\x01\xff", metadata=READER))
+        await refused(inference.Generate(RED, metadata=(*READER, ("x-request-id", "a b"))))
+        await http.post(url, headers=key | {"x-request-id": "a b"}, json={"model": "red"})
         text = scraped(gateway.metrics).splitlines()
-    for reason, count in (("UNAUTHENTICATED", 2), ("PERMISSION_DENIED", 3), ("INVALID_REQUEST", 7)):
+    for reason, count in (("UNAUTHENTICATED", 2), ("PERMISSION_DENIED", 3), ("INVALID_REQUEST", 9)):
         assert f'manylora_rejections_total{{reason="{reason}"}} {count}.0' in text
     ends: list[dict[str, Any]] = [vars(record)[FIELDS] for record in caplog.records]
-    assert len(ends) == 13
+    assert len(ends) == 15
     assert ("mine", "UNAUTHENTICATED") in {(end["request_id"], end["code"]) for end in ends}
     assert {end["tenant"] for end in ends} == {"", "reader"}
 
@@ -400,6 +403,35 @@ async def test_replaced_certificates_count_from_the_next_connection_on(
             assert await reached(new) == (True, True)
             assert await reached(old) == (False, False)
             assert (await standing.generate("hi", "red")).adapter is not None
+
+
+def shaken(context: ssl.SSLContext, server: ServerTls, session: ssl.SSLSession | None) -> Any:
+    """The client's side of an HTTPS connection on which something has come."""
+    to_client, to_server = ssl.MemoryBIO(), ssl.MemoryBIO()
+    client = context.wrap_bio(to_client, to_server, server_hostname="localhost", session=session)
+    served = server.context.wrap_bio(to_server, to_client, server_side=True)
+    for side in (client, served, client, served):
+        with suppress(ssl.SSLWantReadError):
+            side.do_handshake()
+    served.write(b".")
+    assert client.read(1) == b"."
+    return client
+
+
+def test_no_session_outlives_the_authority_of_its_client(tmp_path: Path) -> None:
+    old, new = Authority(tmp_path, "old"), Authority(tmp_path, "new")
+    pair, ours, trusted = old.server(), old.issue("ours"), tmp_path / "trusted.pem"
+    write(trusted, old.certificate.read_text())
+    server = ServerTls(TlsConfig(certificate=pair.certificate, key=pair.key, client_ca=trusted))
+    client = ssl.create_default_context(cafile=str(old.certificate))
+    client.load_cert_chain(ours.certificate, ours.key)
+    session = shaken(client, server, None).session
+    write(trusted, new.certificate.read_text())
+    with pytest.raises(ssl.SSLError, match="CERTIFICATE_VERIFY_FAILED"):
+        shaken(client, server, session)
+    client.maximum_version = ssl.TLSVersion.TLSv1_2
+    with pytest.raises(ssl.SSLError, match=r"UNSUPPORTED_PROTOCOL|VERSION"):
+        shaken(client, server, None)
 
 
 def test_tls_files_that_cannot_be_used_are_named(tmp_path: Path) -> None:

@@ -150,10 +150,13 @@ class RayReplicas:
         Raises:
             GatewayError: the first failure of a living replica, or none of them lives.
         """
+        # Not by Serve's own timeout: that is `asyncio.wait_for`, which before Python 3.12 drops a
+        # cancellation that comes as the answers do, and a watch so kept would hold up the end.
         with _translated():
-            answers = await self._handle.broadcast(method, *arguments).results_async(
-                timeout_s=timeout_s, return_exceptions=True
-            )
+            async with asyncio.timeout(timeout_s):
+                answers = await self._handle.broadcast(method, *arguments).results_async(
+                    return_exceptions=True
+                )
         alive: list[Any] = []
         for answer in answers:
             if isinstance(answer, RayActorError):

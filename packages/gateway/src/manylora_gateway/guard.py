@@ -19,12 +19,12 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from manylora_gateway.access import Access, bearer_token
 from manylora_gateway.errors import GatewayError, InvalidRequestError, Violation
 from manylora_gateway.health import HEALTH_PATH
-from manylora_gateway.limits import request_id_to_tell
+from manylora_gateway.limits import check_request_id, request_id_to_tell
 from manylora_gateway.metrics import Metrics
 from manylora_gateway.openai_http.app import tell
 from manylora_gateway.openai_http.problems import problem_of
 from manylora_gateway.openai_http.server import PEER_CERTIFICATE
-from manylora_gateway.status import REQUEST_ID_KEY, abort
+from manylora_gateway.status import REQUEST_ID_KEY, abort, said_request_id
 from manylora_gateway.tenants import Role, set_caller
 from manylora_gateway.tls import names_in_auth_context, names_in_peer_certificate
 
@@ -57,7 +57,7 @@ class Guard(grpc.aio.ServerInterceptor):
         if handler is None:
             return None
         method = cast("str", cast("Any", handler_call_details).method)
-        access = None if method.startswith(HEALTH_METHODS) else self._access
+        open_to_all = method.startswith(HEALTH_METHODS)
         # The client's certificate is known to the call's context only, so all is checked there.
         for kind in ("unary_unary", "unary_stream", "stream_unary", "stream_stream"):
             inner = getattr(handler, kind)
@@ -65,19 +65,22 @@ class Guard(grpc.aio.ServerInterceptor):
                 make = getattr(grpc, f"{kind}_rpc_method_handler")
                 read = handler.request_deserializer
                 return make(
-                    self._guarded(inner, access),
+                    self._guarded(inner, open_to_all=open_to_all),
                     read if handler.request_streaming else _readable(read),
                     handler.response_serializer,
                 )
         return handler
 
-    def _guarded(self, inner: Callable[..., Any], access: Access | None) -> Callable[..., Any]:
+    def _guarded(self, inner: Callable[..., Any], *, open_to_all: bool) -> Callable[..., Any]:
         async def check(request: Any, context: Context) -> None:
-            request_id = _request_id(context)
+            said = said_request_id(context)
+            request_id = request_id_to_tell(said)
             try:
                 with self._metrics.refusals(request_id):
-                    if access is not None:
-                        self._admit(access, context)
+                    if not open_to_all:
+                        if self._access is not None:
+                            self._admit(self._access, context)
+                        check_request_id(said)
                     if isinstance(request, InvalidRequestError):
                         raise request
             except GatewayError as error:
@@ -108,11 +111,6 @@ class Guard(grpc.aio.ServerInterceptor):
         tenant = access.identify(bearer_token(header), names)
         tenant.require_role(self._role)
         set_caller(tenant)
-
-
-def _request_id(context: Context) -> str:
-    said = dict(context.invocation_metadata() or ()).get(REQUEST_ID_KEY, "")
-    return request_id_to_tell(said if isinstance(said, str) else said.decode("latin-1"))
 
 
 def _readable(read: Callable[[bytes], Any] | None) -> Callable[[bytes], Any] | None:

@@ -8,7 +8,6 @@
 import asyncio
 import logging
 import time
-import uuid
 from collections.abc import AsyncGenerator
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import replace
@@ -24,11 +23,11 @@ from manylora_gateway.calls import current_call, set_call
 from manylora_gateway.errors import DeadlineError, InvalidRequestError, Violation
 from manylora_gateway.generation import GenerationRequest
 from manylora_gateway.inference import Inference
-from manylora_gateway.limits import check_request_id
+from manylora_gateway.limits import request_id_to_tell
 from manylora_gateway.operations import Operations
 from manylora_gateway.requests import Requests
 from manylora_gateway.stalls import patience
-from manylora_gateway.status import REQUEST_ID_KEY, abort, to_status
+from manylora_gateway.status import REQUEST_ID_KEY, abort, said_request_id, to_status
 from manylora_gateway.tenants import caller
 
 logger = logging.getLogger(__name__)
@@ -62,7 +61,8 @@ async def _answering(
     Yields the request's id: the client's, or one that is made here. It goes with every answer,
     failures included. A client that vanishes cancels the call's task; there is nobody left to tell.
     """
-    request_id = uuid.uuid4().hex
+    # The guard lets none pass that cannot be told.
+    request_id = request_id_to_tell(said_request_id(context))
     # Typed as if every call had a deadline.
     remaining_s = cast("float | None", context.time_remaining())
     if remaining_s is not None:
@@ -70,7 +70,6 @@ async def _answering(
     deadline = asyncio.timeout(remaining_s)
     try:
         async with deadline:
-            request_id = _client_request_id(context) or request_id
             context.set_trailing_metadata(((REQUEST_ID_KEY, request_id),))
             yield request_id
     except grpc.aio.InternalError:
@@ -79,18 +78,6 @@ async def _answering(
     except Exception as error:
         late = DeadlineError("The deadline passed before the answer was whole.")
         await abort(context, late if deadline.expired() else error, request_id)
-
-
-def _client_request_id(context: "grpc.aio.ServicerContext[Any, Any]") -> str:
-    """What the client calls the request, empty if it does not.
-
-    Raises:
-        InvalidRequestError: it cannot be echoed as it is.
-    """
-    for key, value in context.invocation_metadata() or ():
-        if key == REQUEST_ID_KEY:
-            return check_request_id(value if isinstance(value, str) else value.decode("latin-1"))
-    return ""
 
 
 class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):

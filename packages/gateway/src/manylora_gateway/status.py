@@ -62,6 +62,14 @@ async def abort(
     raise AssertionError("abort raises")
 
 
+def said_request_id(context: "grpc.aio.ServicerContext[Any, Any]") -> str:
+    """What the client calls the request, unchecked; empty if it does not."""
+    for key, value in context.invocation_metadata() or ():
+        if key == REQUEST_ID_KEY:
+            return value if isinstance(value, str) else value.decode("latin-1")
+    return ""
+
+
 def stated(error: Exception) -> GatewayError:
     """`error` as a client may be told it; the log has the rest.
 

@@ -114,6 +114,10 @@ class ServerTls:
         if config.client_ca is not None:
             _load_certificates(context, config.client_ca)
             context.verify_mode = ssl.CERT_REQUIRED
+            # A session that is taken up again shows no certificate: a client whose authority was
+            # replaced came back by it. Of TLS 1.2 Python cannot switch them off.
+            context.minimum_version = ssl.TLSVersion.TLSv1_3
+            context.num_tickets = 0
         try:
             chain, key = config.certificate.read_bytes(), config.key.read_bytes()
             if config.client_ca is not None:

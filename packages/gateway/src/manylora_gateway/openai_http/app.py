@@ -8,7 +8,6 @@ Every completion bears `x-request-id`: the client's own, or one that is made her
 
 import asyncio
 import json
-import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from typing import Any, cast
@@ -31,7 +30,7 @@ from manylora_gateway.errors import (
 from manylora_gateway.generation import GenerationRequest, Started
 from manylora_gateway.health import health_route
 from manylora_gateway.inference import Inference
-from manylora_gateway.limits import check_request_id
+from manylora_gateway.limits import check_request_id, request_id_to_tell
 from manylora_gateway.openai_http.bodies import ChatBody, CompletionBody, read_body
 from manylora_gateway.openai_http.problems import (
     BodyEncodedError,
@@ -101,11 +100,11 @@ class _Completions:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers one request; what it held is freed as soon as its client is gone."""
         request = Request(scope, receive)
-        request_id = uuid.uuid4().hex
+        said = request.headers.get(REQUEST_ID_HEADER, "")
+        request_id = request_id_to_tell(said)
         try:
-            named = check_request_id(request.headers.get(REQUEST_ID_HEADER, ""))
-            request_id = named or request_id
             with self._inference.metrics.refusals(request_id, caller().name):
+                check_request_id(said)
                 asked = await self._read(request, request_id)
         except ClientDisconnect:
             return

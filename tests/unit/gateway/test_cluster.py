@@ -1,0 +1,61 @@
+"""Calls to replicas through Serve's own responses, without Serve."""
+
+# Ray's handles are typed by the deployment's class at run time only.
+# pyright: reportUnknownMemberType=false
+
+import asyncio
+from contextlib import suppress
+from typing import Any, cast
+
+import pytest
+from ray.serve._private.replica_result import ReplicaResult
+from ray.serve.handle import DeploymentBroadcastResponse
+
+from manylora_gateway.cluster import RayReplicas
+from manylora_gateway.deltas import DeltaReceiver, FrontAddress
+
+
+class Answer:
+    """What one replica says, once it does."""
+
+    def __init__(self) -> None:
+        self.asked = asyncio.Event()
+        self._said = asyncio.get_running_loop().create_future()
+
+    def say(self) -> None:
+        self._said.set_result("state")
+
+    async def get_async(self) -> object:
+        self.asked.set()
+        return await self._said
+
+
+class Handle:
+    """Of a deployment with one replica."""
+
+    def __init__(self, answer: Answer) -> None:
+        self._answer = answer
+
+    def broadcast(self, method: str) -> DeploymentBroadcastResponse:
+        del method
+
+        async def route() -> list[ReplicaResult]:
+            return [cast("ReplicaResult", self._answer)]
+
+        return DeploymentBroadcastResponse(route(), None)
+
+
+@pytest.mark.parametrize("steps", range(8))
+async def test_a_look_that_is_ended_as_its_answer_comes_ends(steps: int) -> None:
+    answer = Answer()
+    handle = cast("Any", Handle(answer))
+    replicas = RayReplicas(handle, DeltaReceiver(), cast("FrontAddress", None))
+    looking = asyncio.create_task(replicas.states())
+    await answer.asked.wait()
+    answer.say()
+    for _ in range(steps):
+        await asyncio.sleep(0)
+    was_ending = looking.cancel()
+    with suppress(asyncio.CancelledError):
+        await looking
+    assert looking.cancelled() == was_ending
