@@ -223,6 +223,11 @@ def test_rows_of_ray_keep_their_order(tmp_path, monkeypatch):
         "    def shout(row):\n"
         "        return {**row, 'text': row['text'].upper()}\n"
         f"    return ray.data.from_items({ROWS!r}, override_num_blocks=4).map(shout)\n"
+        "def narrow():\n"
+        "    import pyarrow\n"
+        "    floats = pyarrow.array([0.1, 0.2], pyarrow.float32())\n"
+        "    texts = pyarrow.array([b'\\xff', b'a']).cast(pyarrow.string(), safe=False)\n"
+        "    return ray.data.from_arrow(pyarrow.table({'share': floats, 'text': texts}))\n"
         "def other():\n"
         "    return [1]\n"
         "def broken():\n"
@@ -233,6 +238,9 @@ def test_rows_of_ray_keep_their_order(tmp_path, monkeypatch):
     try:
         rows = goes_on_from(opened({**settings, "function": "rows"}), range(10, 11))
         assert rows == [{**row, "text": row["text"].upper()} for row in ROWS]
+        first, second = opened({**settings, "function": "narrow"}).rows()
+        assert "row 1, field 'text': not UTF-8" in str(first.error)
+        assert second.columns == {"share": 0.2, "text": "a"}
         with pytest.raises(SourceError, match=r"must return a ray\.data\.Dataset, returns list"):
             list(opened({**settings, "function": "other"}).rows())
         with pytest.raises(SourceError, match=r"failed after 0 rows: .*ZeroDivisionError"):
