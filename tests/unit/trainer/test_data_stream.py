@@ -137,6 +137,24 @@ def test_held_out_rows_are_complete(tokenizer):
     assert entry["row"]["extra"] == int(entry["row"]["wrong"][1:])
 
 
+def test_held_out_rows_are_json_whatever_columns_no_format_reads_hold(tokenizer):
+    holds_itself: list[object] = [1]
+    holds_itself.append(holds_itself)
+    unread = {"share": float("nan"), "most": [{"of": float("-inf")}], "days": {1.5: 2}}
+    for columns in (unread, {**unread, "loop": holds_itself}):
+        rows = [{"wrong": f"w{i}", "right": "r", **columns} for i in range(30)]
+        (first, *_) = load_task(
+            task(split={"held_out": 0.3}), tokenizer, 0, source=Rows(rows)
+        ).held_out
+        row = json.loads(first.as_json(), parse_constant=pytest.fail)["row"]
+        assert row["wrong"].startswith("w")
+        if columns is unread:
+            assert row["share"] is row["most"][0]["of"] is None
+            assert row["days"] == {"1.5": 2}
+        else:
+            assert row["loop"] == "[1, [...]]"
+
+
 def test_a_run_in_steps_looks_through_no_more_than_it_is_told(tokenizer):
     source = Rows(words(500))
     settings = {"split": {"validation": 0.2, "held_out": 0.2, "scan_rows": 100}, "batch_size": 500}

@@ -259,3 +259,18 @@ def test_runs_are_compared_by_result_recipe_and_curve(make_task, write_recipe, t
     assert table.startswith(named), "as much of the paths as tells them apart"
     assert "tasks.first.optimizer.learning_rate\t0.01\t0.05" in table
     assert invoke("compare", low).exit_code == 2
+
+
+def test_a_task_that_a_run_does_without_is_one_difference(make_task, write_recipe, tmp_path):
+    first, second = make_task("first", steps=1), make_task("second", steps=1)
+    other = {**second, "batch_size": 3}
+    for name, tasks in (("one", [first]), ("two", [second, first]), ("three", [first, other])):
+        manylora_trainer.train(write_recipe(*tasks, name=name), tmp_path / name)
+    runs = [tmp_path / name for name in ("one", "two", "three")]
+    compared = json.loads(invoke("compare", *runs[:2], "--json").stdout)
+    assert compared["differences"] == {"tasks.second.name": ["", "second"]}
+    compared = json.loads(invoke("compare", *runs, "--json").stdout)
+    assert compared["differences"] == {
+        "tasks.second.name": ["", "second", "second"],
+        "tasks.second.batch_size": ["", "4", "3"],
+    }

@@ -340,6 +340,9 @@ def test_a_directory_is_taken_up_only_when_asked_and_unchanged(write_sweep, tmp_
     file.write_text('{"trials": [{}], "task": "a"}')
     with pytest.raises(SweepError, match="not what a sweep writes"):
         read_sweep(tmp_path / "sweeps" / "sweep")
+    file.write_text("[" * 100_000)
+    with pytest.raises(SweepError, match="cannot be read"):
+        read_sweep(tmp_path / "sweeps" / "sweep")
 
 
 def test_the_verb_shows_the_trials_and_the_best_is_published(write_sweep, tmp_path):

@@ -68,9 +68,15 @@ def compare(paths: Sequence[Path]) -> Comparison:
     runs = tuple(read_run(path) for path in paths)
     recipes = [_settings(run) for run in runs]
     flat = [dotted(recipe) for recipe in recipes]
+    tasks = {name: task for recipe in recipes for name, task in recipe["tasks"].items()}
+    # A task that a run does without differs in its name alone, not in each of its settings.
+    filled = [
+        {**recipe, "tasks": {n: recipe["tasks"].get(n, {**tasks[n], "name": None}) for n in tasks}}
+        for recipe in recipes
+    ]
     differences = tuple(
         DifferenceRow(path, tuple(_shown(entry.get(path)) for entry in flat))
-        for path in differing(*recipes)
+        for path in differing(*filled)
     )
     return Comparison(_labels(paths), runs, tuple(_results(runs)), differences)
 

@@ -41,23 +41,26 @@ class HeldOutRow:
 
         All columns are in it, so also values that no format would have taken.
         """
-        return json.dumps(
-            {**self.rendered.held_out(), "row": _with_plain_keys(self.columns)},
-            ensure_ascii=False,
-            default=str,
-        )
+        try:
+            row = _as_json_has_it(self.columns)
+        except RecursionError:
+            # A value that holds itself; Python's own text of it has an end.
+            row = {str(name): str(value) for name, value in self.columns.items()}
+        return json.dumps({**self.rendered.held_out(), "row": row}, ensure_ascii=False, default=str)
 
 
-def _with_plain_keys(value: Any) -> Any:
-    """The same with keys that JSON has no form for as text, as of a map from dates."""
+def _as_json_has_it(value: Any) -> Any:
+    """The same with what JSON has no form for: keys as of a map from dates as text, NaN as null."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
     if isinstance(value, Mapping):
         entries = cast("Mapping[Any, Any]", value).items()
         return {
-            key if isinstance(key, str | int | float | None) else str(key): _with_plain_keys(entry)
+            key if isinstance(key, str | int | float | None) else str(key): _as_json_has_it(entry)
             for key, entry in entries
         }
     if isinstance(value, list | tuple):
-        return [_with_plain_keys(entry) for entry in cast("Sequence[Any]", value)]
+        return [_as_json_has_it(entry) for entry in cast("Sequence[Any]", value)]
     return value
 
 

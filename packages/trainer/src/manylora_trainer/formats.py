@@ -161,7 +161,7 @@ class _RowReader:
                 separators=(",", ":"),
                 default=_written,
             )
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RecursionError) as error:
             raise self.error(", ".join(columns), f"is not JSON: {error}") from error
         return self.checked(", ".join(columns), text)
 

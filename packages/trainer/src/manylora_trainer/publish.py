@@ -4,12 +4,13 @@ import json
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from manylora_registry import BaseModelIdentity, Registry, Version
 from manylora_registry.errors import AdapterNotFoundError, RegistryError
 from manylora_registry.reference import check_alias_name
 from manylora_trainer.errors import NotPublishableError
+from manylora_trainer.run_record import BaseRecord, EnvironmentRecord, RunRecord, checked
 from manylora_trainer.saved_runs import is_locked
 from manylora_trainer.sweep import STATE_FILE, read_sweep
 
@@ -40,7 +41,7 @@ def publish_run(
     """
     if alias is not None:
         check_alias_name(alias)
-    run = _read_json(run_dir / "run.json", "tasks")
+    run = _read_json(run_dir / "run.json", RunRecord)
     base = _base(run_dir)
     if run.get("kind") == "full":
         raise NotPublishableError(
@@ -106,7 +107,7 @@ def publish_best_trial(directory: Path, registry: Registry, alias: str | None = 
     if best is None:
         raise NotPublishableError(f"{directory}: no trial has come to its end")
     run_dir = sweep.run_directory(best)
-    run = _read_json(run_dir / "run.json", "tasks")
+    run = _read_json(run_dir / "run.json", RunRecord)
     if problem := _problem(run_dir, run["tasks"], best.name):
         raise NotPublishableError(f"{run_dir}: {problem}")
     generations = _generations(registry, [sweep.task], alias)
@@ -132,7 +133,7 @@ def _lineage(run_dir: Path, run: Mapping[str, Any], task: str) -> dict[str, str]
         "seed": str(run["seed"]),
         "trainer": run["versions"]["manylora-trainer"],
     }
-    starts = _read_json(run_dir / "environment.json", "starts")["starts"]
+    starts = _read_json(run_dir / "environment.json", EnvironmentRecord)["starts"]
     if git := starts[-1]["git"]:
         lineage["git"] = git["commit"] + (" with uncommitted changes" if git["dirty"] else "")
     return lineage
@@ -225,22 +226,27 @@ def _problem(run_dir: Path, trained: dict[str, Any], name: str) -> str | None:
 
 
 def _base(run_dir: Path) -> BaseModelIdentity:
-    base = _read_json(run_dir / "base.json", "fingerprint", "tensors")
+    base = _read_json(run_dir / "base.json", BaseRecord)
     tensors = {name: tuple(shape) for name, shape in base["tensors"].items()}
     return BaseModelIdentity(base["fingerprint"], tensors)
 
 
-def _read_json(path: Path, *keys: str) -> dict[str, Any]:
-    """What a run has written to a file, which holds `keys`."""
+def _read_json(
+    path: Path, kind: type[RunRecord | EnvironmentRecord | BaseRecord]
+) -> dict[str, Any]:
+    """What a run has written to a file."""
     try:
         content: Any = json.loads(path.read_bytes())
     except FileNotFoundError as error:
         raise NotPublishableError(_no_run(path.parent, f"it has no {path.name}")) from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise NotPublishableError(f"{path} cannot be read: {error}") from error
-    if not isinstance(content, dict) or not content.keys() >= {*keys}:
-        raise NotPublishableError(_no_run(path.parent, f"its {path.name} is none of a run"))
-    return cast("dict[str, Any]", content)
+    try:
+        return checked(kind, content)
+    except ValueError as error:
+        raise NotPublishableError(
+            _no_run(path.parent, f"its {path.name} is none of a run ({error})")
+        ) from error
 
 
 def _no_run(directory: Path, why: str) -> str:

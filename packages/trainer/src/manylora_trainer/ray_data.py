@@ -10,9 +10,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from manylora_trainer.arrow import rows_of
 from manylora_trainer.errors import SourceError
 from manylora_trainer.source_settings import RaySource
-from manylora_trainer.sources import Place, Row, row_of
+from manylora_trainer.sources import Place, Row
 
 BATCH_ROWS = 1024
 """Rows taken at once."""
@@ -47,9 +48,10 @@ class RayDataset:
                 unread = batch.slice(min(max(0, passed - number), len(batch)))
                 number += len(batch) - len(unread)
                 # Ray's own rows hold numpy values; these are plain lists, numbers and text.
-                for value in unread.to_pylist():
-                    number += 1
-                    yield row_of(self.name, number, value, {"row": number})
+                for part in unread.to_batches():
+                    for row in rows_of(part, self.name, number, {}):
+                        number = row.number
+                        yield row
         except (GeneratorExit, SourceError):
             raise
         except Exception as error:

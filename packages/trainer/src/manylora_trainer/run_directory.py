@@ -22,6 +22,7 @@ from manylora_trainer.metrics_file import MetricsFile
 from manylora_trainer.recipe import Recipe
 from manylora_trainer.recipe_changes import accept_changes
 from manylora_trainer.result import RunResult, TaskProgress, TaskResult
+from manylora_trainer.run_record import EnvironmentRecord, RunRecord, checked
 from manylora_trainer.run_report import write_run_report
 from manylora_trainer.saved_runs import read_run
 from manylora_trainer.source_files import source_files
@@ -81,21 +82,12 @@ class RunDirectory:
         if not file.is_file():
             return None
         try:
-            run = json.loads(file.read_bytes())
-            _ = [run[key] for key in ("status", "started_at", "recipe_digest")]
-            _ = run["base"]["fingerprint"]
-            _ = datetime.fromisoformat(run["started_at"])
-            _ = [(t["data_fingerprint"], t["rows_skipped"]) for t in run["tasks"].values()]
-            # One that began before it was recorded has none.
-            tokens = run.get("pack_tokens", 1)
-            if type(tokens) is not int or tokens < 1:
-                raise ValueError(f"pack_tokens is {json.dumps(tokens)}")
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            return checked(RunRecord, json.loads(file.read_bytes()))
+        except (ValueError, RecursionError) as error:
             raise RunDirectoryError(
-                f"{file} is damaged ({type(error).__name__}: {error}): put it back from a copy, or "
-                "train into another --run-dir"
+                f"{file} is damaged ({error}): put it back from a copy, or train into another "
+                "--run-dir"
             ) from error
-        return run
 
     def write_run(self, run: Mapping[str, Any]) -> None:
         """Replaces run.json."""
@@ -342,8 +334,10 @@ def _record_start(directory: RunDirectory, threads: int) -> None:
     """Adds what the run goes on from here with to environment.json."""
     file = directory.environment
     try:
-        starts: list[Any] = json.loads(file.read_bytes())["starts"] if file.is_file() else []
-    except (ValueError, KeyError, TypeError) as error:
+        starts: list[Any] = []
+        if file.is_file():
+            starts = checked(EnvironmentRecord, json.loads(file.read_bytes()))["starts"]
+    except (ValueError, RecursionError) as error:
         raise RunDirectoryError(
             f"{file} is damaged ({error}): put it back from a copy, or remove it to go on without "
             "what the run was started on before"

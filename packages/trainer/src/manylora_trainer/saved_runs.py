@@ -14,6 +14,7 @@ import yaml
 
 from manylora_trainer.errors import UnreadableRunError
 from manylora_trainer.result import RECENT_STEPS
+from manylora_trainer.run_record import EnvironmentRecord, RunRecord, checked
 
 State = Literal["finished", "failed", "running", "interrupted", "incomplete"]
 """`failed`: every adapter stopped; `interrupted`: can be resumed; `incomplete`: never began."""
@@ -98,7 +99,7 @@ class SavedRun:
         losses = self.curve(name, "loss")
         metrics: dict[str, float] = {}
         if self.state in ("finished", "failed"):
-            metrics = {k: v for k, v in recorded["metrics"].items() if _is_finite(v)}
+            metrics = {k: v for k, v in recorded.get("metrics", {}).items() if _is_finite(v)}
         else:
             # run.json tells of the last checkpoint; the metrics go on from there.
             if recent := [loss for _, loss in losses[-RECENT_STEPS:]]:
@@ -167,14 +168,11 @@ def read_run(path: Path) -> SavedRun:
     if not any((path / mark).is_file() for mark in MARKS):
         raise UnreadableRunError(f"{path} is not a run: it has neither {' nor '.join(MARKS)}")
     recipe = _read_recipe(path / "recipe.yaml")
-    record = _read_json(path / "run.json")
-    run = SavedRun(path, _state(path, record), recipe, record, _read_starts(path))
-    try:
-        _ = run.tasks, run.tokens_per_s
-    except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
-        raise UnreadableRunError(
-            f"{path}: run.json is not what a run writes ({type(error).__name__}: {error})"
-        ) from error
+    record = _read_json(path / "run.json", RunRecord)
+    starts = _read_json(path / "environment.json", EnvironmentRecord).get("starts", [])
+    run = SavedRun(path, _state(path, record), recipe, record, starts)
+    # Damaged metrics are told of here too.
+    _ = run.tasks
     return run
 
 
@@ -239,33 +237,21 @@ def _read_recipe(path: Path) -> Mapping[str, Any]:
     return recipe  # pyright: ignore[reportUnknownVariableType]
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    """The object in a file; empty where there is no file."""
+def _read_json(path: Path, kind: type[RunRecord | EnvironmentRecord]) -> dict[str, Any]:
+    """The record in a file; empty where there is no file."""
     if not path.exists():
         return {}
     try:
         # NaN and infinity, which Python writes and JSON has no form for, are nothing to tell.
         value = json.loads(path.read_bytes(), parse_constant=lambda _: None)
-        if not isinstance(value, dict):
-            raise ValueError("it is not an object")
     except (OSError, ValueError, RecursionError) as error:
         raise UnreadableRunError(f"{path.parent}: {path.name} cannot be read: {error}") from error
-    return value  # pyright: ignore[reportUnknownVariableType]
-
-
-def _read_starts(path: Path) -> list[dict[str, Any]]:
-    starts = _read_json(path / "environment.json").get("starts", [])
     try:
-        # What else stands in it differs from version to version.
-        for start in [*starts]:
-            _ = [gpu["name"] for gpu in start["environment"].get("gpus", ())]
-            if git := start.get("git"):
-                _ = git["commit"][:12], git["dirty"]
-    except (KeyError, TypeError, AttributeError) as error:
+        return checked(kind, value)
+    except ValueError as error:
         raise UnreadableRunError(
-            f"{path}: environment.json is not what a run writes ({type(error).__name__}: {error})"
+            f"{path.parent}: {path.name} is not what a run writes ({error})"
         ) from error
-    return starts
 
 
 def _read_metrics(path: Path) -> list[dict[str, Any]]:

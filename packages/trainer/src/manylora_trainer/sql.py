@@ -25,6 +25,7 @@ from sqlalchemy import (
     text,
 )
 from sqlalchemy.exc import DataError, SQLAlchemyError
+from sqlalchemy.pool import NullPool
 from sqlalchemy.sql.expression import FromClause, TextClause
 
 from manylora_trainer.errors import SourceError
@@ -220,7 +221,9 @@ def _connect(settings: SqlSource) -> Engine:
     else:
         url = ENVIRONMENT_VARIABLE.sub(lambda name: _variable(name[1]), settings.url or "")
     try:
-        engine = create_engine(url)
+        # Each page has a connection of its own: one kept until the next would be lost with a server
+        # that starts again, or to a time limit for idle ones.
+        engine = create_engine(url, poolclass=NullPool)
     except (SQLAlchemyError, ImportError, ValueError) as error:
         # Never the error's own text: it may hold the URL, and the URL a password.
         driver = getattr(error, "name", None)

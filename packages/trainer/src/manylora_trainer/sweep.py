@@ -306,7 +306,7 @@ def _read_state(directory: Path) -> dict[str, Any]:
             raise ValueError("it is not an object")
     except FileNotFoundError as error:
         raise SweepError(f"{directory} is not a sweep: it has no {STATE_FILE}") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise SweepError(f"{directory}: {STATE_FILE} cannot be read: {error}") from error
     return state  # pyright: ignore[reportUnknownVariableType]
 
