@@ -5,6 +5,7 @@ import random
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 from datetime import UTC, datetime
+from typing import ClassVar
 
 import pytest
 
@@ -94,12 +95,17 @@ def make(memory: Memory, clock: Clock) -> Callable[..., AdapterPool]:
 class Request:
     """One request that holds its seat until it is told to end."""
 
+    _running: ClassVar[set[asyncio.Task[None]]] = set()
+
     def __init__(
         self, pool: AdapterPool, version: Version | None, share: Share = EVERYBODY
     ) -> None:
         self.seated = asyncio.Event()
         self._end = asyncio.Event()
         self.task = asyncio.create_task(self._run(pool, version, share))
+        # The loop itself keeps no task that waits, and not every test keeps its requests.
+        self._running.add(self.task)
+        self.task.add_done_callback(self._running.discard)
 
     async def _run(self, pool: AdapterPool, version: Version | None, share: Share) -> None:
         async with pool.hold(version, share):
