@@ -259,8 +259,8 @@ def test_too_little_memory_is_one_clear_error(make_task, write_recipe, tmp_path)
     total = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.empty_cache()
     torch.cuda.set_per_process_memory_fraction(min(1.0, 40e6 / total))
-    rows = [{"wrong": "w" * 150, "right": "r" * 2000} for _ in range(64)]
-    task = make_task("a", rows, max_length=4000, batch_size=32)
+    rows = [{"wrong": "w" * 20, "right": "r" * 300} for _ in range(320)]
+    task = make_task("a", rows, max_length=500, batch_size=200)
     recipe = write_recipe(task, pack_tokens=65536)
     try:
         with pytest.raises(DeviceMemoryError, match="pack_tokens 65536: lower that"):
