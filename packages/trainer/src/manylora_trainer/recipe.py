@@ -163,7 +163,7 @@ class Training(ConfigModel):
     `qlora`."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the frozen base. auto: float32 on a CPU, bfloat16 on a GPU. Adapters are float32.
-    A CPU that multiplies bfloat16 itself (AMX) trains faster in it; others slower."""
+    A CPU that multiplies bfloat16 itself (AMX) trains faster in it."""
 
     @field_validator("gradient_checkpointing", mode="before")
     @classmethod
