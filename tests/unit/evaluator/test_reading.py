@@ -31,6 +31,21 @@ def write_lines(path: Path, *lines: object) -> Path:
     return path
 
 
+def test_malformed_references_are_told_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "suite.yaml"
+    path.write_text(
+        "name: s\n"
+        "tasks: [{name: a, adapter: Spelling, rows: a.jsonl, scorers: [exact_match]}]\n"
+        "judges: {good: {kind: gateway}, bad: {kind: gateway, adapter: spelling@0}}\n"
+    )
+    with pytest.raises(ConfigError) as caught:
+        load_suite(path)
+    message = str(caught.value)
+    assert "tasks.0.adapter: 'Spelling' is not an adapter name" in message
+    assert "judges.bad.gateway.adapter: '0' selects no version" in message
+    assert "good" not in message
+
+
 def test_rows_lie_beside_the_suite(tmp_path: Path) -> None:
     (tmp_path / "suites").mkdir()
     path = tmp_path / "suites" / "suite.yaml"

@@ -8,6 +8,7 @@ from typing import Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from manylora_evaluator.judge.settings import GatewayModel, JudgeModel, OpenAIModel
+from manylora_evaluator.references import Reference
 from manylora_evaluator.row_settings import Prompt, RowSource
 from manylora_evaluator.scorer_settings import JudgeSettings, PairwiseSettings, ScorerSettings
 from manylora_registry.config import ConfigModel, load_config
@@ -52,7 +53,7 @@ class Task(ConfigModel):
 
     name: str = Field(min_length=1)
     """Name in tables and reports; unique in the suite."""
-    adapter: str = Field(min_length=1)
+    adapter: Reference
     """Adapter reference to score beside the bare base."""
     rows: RowSource
     """Where the rows come from."""

@@ -7,6 +7,7 @@ import httpx
 from pydantic import Field, JsonValue, field_validator
 
 from manylora_evaluator.errors import JudgeError
+from manylora_evaluator.references import ReferenceOrBase
 from manylora_evaluator.suite_path import SuitePath
 from manylora_registry.config import ConfigModel
 
@@ -41,7 +42,7 @@ class GatewayModel(_Model):
     """A manylora gateway: the bare base or an adapter."""
 
     kind: Literal["gateway"]
-    adapter: str = ""
+    adapter: ReferenceOrBase = ""
     """Adapter reference, resolved once; empty: the bare base."""
     server: str | None = None
     """HOST:PORT; unset: the gateway that is evaluated."""
