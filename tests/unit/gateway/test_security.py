@@ -1,6 +1,7 @@
 """Nobody gets in who is not named, nobody gets more than is theirs, and nothing secret is told."""
 
 import asyncio
+import ipaddress
 import logging
 import os
 import re
@@ -351,6 +352,35 @@ async def test_a_certificate_says_who_calls(
             wrong = {"authorization": "Bearer wrong"}
             reply = await http.get(f"https://{web}/v1/models", headers=wrong)
             assert reply.status_code == 401
+
+
+async def test_every_kind_of_alternative_name_counts_on_both_ports(
+    served: dict[str, Version], start: Start, tenants: Path, tmp_path: Path
+) -> None:
+    authority = Authority(tmp_path)
+    pair = authority.server()
+    tls = TlsConfig(certificate=pair.certificate, key=pair.key, client_ca=authority.certificate)
+    shown: list[tuple[str, x509.GeneralName]] = [
+        ("web.example.org", x509.DNSName("web.example.org")),
+        ("spiffe://example.org/web", x509.UniformResourceIdentifier("spiffe://example.org/web")),
+        ("web@example.org", x509.RFC822Name("web@example.org")),
+        ("192.0.2.7", x509.IPAddress(ipaddress.ip_address("192.0.2.7"))),
+        ("2001:db8::7", x509.IPAddress(ipaddress.ip_address("2001:db8::7"))),
+    ]
+    names = ", ".join(f'"{name}"' for name, _ in shown)
+    write(tenants, TENANTS.replace("reader.example.org", names))
+    async with start(tls=tls, tenants=tenants) as gateway:
+        for name, alternative in shown:
+            files = authority.issue("somebody", alternative)
+            credentials = tls_credentials(authority.certificate, files.certificate, files.key)
+            address = gateway.front.inference_address
+            async with AsyncClient(address, credentials=credentials, timeout=60) as client:
+                assert (await client.generate("hi", "red")).adapter is not None
+            context = ssl.create_default_context(cafile=str(authority.certificate))
+            context.load_cert_chain(files.certificate, files.key)
+            async with httpx.AsyncClient(verify=context, timeout=60) as http:
+                url = f"https://{gateway.front.addresses['http']}/v1/models"
+                assert (await http.get(url)).status_code == 200, name
 
 
 async def test_replaced_certificates_count_from_the_next_connection_on(

@@ -54,7 +54,7 @@ class TenantEntry(ConfigModel):
     """sha256 of each bearer token that stands for it."""
     certificates: tuple[str, ...] = ()
     """Names in client certificates that stand for it: the subject's common name, or a DNS name,
-    URI or e-mail address among the alternative names."""
+    URI, e-mail or IP address among the alternative names."""
     adapters: tuple[str, ...]
     """Globs of adapter names it may use; "" is the bare base, "*" is everything."""
     roles: frozenset[Role] = frozenset({"infer"})

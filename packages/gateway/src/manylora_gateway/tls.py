@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
@@ -205,3 +206,6 @@ def names_in_peer_certificate(certificate: Mapping[str, Any]) -> Iterator[str]:
     for kind, value in certificate.get("subjectAltName", ()):
         if kind in ("DNS", "URI", "email"):
             yield value
+        elif kind == "IP Address":
+            # Python writes out every group of an IPv6 address; gRPC, and people, do not.
+            yield str(ip_address(value.strip()))
