@@ -115,6 +115,17 @@ async def test_a_passed_deadline_is_told_from_a_client_that_left(gateway: Runnin
         assert line in text.splitlines(), line
 
 
+def test_a_deadline_that_grpc_sent_rounded_up_has_passed_when_the_client_goes() -> None:
+    now = 1000.0
+    metrics = Metrics(clock=lambda: now)
+    # What the gateway is told of a timeout of 299.01 s and of one of 300 s.
+    seen = metrics.observation("a", "t", now + 300)
+    now += 299.01
+    assert seen.failure(asyncio.CancelledError()) == ("DEADLINE_EXCEEDED", "DEADLINE_EXCEEDED")
+    now -= 10
+    assert seen.failure(asyncio.CancelledError()) == ("CANCELLED", "CANCELLED")
+
+
 def test_labels_are_bounded_and_given_back() -> None:
     metrics = Metrics(max_versions=2)
     one, two, three = map(version, ("one", "two", "three"))
