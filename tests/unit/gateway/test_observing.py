@@ -370,7 +370,7 @@ async def test_a_new_replica_gets_what_is_served_before_it_is_asked(
         assert set(fresh.loads) == {one.engine_name for one in served.values()}
 
 
-async def test_a_span_has_the_callers_trace_and_the_version(gateway: RunningGateway) -> None:
+async def test_a_span_has_the_callers_trace_the_version_and_the_request(gateway: RunningGateway) -> None:
     exporter = InMemorySpanExporter()
     tracing.configure(TracingConfig(), "test", SimpleSpanProcessor(exporter))
     parent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
@@ -382,6 +382,11 @@ async def test_a_span_has_the_callers_trace_and_the_version(gateway: RunningGate
     assert span.attributes["manylora.version"] == 1
     assert span.attributes["manylora.request_id"] == reply.request_id
     assert gateway.replicas.traceparents[-1].startswith(f"00-{parent[3:35]}")
+    nobody = pb.GenerateRequest(adapter="nobody", text="hi")
+    await refused(gateway.inference.Generate(nobody, metadata=(("x-request-id", "mine"),)))
+    span = exporter.get_finished_spans()[-1]
+    assert span.status.description == "ADAPTER_NOT_FOUND"
+    assert span.attributes == {"manylora.request_id": "mine"}
 
 
 @pytest.mark.parametrize("collector", ["gone", "silent"])
