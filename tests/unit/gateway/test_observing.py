@@ -370,7 +370,7 @@ async def test_a_new_replica_gets_what_is_served_before_it_is_asked(
         assert set(fresh.loads) == {one.engine_name for one in served.values()}
 
 
-async def test_a_span_has_the_callers_trace_the_version_and_the_request(gateway: RunningGateway) -> None:
+async def test_a_span_has_the_callers_trace_and_what_is_asked(gateway: RunningGateway) -> None:
     exporter = InMemorySpanExporter()
     tracing.configure(TracingConfig(), "test", SimpleSpanProcessor(exporter))
     parent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
