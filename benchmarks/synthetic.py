@@ -7,6 +7,7 @@ from what prompt, so that a wrong answer is seen. Environment:
 SYNTHETIC_TOKENS_PER_S  of each stream (default 300)
 SYNTHETIC_PREFILL_S     to a stream's first token (default 0.005)
 SYNTHETIC_LOAD_S        of one adapter (default 0.02)
+SYNTHETIC_DEATHS        a directory; an engine is dead once it has a file named by its process
 """
 
 # The methods are those of `Engine`.
@@ -25,7 +26,12 @@ from ray.serve import Application
 from manylora_gateway.application import Arguments, application
 from manylora_gateway.config import EngineConfig
 from manylora_gateway.engine import Delta, Finish, Prompt, Sampling, TextPrompt, TokenPrompt
-from manylora_gateway.errors import AdapterLoadError, InvalidRequestError, Violation
+from manylora_gateway.errors import (
+    AdapterLoadError,
+    InvalidRequestError,
+    ReplicaLostError,
+    Violation,
+)
 
 VOCABULARY = 49_152
 
@@ -44,6 +50,8 @@ class SyntheticEngine:
         self._rate = float(os.environ.get("SYNTHETIC_TOKENS_PER_S", "300"))
         self._prefill_s = float(os.environ.get("SYNTHETIC_PREFILL_S", "0.005"))
         self._load_s = float(os.environ.get("SYNTHETIC_LOAD_S", "0.02"))
+        deaths = os.environ.get("SYNTHETIC_DEATHS")
+        self._death = None if deaths is None else Path(deaths, str(os.getpid()))
         self._loaded: set[str] = set()
 
     async def load(self, name: str, directory: Path) -> None:
@@ -69,11 +77,13 @@ class SyntheticEngine:
     async def generate(
         self, request_id: str, token_ids: list[int], sampling: Sampling, adapter: str | None
     ) -> AsyncGenerator[Delta, None]:
+        self.check_health()
         assert adapter is None or adapter in self._loaded, f"{adapter} is not loaded"
         ids = expected_tokens(adapter, token_ids, sampling.max_tokens)
         await asyncio.sleep(self._prefill_s)
         began, made = time.perf_counter(), 0
         while made < len(ids):
+            self.check_health()
             # As from vLLM: what was made since the last delta comes in one.
             due = 1 + int((time.perf_counter() - began) * self._rate)
             new = tuple(ids[made : max(made + 1, due)])
@@ -86,7 +96,8 @@ class SyntheticEngine:
                 await asyncio.sleep(next_at)
 
     def check_health(self) -> None:
-        return
+        if self._death is not None and self._death.exists():
+            raise ReplicaLostError("The engine died.")
 
     async def close(self) -> None:
         return

@@ -61,11 +61,21 @@ def registry(location: Path, base: BaseModelIdentity) -> Iterator[Registry]:
 
 
 @pytest.fixture(scope="module")
+def deaths(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A file here that is named by a replica's process kills the engine in it."""
+    directory = tmp_path_factory.mktemp("deaths")
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("SYNTHETIC_DEATHS", str(directory))
+        yield directory
+
+
+@pytest.fixture(scope="module")
 def gateway(
     tmp_path_factory: pytest.TempPathFactory,
     base_directory: Path,
     location: Path,
     registry: Registry,
+    deaths: Path,
 ) -> Iterator[Gateway]:
     config = tmp_path_factory.mktemp("gateway") / "gateway.yaml"
     config.write_text(CONFIG.format(base=base_directory, registry=location))

@@ -4,6 +4,7 @@ import asyncio
 import os
 import signal
 from collections import Counter
+from pathlib import Path
 
 import psutil
 import pytest
@@ -142,6 +143,24 @@ async def test_a_replica_that_dies_costs_streams_and_no_unary_request(gateway: G
             answer = await client.generate(PROMPT, name, max_tokens=20)
             assert tuple(answer.token_ids) == expected(answer, 20)
     assert await asyncio.to_thread(wait_until, lambda: gateway.requests() == 0, within_s=60)
+
+
+async def test_a_replica_whose_engine_dies_costs_no_unary_request(
+    gateway: Gateway, deaths: Path
+) -> None:
+    before = {replica.replica_id for replica in gateway.replicas()}
+    assert len(before) == 2
+    async with AsyncClient(gateway.inference, timeout=300) as client:
+        (deaths / str(replica_processes(gateway.process.pid)[0].pid)).touch()
+        # Some of them are at home in it.
+        for name in (*ADAPTERS, *ADAPTERS):
+            answer = await client.generate(PROMPT, name, max_tokens=20)
+            assert tuple(answer.token_ids) == expected(answer, 20)
+    assert await asyncio.to_thread(
+        wait_until,
+        lambda: len({one.replica_id for one in gateway.replicas()} - before) == 1,
+        within_s=240,
+    )
 
 
 @pytest.mark.parametrize("streams", [64])

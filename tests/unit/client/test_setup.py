@@ -3,9 +3,11 @@
 import asyncio
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from socketserver import StreamRequestHandler, ThreadingTCPServer
 from typing import Any
 
 import grpc
@@ -18,6 +20,7 @@ from manylora_client import (
     Generation,
     InvalidInputError,
     Request,
+    UnimplementedError,
     UnreachableError,
     tls_credentials,
 )
@@ -48,6 +51,41 @@ def test_the_server_is_taken_from_the_environment(
         assert client.generate("x").text == "found"
     monkeypatch.delenv("MANYLORA_SERVER")
     assert Client().target == AsyncClient().target == "127.0.0.1:50051"
+
+
+@pytest.mark.parametrize(
+    ("target", "told"),
+    [
+        ("http://127.0.0.1:50051", "HOST:PORT of gRPC, not a URL"),
+        ("127.0.0.1:99999", "at most 65535: 127.0.0.1:99999"),
+    ],
+)
+def test_what_is_no_address_is_told_before_anything_is_sent(target: str, told: str) -> None:
+    for make in (Client, AsyncClient):
+        with pytest.raises(InvalidInputError, match=told):
+            make(target)
+
+
+class OfHttp(StreamRequestHandler):
+    def handle(self) -> None:
+        self.wfile.write(b"HTTP/1.1 404 Not Found\r\ncontent-length: 0\r\n\r\n")
+
+
+def test_a_server_of_http_is_told_from_none(connect: Connect) -> None:
+    with ThreadingTCPServer(("127.0.0.1", 0), OfHttp) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        with pytest.raises(UnreachableError, match="speaks HTTP and not gRPC"):
+            connect(f"127.0.0.1:{server.server_address[1]}").generate("x")
+        server.shutdown()
+
+
+def test_another_port_of_the_gateway_is_told(connect: Connect) -> None:
+    server = grpc.server(ThreadPoolExecutor(1))
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    with pytest.raises(UnimplementedError, match="tells which port is which"):
+        connect(f"127.0.0.1:{port}").generate("x")
+    server.stop(None)
 
 
 def test_credentials_make_the_channel_secure(serve: Serve, connect: Connect) -> None:

@@ -13,6 +13,7 @@ from ray.serve.handle import DeploymentBroadcastResponse
 
 from manylora_gateway.cluster import RayReplicas
 from manylora_gateway.deltas import DeltaReceiver, FrontAddress
+from manylora_gateway.errors import ReplicaLostError
 
 
 class Answer:
@@ -31,16 +32,16 @@ class Answer:
 
 
 class Handle:
-    """Of a deployment with one replica."""
+    """Of a deployment with a replica for each answer."""
 
-    def __init__(self, answer: Answer) -> None:
-        self._answer = answer
+    def __init__(self, *answers: Answer) -> None:
+        self._answers = answers
 
     def broadcast(self, method: str) -> DeploymentBroadcastResponse:
         del method
 
         async def route() -> list[ReplicaResult]:
-            return [cast("ReplicaResult", self._answer)]
+            return [cast("ReplicaResult", answer) for answer in self._answers]
 
         return DeploymentBroadcastResponse(route(), None)
 
@@ -59,3 +60,19 @@ async def test_a_look_that_is_ended_as_its_answer_comes_ends(steps: int) -> None
     with suppress(asyncio.CancelledError):
         await looking
     assert looking.cancelled() == was_ending
+
+
+def replicas_of(*answers: Answer) -> RayReplicas:
+    handle, address = cast("Any", Handle(*answers)), cast("FrontAddress", None)
+    return RayReplicas(handle, DeltaReceiver(), address, state_timeout_s=0.05)
+
+
+async def test_a_replica_that_stands_still_is_left_out_of_the_states() -> None:
+    still, answers = Answer(), Answer()
+    answers.say()
+    assert await replicas_of(still, answers).states() == ["state"]
+
+
+async def test_replicas_that_all_stand_still_are_lost() -> None:
+    with pytest.raises(ReplicaLostError, match="No engine replica answers"):
+        await replicas_of(Answer(), Answer()).states()

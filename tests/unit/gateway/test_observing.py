@@ -115,6 +115,17 @@ async def test_a_passed_deadline_is_told_from_a_client_that_left(gateway: Runnin
         assert line in text.splitlines(), line
 
 
+def test_a_deadline_that_grpc_sent_rounded_up_has_passed_when_the_client_goes() -> None:
+    now = 1000.0
+    metrics = Metrics(clock=lambda: now)
+    # What the gateway is told of a timeout of 299.01 s and of one of 300 s.
+    seen = metrics.observation("a", "t", now + 300)
+    now += 299.01
+    assert seen.failure(asyncio.CancelledError()) == ("DEADLINE_EXCEEDED", "DEADLINE_EXCEEDED")
+    now -= 10
+    assert seen.failure(asyncio.CancelledError()) == ("CANCELLED", "CANCELLED")
+
+
 def test_labels_are_bounded_and_given_back() -> None:
     metrics = Metrics(max_versions=2)
     one, two, three = map(version, ("one", "two", "three"))
@@ -359,7 +370,7 @@ async def test_a_new_replica_gets_what_is_served_before_it_is_asked(
         assert set(fresh.loads) == {one.engine_name for one in served.values()}
 
 
-async def test_a_span_has_the_callers_trace_and_the_version(gateway: RunningGateway) -> None:
+async def test_a_span_has_the_callers_trace_and_what_is_asked(gateway: RunningGateway) -> None:
     exporter = InMemorySpanExporter()
     tracing.configure(TracingConfig(), "test", SimpleSpanProcessor(exporter))
     parent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
@@ -371,6 +382,11 @@ async def test_a_span_has_the_callers_trace_and_the_version(gateway: RunningGate
     assert span.attributes["manylora.version"] == 1
     assert span.attributes["manylora.request_id"] == reply.request_id
     assert gateway.replicas.traceparents[-1].startswith(f"00-{parent[3:35]}")
+    nobody = pb.GenerateRequest(adapter="nobody", text="hi")
+    await refused(gateway.inference.Generate(nobody, metadata=(("x-request-id", "mine"),)))
+    span = exporter.get_finished_spans()[-1]
+    assert span.status.description == "ADAPTER_NOT_FOUND"
+    assert span.attributes == {"manylora.request_id": "mine"}
 
 
 @pytest.mark.parametrize("collector", ["gone", "silent"])

@@ -17,6 +17,7 @@ from manylora_client.errors import (
 
 DEFAULT_TARGET = "127.0.0.1:50051"
 TARGET_VARIABLE = "MANYLORA_SERVER"
+MAX_PORT = 65_535
 DEFAULT_TIMEOUT = 300.0
 """Seconds; a CPU makes a hundred tokens a second for all its callers together."""
 LONGEST_TIMEOUT = 1e9
@@ -28,8 +29,19 @@ MAX_MESSAGE_BYTES = 64 * 2**20
 
 
 def resolve_target(target: str | None) -> str:
-    """`target`, or the address in MANYLORA_SERVER, or the default one."""
-    return target or os.environ.get(TARGET_VARIABLE) or DEFAULT_TARGET
+    """`target`, or the address in MANYLORA_SERVER, or the default one.
+
+    Raises:
+        InvalidInputError: it is a URL, or its port is none.
+    """
+    found = target or os.environ.get(TARGET_VARIABLE) or DEFAULT_TARGET
+    port = found.rpartition(":")[2]
+    if found.startswith(("http://", "https://")):
+        raise InvalidInputError(f"the server is HOST:PORT of gRPC, not a URL: {found}")
+    if port.isdecimal() and int(port) > MAX_PORT:
+        # gRPC would connect to what is left of it in 16 bits.
+        raise InvalidInputError(f"the port of the server must be at most {MAX_PORT}: {found}")
+    return found
 
 
 def tls_credentials(

@@ -29,6 +29,9 @@ _CLASSES: dict[str, type[StatusError]] = {
 }
 _NO_COMMON_TLS = ("handshake", "addresses; last error: UNAVAILABLE")
 """In gRPC's words where one side speaks TLS and the other does not, or refuses its certificate."""
+_HTTP_1 = "http1.x"
+"""In gRPC's words where a server of HTTP answers."""
+_READY = "the ready line of `manylora serve` tells which port is which"
 _DETAILS = "grpc-status-details-bin"
 
 
@@ -38,6 +41,10 @@ def call_error(call: grpc.RpcError, target: str) -> StatusError:
     if details:
         return _typed(code, message, details)
     # Without details gRPC itself is speaking, not the gateway.
+    if code == "UNAVAILABLE" and _HTTP_1 in message:
+        return errors.UnreachableError(
+            f"{target} speaks HTTP and not gRPC: {_READY} ({message})", code=code
+        )
     if code == "UNAVAILABLE" and any(words in message for words in _NO_COMMON_TLS):
         return errors.UnreachableError(
             f"something listens at {target} and no connection comes about: check whether it speaks "
@@ -50,6 +57,8 @@ def call_error(call: grpc.RpcError, target: str) -> StatusError:
             f"`manylora serve CONFIG` starts one ({message})",
             code=code,
         )
+    if code == "UNIMPLEMENTED":
+        message = f"{target} answers and knows no such call: {_READY} ({message})"
     if code == "DEADLINE_EXCEEDED":
         message = f"{target} did not answer before the deadline"
     return _typed(code, message, details)

@@ -52,6 +52,7 @@ class RayReplicas:
         handle: calls the deployment.
         receiver: where the replicas' deltas arrive.
         address: its address, as replicas reach it.
+        state_timeout_s: how long a replica may take to tell its state.
     """
 
     def __init__(
@@ -59,7 +60,9 @@ class RayReplicas:
         handle: "DeploymentHandle[EngineReplica]",
         receiver: DeltaReceiver,
         address: FrontAddress,
+        state_timeout_s: float = STATE_TIMEOUT_S,
     ) -> None:
+        self._state_timeout_s = state_timeout_s
         self._handle = handle
         self._receiver = receiver
         self._address = address
@@ -139,35 +142,52 @@ class RayReplicas:
         return sum(await self._everywhere("retire", version))
 
     async def states(self) -> list[ReplicaState]:
-        """Asks all."""
-        return await self._everywhere("state", timeout_s=STATE_TIMEOUT_S)
+        """Asks all; one that stands still is left out, as the others answer requests."""
+        return await self._everywhere("state", timeout_s=self._state_timeout_s)
 
     async def _everywhere(
         self, method: str, *arguments: object, timeout_s: float | None = None
     ) -> list[Any]:
         """What every replica that lives answers to `method`.
 
+        Those that do not answer within `timeout_s` are left out.
+
         Raises:
-            GatewayError: the first failure of a living replica, or none of them lives.
+            GatewayError: the first failure of a living replica, or none of them answers.
         """
-        # Not by Serve's own timeout: that is `asyncio.wait_for`, which before Python 3.12 drops a
-        # cancellation that comes as the answers do, and a watch so kept would hold up the end.
+        broadcast: Any = self._handle.broadcast(method, *arguments)
         with _translated():
             async with asyncio.timeout(timeout_s):
-                answers = await self._handle.broadcast(method, *arguments).results_async(
-                    return_exceptions=True
-                )
+                # Serve's own `results_async` has the answers of all or of none.
+                asked = await broadcast._fetch_replica_results_async()
+        answers = await asyncio.gather(
+            *(_answer(each, timeout_s) for each in asked), return_exceptions=True
+        )
         alive: list[Any] = []
         for answer in answers:
-            if isinstance(answer, RayActorError):
+            if answer is None or isinstance(answer, RayActorError):
                 continue
             if isinstance(answer, BaseException):
                 with _translated():
                     raise answer
-            alive.append(answer)
+            alive.append(answer[0])
         if not alive:
             raise ReplicaLostError("No engine replica answers.")
         return alive
+
+
+async def _answer(asked: Any, timeout_s: float | None) -> tuple[Any] | None:
+    """What one replica answers, None if it does not in time."""
+    # Not `asyncio.wait_for`, which before Python 3.12 drops a cancellation that comes as the answer
+    # does: a watch so kept would hold up the end.
+    within = asyncio.timeout(timeout_s)
+    try:
+        async with within:
+            return (await asked.get_async(),)
+    except TimeoutError:
+        if within.expired():
+            return None
+        raise
 
 
 @contextmanager

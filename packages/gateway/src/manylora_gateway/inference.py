@@ -101,6 +101,7 @@ class Inference:
         sampling = request.sampling
         call = current_call()
         span = tracing.begin("manylora.generate", call.traceparent)
+        tracing.describe(span, request_id, None)
         tokens: list[int] = []
         seen = self.metrics.observation(request_id, tenant.name, call.deadline)
         try:

@@ -44,6 +44,8 @@ NOT_OURS = frozenset(
 """Codes of requests that failed by the client's doing."""
 DEADLINE_TOLERANCE_S = 0.05
 """A client whose clock began earlier ends its call by so much before our deadline."""
+DEADLINE_ROUNDING = 0.01
+"""And by so much of its timeout: gRPC sends three digits of it, rounded up."""
 
 IDLE_S = 3600.0
 """So long a version keeps a label that another needs; sooner, the labels would come and go with
@@ -62,8 +64,12 @@ class Observation:
         self.request_id = request_id
         self.tenant = tenant
         self._metrics = metrics
-        self._began = time.monotonic()
-        self._deadline = math.inf if deadline is None else deadline
+        self._clock = metrics.clock
+        self._began = self._clock()
+        self._late_from = math.inf
+        if deadline is not None:
+            rounded_s = DEADLINE_ROUNDING * (deadline - self._began)
+            self._late_from = deadline - DEADLINE_TOLERANCE_S - rounded_s
         self._last: float | None = None
         self.version: Version | None = None
         self.resolved = False
@@ -78,7 +84,7 @@ class Observation:
 
     def delta(self, delta: Delta) -> None:
         """The next part of its answer came."""
-        now = time.monotonic()
+        now = self._clock()
         tokens = len(delta.token_ids)
         if self._last is None:
             self.first_token_s = now - self._began
@@ -100,7 +106,7 @@ class Observation:
             return "INTERNAL", "INTERNAL"
         # The call's task was cancelled: the client went away, its deadline passed, or the gateway
         # ended, which nobody counts any more.
-        late = time.monotonic() > self._deadline - DEADLINE_TOLERANCE_S
+        late = self._clock() > self._late_from
         ending = "DEADLINE_EXCEEDED" if late else "CANCELLED"
         return ending, ending
 
@@ -113,7 +119,7 @@ class Observation:
             "adapter": "" if version is None else version.name,
             "version": None if version is None else version.number,
             "code": code,
-            "seconds": round(time.monotonic() - self._began, 4),
+            "seconds": round(self._clock() - self._began, 4),
             "first_token_seconds": self.first_token_s and round(self.first_token_s, 4),
             "prompt_tokens": self.prompt_tokens,
             "tokens": self.tokens,
@@ -125,7 +131,7 @@ class Metrics:
 
     Args:
         max_versions: adapter versions with a label of their own.
-        clock: tells how long they were not asked for.
+        clock: tells how long they were not asked for, and what requests take.
     """
 
     def __init__(
@@ -137,7 +143,7 @@ class Metrics:
         self.certificate_end: Callable[[], float] | None = None
         """See `ServerTls.end`; None without TLS."""
         self._max_versions = max_versions
-        self._clock = clock
+        self.clock = clock
         # By digest, with when each was asked for; the longest ago first.
         self._labelled: OrderedDict[str, tuple[Labels, float]] = OrderedDict()
         self.registry = CollectorRegistry()
@@ -216,7 +222,7 @@ class Metrics:
         if found is None and not self._has_room():
             return OTHER
         labels = (version.name, str(version.number)) if found is None else found[0]
-        self._labelled[version.digest] = (labels, self._clock())
+        self._labelled[version.digest] = (labels, self.clock())
         self._labelled.move_to_end(version.digest)
         return labels
 
@@ -229,7 +235,7 @@ class Metrics:
         if len(self._labelled) < self._max_versions:
             return True
         longest, (_, asked_at) = next(iter(self._labelled.items()))
-        if self._clock() - asked_at < IDLE_S:
+        if self.clock() - asked_at < IDLE_S:
             return False
         self._forget(longest)
         return True

@@ -1,6 +1,7 @@
 """The engine replica as Ray Serve runs it: a thin shell around a Worker."""
 
 import asyncio
+import logging
 import os
 import threading
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from manylora_gateway.config import EngineConfig, GatewayConfig
 from manylora_gateway.deltas import DeltaSender, FrontAddress
 from manylora_gateway.engine import Engine, Prompt, Sampling
 from manylora_gateway.environment import engine_environment
+from manylora_gateway.errors import ReplicaLostError
 from manylora_gateway.fair import Share
 from manylora_gateway.replicas import ReplicaState
 from manylora_gateway.worker import Servable, Worker
@@ -21,6 +23,8 @@ from manylora_registry import Cache, Registry, Version
 
 MakeEngine = Callable[[Path, EngineConfig, int], Engine]
 """Makes an engine from the base's directory and a number of GPUs."""
+
+logger = logging.getLogger(__name__)
 
 
 def vllm_engine(base: Path, config: EngineConfig, gpus: int) -> Engine:
@@ -105,8 +109,23 @@ class EngineReplica:
                 async for delta in deltas:
                     await sender.send(request_id, delta)
             await sender.send(request_id, None)
+        except ReplicaLostError:
+            self._end_with_the_engine()
+            raise
         finally:
             span.end()
+
+    def _end_with_the_engine(self) -> None:
+        """Ends this process if its engine is dead, as a replica that is killed ends.
+
+        Until Serve has seen three checks of health fail it would go on sending requests here, and
+        as an adapter has a home, those that are tried once more too.
+        """
+        try:
+            self._worker.check_health()
+        except ReplicaLostError:
+            logger.error("the engine died, and its replica with it")
+            os._exit(1)
 
     async def _sender(self, to: FrontAddress) -> DeltaSender:
         async with self._connecting:
