@@ -110,6 +110,33 @@ def test_a_table_is_paged_by_any_kind_of_key(postgres, monkeypatch, key):
     assert sorted(row["id"] for row in rows) == list(range(23))
 
 
+@pytest.mark.parametrize(
+    "key",
+    [
+        "(ARRAY['sad', 'ok', 'happy'])[id + 1]::mood",
+        "(id * 1000)::money",
+        "id = 1",
+        "('08:00:2b:01:02:' || (10 - id))::macaddr",
+    ],
+)
+def test_a_key_of_a_type_python_reads_as_another_is_paged(postgres, monkeypatch, key):
+    """An enum or money is text in Python, and compares with no text in the database."""
+    url = postgres.render_as_string(hide_password=False)
+    monkeypatch.setenv("ROWS_URL", url)
+    engine = sa.create_engine(url, isolation_level="AUTOCOMMIT")
+    with engine.connect() as connection:
+        connection.exec_driver_sql("DROP TYPE IF EXISTS mood")
+        connection.exec_driver_sql("CREATE TYPE mood AS ENUM ('sad', 'ok', 'happy')")
+    engine.dispose()
+    count = 2 if key == "id = 1" else 3
+    query = f"SELECT id, {key} AS key FROM rows WHERE id < {count}"
+    source = opened(
+        {"kind": "sql", "url_env": "ROWS_URL", "query": query, "key": "key", "page_rows": 1}
+    )
+    rows = goes_on_from(source, range(count))
+    assert sorted(row["id"] for row in rows) == list(range(count))
+
+
 @pytest.mark.parametrize("page_rows", [1, 2])
 def test_a_key_greater_than_itself_is_refused(postgres, monkeypatch, page_rows):
     """0.1 as a `real` is greater than 0.1, so that a page would begin with the row before it."""

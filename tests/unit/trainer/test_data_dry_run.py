@@ -88,6 +88,24 @@ def test_an_example_shows_what_trains(recipe):
     assert "\x1b[" not in shown
 
 
+@pytest.mark.parametrize(
+    ("terminal", "shown"),
+    [("dumb", "\u27e6a\\x1b[2Jb\\x07\\x9bc<|im_end|>\u27e7"), ("xterm", "\x1b[1;7;32ma\\x1b[2Jb")],
+)
+def test_a_terminal_obeys_no_row_and_shows_what_trains(
+    make_task, write_recipe, monkeypatch, terminal, shown
+):
+    # As rich tells a terminal by.
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", terminal)
+    rows = [{"wrong": "[red]w", "right": "a\x1b[2Jb\a\x9bc"}] * 9
+    found = dry_run(
+        write_recipe(make_task("task", rows=rows, split={"validation": 0, "held_out": 0}))
+    )
+    assert shown in found
+    assert "Fix: [red]w<|im_end|>" in found
+
+
 def test_weights_are_reckoned_as_they_are(recipe, tiny_base):
     memory = plan(load_recipe(recipe)).memory
     base = BaseModel(tiny_base, torch.float32, torch.device("cpu"))

@@ -10,12 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 import typer
+import yaml
 from typer.testing import CliRunner
 
 import manylora_trainer
 from manylora_cli.publish import publish
 from manylora_cli.train import train
 from manylora_registry import Registry
+from manylora_trainer.cards import adapter_card
 from manylora_trainer.dataset import load_task
 from manylora_trainer.dry_run import plan
 from manylora_trainer.errors import (
@@ -184,6 +186,19 @@ def test_the_card_tells_what_the_adapter_is_and_no_place(run, tmp_path):
     assert "| validation_loss | " in card
     assert "prompt: 'Fix: {wrong}'" in card
     assert str(tmp_path) not in card
+
+
+def test_a_fence_in_a_prompt_does_not_end_that_of_the_card(make_task, write_recipe):
+    prompt = "{wrong}\n```sql\nSELECT 1\n```\n"
+    format_ = {"kind": "template", "prompt": prompt, "completion": "{right}"}
+    (task,) = load_recipe(write_recipe(make_task("first", format=format_))).tasks
+    card = adapter_card(task, "sha256:base", "sha256:data", {})
+    _, opening, told = card.partition("\n````yaml\n")
+    assert opening
+    told, closing, after = told.partition("\n````\n")
+    assert yaml.safe_load(told)["prompt"] == prompt
+    assert closing
+    assert after.startswith("\n## Settings")
 
 
 def test_the_resolved_recipe_starts_the_same_run(run, tmp_path):

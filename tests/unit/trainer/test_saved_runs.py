@@ -153,6 +153,8 @@ def test_damaged_records_of_a_run_are_said_in_one_line(runs, tmp_path):
     for seed in ("2026-01-01", "&a [*a]", ".inf"):
         recipe.write_text(resolved.replace("seed: 7", f"seed: {seed}"))
         fails("recipe.yaml cannot be read")
+    recipe.write_text(resolved.replace("name: first", "name: [first]"))
+    fails("recipe.yaml cannot be read: the name of a task is no text")
     assert listed(runs)[f"{runs}/cut"]["state"] == "broken"
 
 

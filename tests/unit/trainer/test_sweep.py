@@ -271,6 +271,10 @@ def test_a_wrong_range_is_one_mistake(write_sweep):
         ({"space": {"tasks.7.lora.rank": [1, 2]}}, "nothing can be set|no tasks.7"),
         ({"space": {RANK: [date(2026, 1, 1), 4]}}, "space.*JSON"),
         ({"space": {RANK: [4, 9999]}}, "9999 is refused: tasks.0.lora.rank"),
+        (
+            {"method": "random", "trials": 4, "space": {RANK: {"low": 2.0, "high": 8.0}}},
+            r"4\.2\d+ is refused: tasks.0.lora.rank: Input should be a valid integer",
+        ),
         ({"space": {RATE: {"low": 1, "high": 1}}}, "must be below"),
         ({"space": {RATE: {"low": 0, "high": 1, "log": True}}}, "must begin above 0"),
         ({"space": {RATE: {"low": 0.1, "high": 1}}}, "a grid needs lists"),

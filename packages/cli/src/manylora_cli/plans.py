@@ -1,5 +1,6 @@
 """How a dry run is shown: a table of the tasks, what the run needs, and one example of each."""
 
+import re
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,8 @@ if TYPE_CHECKING:
 
 MARKS = ("⟦", "⟧")
 """Around text that trains, where there are no colours."""
+CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+"""Characters that command a terminal; all but tab and line end."""
 
 
 def show_plan(plan: "Plan") -> None:
@@ -24,12 +27,12 @@ def show_plan(plan: "Plan") -> None:
     )
     console.print(_memory(plan), highlight=False)
     console.print(_time(plan), highlight=False)
-    how = "highlighted" if console.is_terminal else f"between {MARKS[0]} and {MARKS[1]}"
+    # A terminal may have none either, as `TERM=dumb`.
+    in_colour = console.is_terminal and console.color_system is not None
+    how = "highlighted" if in_colour else f"between {MARKS[0]} and {MARKS[1]}"
     for entry in plan.tasks:
         console.print(Text(f"\n{entry.task}: one example; what it learns is {how}"))
-        console.print(
-            Text.assemble(*(_shown(segment, console.is_terminal) for segment in entry.example))
-        )
+        console.print(Text.assemble(*(_shown(segment, in_colour) for segment in entry.example)))
 
 
 def _table(plan: "Plan") -> list[tuple[str, list[str]]]:
@@ -88,6 +91,8 @@ def _bytes(size: int) -> str:
 
 
 def _shown(segment: "Segment", in_colour: bool) -> tuple[str, str]:
+    # A terminal would obey them: a row could clear the screen, or hide what else it holds.
+    text = CONTROLS.sub(lambda found: f"\\x{ord(found[0]):02x}", segment.text)
     if not segment.trained:
-        return segment.text, ""
-    return (segment.text, "bold green reverse") if in_colour else (segment.text.join(MARKS), "")
+        return text, ""
+    return (text, "bold green reverse") if in_colour else (text.join(MARKS), "")

@@ -1,5 +1,6 @@
 """The card of an adapter: the README that is published with its weights."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,8 @@ def adapter_card(
     prompts = yaml.safe_dump(
         task.format.model_dump(mode="json", exclude_none=True), sort_keys=False, allow_unicode=True
     )
+    # A prompt may hold fences itself, and one of the same length would end this one.
+    fence = max(["``", *re.findall("`+", prompts)], key=len) + "`"
     return f"""---
 library_name: peft
 tags: [lora, manylora]
@@ -58,8 +61,8 @@ Losses are cross-entropies in nats per completion token.
 
 ## How it was asked
 
-```yaml
-{prompts}```
+{fence}yaml
+{prompts}{fence}
 
 ## Settings
 

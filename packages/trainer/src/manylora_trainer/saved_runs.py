@@ -68,7 +68,7 @@ class SavedRun:
     @cached_property
     def tasks(self) -> dict[str, SavedTask]:
         """Its adapters by name."""
-        names = [str(task["name"]) for task in self.recipe["tasks"]]
+        names: list[str] = [task["name"] for task in self.recipe["tasks"]]
         return {name: self._task(name) for name in names}
 
     @property
@@ -228,7 +228,8 @@ def _read_recipe(path: Path) -> Mapping[str, Any]:
         recipe = yaml.load(path.read_bytes(), Loader=LOADER)  # noqa: S506 (a SafeLoader)
         if not isinstance(recipe, dict) or not isinstance(recipe["tasks"], list):  # pyright: ignore[reportUnknownVariableType]
             raise ValueError("it has no list of tasks")
-        _ = [task["name"] for task in recipe["tasks"]]  # pyright: ignore[reportUnknownVariableType]
+        if not all(isinstance(task["name"], str) for task in recipe["tasks"]):  # pyright: ignore[reportUnknownVariableType]
+            raise ValueError("the name of a task is no text")
         # A run writes what JSON can hold; YAML can name dates, and lists that hold themselves.
         _ = json.dumps(recipe, allow_nan=False)
     except (OSError, ValueError, KeyError, TypeError, RecursionError, yaml.YAMLError) as error:

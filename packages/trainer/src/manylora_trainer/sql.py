@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any, cast
 
 from sqlalchemy import (
+    BindParameter,
     ColumnClause,
     Connection,
     Engine,
     RowMapping,
     Select,
+    bindparam,
     column,
     create_engine,
     literal_column,
@@ -27,6 +29,7 @@ from sqlalchemy import (
 from sqlalchemy.exc import DataError, SQLAlchemyError
 from sqlalchemy.pool import NullPool
 from sqlalchemy.sql.expression import FromClause, TextClause
+from sqlalchemy.types import NullType
 
 from manylora_trainer.errors import SourceError
 from manylora_trainer.source_settings import ENVIRONMENT_VARIABLE, SqlSource
@@ -120,7 +123,7 @@ class SqlRows:
         page: list[_Fetched] = []
         with engine.connect() as connection:
             for (found,) in connection.execute(self._behind(last, key)).all():
-                row = select(everything).select_from(self._from()).where(key == found)
+                row = select(everything).select_from(self._from()).where(key == _bound(found))
                 try:
                     rows = connection.execute(row).mappings().all()
                 except SQLAlchemyError as error:
@@ -144,7 +147,7 @@ class SqlRows:
         key: ColumnClause[Any] = column(self.settings.key)
         statement: Select[Any] = select(wanted).select_from(self._from())
         if last is not None:
-            statement = statement.where(key > last)
+            statement = statement.where(key > _bound(last))
         return statement.order_by(key).limit(self.settings.page_rows + 1)
 
     def _refuse_another(self, engine: Engine, last: Any, page: Sequence[_Fetched]) -> None:
@@ -161,7 +164,8 @@ class SqlRows:
                 "does a narrow float; choose another key"
             )
         key: ColumnClause[Any] = column(name)
-        statement: Select[Any] = select(key).select_from(self._from()).where(key == last).limit(2)
+        equals = select(key).select_from(self._from()).where(key == _bound(last))
+        statement: Select[Any] = equals.limit(2)
         with engine.connect() as connection:
             equal = [row[0] for row in connection.execute(statement)]
         if len(equal) > 1:
@@ -199,6 +203,15 @@ class SqlRows:
             f"{self.name}: {self.settings.key} is {type(key).__name__}; a key must be a number, "
             "text, a date, a time or a UUID"
         )
+
+
+def _bound(key: Any) -> BindParameter[Any]:
+    """A key to compare with, untyped where Python's type may not be that of the database.
+
+    Text may have been an enum or money, which compare with no text. And what is greater than a
+    truth value is nothing that SQLAlchemy would ask.
+    """
+    return bindparam(None, key, NullType() if isinstance(key, str | bool) else None, unique=True)
 
 
 def _streamed(connection: Connection, statement: Any) -> Sequence[RowMapping]:

@@ -5,6 +5,7 @@ alone can vary between them; what all share is refused by name.
 """
 
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
@@ -53,6 +54,14 @@ class Range(ConfigModel):
         if self.log and self.low <= 0:
             raise ValueError(f"a log range must begin above 0, not at {self.low}")
         return self
+
+    @property
+    def tried(self) -> tuple[int | float, ...]:
+        """Values that stand for all: the ends, and a fraction where fractions are drawn."""
+        if self.is_whole:
+            return self.low, self.high
+        # Both ends may be whole, as of 2.0 to 8.0, for a setting that takes no fraction.
+        return self.low, self.high, self.low + (self.high - self.low) / math.e
 
     @property
     def is_whole(self) -> bool:
@@ -213,8 +222,7 @@ def _problems(sweep: Sweep, recipe: Recipe) -> list[Problem]:
         return [Problem("space", f"the recipe has no tasks.{sweep.task}")]
     problems = list(_cannot_be_packed(recipe, sweep.task))
     for path, values in sweep.space.items():
-        ends = (values.low, values.high) if isinstance(values, Range) else values
-        for value in ends:
+        for value in values.tried if isinstance(values, Range) else values:
             try:
                 sweep.recipe_with({path: value})
             except ConfigError as error:
