@@ -85,6 +85,8 @@ def test_plain_lora_is_accepted(changes):
         ("rank_pattern", {"q_proj": 1024}),
         ("rank_pattern", {"(a+)+$": 8}),
         ("alpha_pattern", {".*": 8}),
+        ("layers_to_transform", ["0"]),
+        ("layers_pattern", "(a+)+$"),
     ],
 )
 def test_what_the_engine_would_refuse_or_compute_wrongly_is_refused(key, value):

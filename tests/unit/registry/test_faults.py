@@ -1,9 +1,12 @@
 """Disks and databases that fail, and questions no registry can answer: one typed error each."""
 
 import json
+import os
 import resource
 import shutil
 from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -98,18 +101,65 @@ def test_a_blob_the_disk_cannot_read_is_damaged_and_the_check_goes_on(registry, 
     assert report.blobs == 3
 
 
-def test_a_directory_in_the_place_of_a_blob_is_damage_and_can_be_repaired(
-    registry, version, base, make_adapter, tmp_path
-):
-    path = blob_of(tmp_path, version.digest)
-    path.unlink()
+def _full_directory(path):
     path.mkdir()
+    (path / "of somebody").touch()
 
-    report = registry.verify(repair=True)
 
-    assert (report.affected, report.blobs) == (("spelling@1",), 3)
-    registry.publish("spelling", make_adapter(), base=base)
+def _link_to_a_device(path):
+    path.symlink_to("/dev/zero")
+
+
+def _link_to_itself(path):
+    path.symlink_to(path)
+
+
+@pytest.fixture(params=[_full_directory, os.mkfifo, _link_to_a_device, _link_to_itself])
+def no_file(request, version, tmp_path):
+    """Puts what is no file in the place of a blob; can do it again."""
+
+    def put():
+        path = blob_of(tmp_path, version.digest)
+        path.unlink()
+        request.param(path)
+
+    put()
+    return put
+
+
+def test_what_is_no_file_in_the_place_of_a_blob_is_damage_and_can_be_repaired(
+    registry, version, base, make_adapter, tmp_path, no_file
+):
+    with pytest.raises(CorruptBlobError, match="is no file"):
+        registry.materialize(version, tmp_path / "cache")
+    for _ in range(2):
+        report = registry.verify(repair=True)
+
+        assert (report.affected, report.blobs) == (("spelling@1",), 3)
+        assert report.set_aside == (version.digest,)
+        registry.publish("spelling", make_adapter(), base=base)
+        assert registry.verify().ok
+        no_file()
+
+
+def test_what_is_no_file_in_the_place_of_a_blob_is_collected(registry, version, no_file):
+    registry.delete(version)
+
+    registry.collect_garbage(grace=timedelta())
+    registry.collect_garbage(grace=timedelta())
+
     assert registry.verify().ok
+    assert list(registry.blobs.digests()) == []
+
+
+@pytest.mark.parametrize("put", [Path.touch, os.mkfifo])
+def test_what_somebody_put_among_arriving_files_stays(registry, version, tmp_path, put):
+    stray = tmp_path / "registry" / "incoming" / ".nfs0001"
+    put(stray)
+
+    registry.collect_garbage(grace=timedelta())
+
+    assert stray.exists()
 
 
 def test_blobs_that_cannot_be_opened_or_written_are_told(

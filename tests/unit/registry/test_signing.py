@@ -5,10 +5,11 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from cryptography.hazmat.primitives import serialization
-from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from typer.testing import CliRunner
 
 from manylora_cli.registry import app
@@ -26,8 +27,8 @@ from manylora_registry.transfer import copy_registry, export_version, import_ver
 def make_key(tmp_path):
     """Writes NAME.pem and NAME.pub."""
 
-    def make(name, password=None):
-        key = ec.generate_private_key(ec.SECP256R1())
+    def make(name, password=None, key=None):
+        key = key or ec.generate_private_key(ec.SECP256R1())
         encryption = (
             serialization.BestAvailableEncryption(password)
             if password
@@ -124,6 +125,41 @@ def test_a_key_that_cannot_sign_publishes_nothing(registry, base, make_adapter, 
         with pytest.raises(SigningKeyError, match=key.name):
             registry.publish("spelling", make_adapter(), base=base)
     assert registry.adapters() == []
+
+
+@pytest.mark.parametrize("kind", ["RSA", "Ed25519", "another curve"])
+def test_a_key_of_another_kind_is_refused_and_not_taken_for_a_missing_signature(
+    registry, version, ours, make_key, kind
+):
+    key = {
+        "RSA": lambda: rsa.generate_private_key(65537, 2048),
+        "Ed25519": ed25519.Ed25519PrivateKey.generate,
+        "another curve": lambda: ec.generate_private_key(ec.SECP256K1()),
+    }[kind]()
+    private, public = make_key("other", key=key)
+
+    with pytest.raises(SigningKeyError, match=r"other\.pem cannot"):
+        registry.signatures.sign(version, private)
+    registry.signatures.sign(version, ours[0])
+    with pytest.raises(SigningKeyError, match=r"other\.pub cannot be used: .* elliptic-curve"):
+        registry.signatures.verify(version, [public, ours[1]])
+
+
+@pytest.mark.parametrize("damage", [lambda blob: blob.write_bytes(b"{}"), Path.unlink])
+def test_a_damaged_signature_is_forgotten_and_made_anew(registry, version, ours, tmp_path, damage):
+    registry.signatures.require([ours[1]])
+    damage(blob_of(tmp_path, registry.signatures.sign(version, ours[0])))
+
+    report = registry.verify(repair=True)
+
+    assert report.affected == ("spelling@1",)
+    assert "sign it again" in str(report.problems[0])
+    assert registry.verify().ok
+    with pytest.raises(UnsignedError):
+        registry.resolve("spelling@1")
+    registry.signatures.sign(version, ours[0])
+    assert registry.resolve("spelling@1") == version
+    export_version(registry, version, tmp_path / "exported", "oci")
 
 
 def test_an_encrypted_key_needs_its_password(registry, version, make_key, monkeypatch):

@@ -150,7 +150,39 @@ def test_integer_weights_are_refused(refused, make_adapter):
 def test_modules_the_config_does_not_target_are_refused(refused, make_adapter):
     said = refused(make_adapter(config={"target_modules": ["up_proj"]}))
 
-    assert "target_modules do not name" in said
+    assert "adapts what the config's target_modules leaves out" in said
+
+
+@pytest.mark.parametrize(
+    ("config", "by"),
+    [
+        ({"layers_to_transform": [1, 2]}, "layers_to_transform"),
+        ({"layers_to_transform": 1}, "layers_to_transform"),
+        ({"layers_to_transform": [0], "layers_pattern": "h"}, "layers_to_transform"),
+        ({"layers_to_transform": [0], "layers_pattern": ["h", "blocks"]}, "layers_to_transform"),
+        ({"exclude_modules": ["up_proj"]}, "exclude_modules"),
+    ],
+)
+def test_modules_that_peft_would_leave_out_are_refused(refused, make_adapter, config, by):
+    assert f"adapts what the config's {by} leaves out" in refused(make_adapter(config=config))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"layers_to_transform": []},
+        {"layers_to_transform": 0},
+        {"layers_to_transform": [1, 0], "layers_pattern": ["h", "layers"]},
+        {"layers_to_transform": [0], "layers_pattern": "model.layers"},
+        {
+            "layers_to_transform": [1],
+            "target_modules": ["model.layers.0.q_proj", "model.layers.0.up_proj"],
+        },
+        {"layers_to_transform": [0], "layers_pattern": "", "exclude_modules": ["roj", "layers.1"]},
+    ],
+)
+def test_chosen_layers_that_fit_the_tensors_are_accepted(registry, base, make_adapter, config):
+    assert registry.publish("spelling", make_adapter(config=config), base=base).number == 1
 
 
 def test_ranks_follow_the_pattern(registry, base, make_adapter):

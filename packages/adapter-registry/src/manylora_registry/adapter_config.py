@@ -29,6 +29,7 @@ MAX_ALPHA = 65_536.0
 PLAIN_INITS = frozenset({"gaussian", "eva", "orthogonal", "mica", "lora_ga"})
 """Named initial weights that leave the base as it is; PiSSA, OLoRA, CorDA and LoftQ do not."""
 Number = TypeVar("Number", int, float)
+Item = TypeVar("Item", int, str)
 _PATTERN = re.compile(r"\^?[A-Za-z0-9_.]{1,256}")
 
 
@@ -87,6 +88,11 @@ class AdapterConfig(BaseModel):
     r: Rank
     lora_alpha: Alpha
     target_modules: Annotated[list[str] | str, AfterValidator(_targets)]
+    exclude_modules: list[str] | str | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: (
+        Annotated[list[Pattern], Field(max_length=16)] | Pattern | Literal[""] | None
+    ) = None
     rank_pattern: Annotated[dict[Pattern, Rank], Field(max_length=1024), NullIsEmpty] = {}
     alpha_pattern: Annotated[dict[Pattern, Alpha], Field(max_length=1024), NullIsEmpty] = {}
     bias: Literal["none"] = "none"
@@ -122,11 +128,38 @@ class AdapterConfig(BaseModel):
         alpha = _matching(self.alpha_pattern, module, self.lora_alpha)
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
-    def targets(self, module: str) -> bool:
-        """Whether PEFT would adapt `module`. A single string may be any pattern and is believed."""
-        if isinstance(self.target_modules, str):
-            return True
-        return any(module == name or module.endswith(f".{name}") for name in self.target_modules)
+    def left_out_by(self, module: str) -> str | None:
+        """The key by which PEFT would not adapt `module`, if any does.
+
+        A single string may be any pattern and is believed.
+        """
+        if isinstance(self.target_modules, list) and not _names(self.target_modules, module):
+            return "target_modules"
+        if isinstance(self.exclude_modules, list) and _names(self.exclude_modules, module):
+            return "exclude_modules"
+        chosen = self.layers_to_transform
+        # PEFT adapts what is named in full whatever its layer.
+        if chosen is None or chosen == [] or module in self.target_modules:
+            return None
+        if self._layer_of(module) in _listed(chosen):
+            return None
+        return "layers_to_transform"
+
+    def _layer_of(self, module: str) -> int | None:
+        """PEFT's rule: the first number behind a pattern, or behind any name if there is none."""
+        patterns = _listed(self.layers_pattern) if self.layers_pattern else []
+        for where in [rf"(?:^|.*?\.){name}" for name in patterns] or [r".*?\.[^.]*"]:
+            if found := re.match(rf"{where}\.(\d+)\.", module):
+                return int(found[1])
+        return None
+
+
+def _listed(value: Item | list[Item]) -> list[Item]:
+    return value if isinstance(value, list) else [value]
+
+
+def _names(names: list[str], module: str) -> bool:
+    return any(module == name or module.endswith(f".{name}") for name in names)
 
 
 def _matching(patterns: Mapping[str, Number], module: str, default: Number) -> Number:

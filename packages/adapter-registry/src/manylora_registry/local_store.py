@@ -6,6 +6,7 @@ survives a power cut.
 """
 
 import contextlib
+import errno
 import fcntl
 import io
 import os
@@ -69,16 +70,22 @@ class LocalBlobStore:
     def open(self, digest: str) -> BufferedIOBase:
         """See `BlobStore`."""
         try:
-            return io.BufferedReader(_BlobFile(self.path(digest), digest))
+            # Not to wait for whoever writes to a pipe that was put in a blob's place.
+            handle = os.open(self.path(digest), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         except FileNotFoundError as error:
             # A store that is gone as a whole, moved or not mounted, says nothing of its blobs.
             if not self._blobs.is_dir():
                 raise _unreadable(error) from error
             raise CorruptBlobError(digest, "is missing") from error
-        except IsADirectoryError as error:
-            raise CorruptBlobError(digest, "is a directory") from error
         except OSError as error:
+            # A socket, and a link to itself.
+            if error.errno in (errno.ENXIO, errno.ELOOP):
+                raise CorruptBlobError(digest, "is no file") from error
             raise _unreadable(error) from error
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            os.close(handle)
+            raise CorruptBlobError(digest, "is no file")
+        return io.BufferedReader(_BlobFile(handle, digest))
 
     def digests(self) -> Iterator[str]:
         """See `BlobStore`."""
@@ -94,13 +101,19 @@ class LocalBlobStore:
         except FileNotFoundError:
             return 0
         except OSError as error:
+            if error.errno == errno.ELOOP:
+                return 0
             raise _unreadable(error) from error
 
     def delete(self, digest: str) -> None:
         """See `BlobStore`."""
         path = self.path(digest)
         with self._writing(), contextlib.suppress(FileNotFoundError):
-            path.unlink()
+            try:
+                path.unlink()
+            except IsADirectoryError:
+                # None of ours, so what is in it is not ours to remove.
+                self.set_aside(digest)
             sync(path.parent)
 
     def set_aside(self, digest: str) -> None:
@@ -108,7 +121,10 @@ class LocalBlobStore:
         path = self.path(digest)
         with self._writing(), contextlib.suppress(FileNotFoundError):
             self._damaged.mkdir(parents=True, exist_ok=True)
-            path.replace(self._damaged / path.name)
+            aside = self._damaged / path.name
+            if os.path.lexists(aside):
+                aside = aside.with_name(f"{path.name}.{uuid.uuid4().hex}")
+            path.rename(aside)
             for directory in (self._damaged, path.parent, self._damaged.parent):
                 sync(directory)
 
@@ -121,6 +137,9 @@ class LocalBlobStore:
         # Alone here, no publisher is between making its directory and locking it.
         with self._writing(), _flock(self._incoming, fcntl.LOCK_EX):
             for directory in self._incoming.iterdir():
+                if directory.is_symlink() or not directory.is_dir():
+                    # Of somebody else, as what NFS keeps of a file that was removed.
+                    continue
                 with (
                     contextlib.suppress(BlockingIOError, FileNotFoundError),
                     _flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB),
@@ -139,8 +158,8 @@ class LocalBlobStore:
 class _BlobFile(io.FileIO):
     """A stored blob, whose disk may fail in the middle: as damaged as one that differs."""
 
-    def __init__(self, path: Path, digest: str) -> None:
-        super().__init__(path)
+    def __init__(self, handle: int, digest: str) -> None:
+        super().__init__(handle)
         self._digest = digest
 
     def readinto(self, buffer: Any, /) -> int:

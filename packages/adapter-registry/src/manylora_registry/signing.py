@@ -54,6 +54,9 @@ def sign_manifest(manifest: bytes, private_key: Path) -> bytes:
             raise _not_installed() from error
         except (OSError, ValueError, TypeError) as error:
             raise SigningKeyError(f"{private_key} cannot sign: {error}") from error
+        except AttributeError as error:
+            # What the library meets in a key of another kind, such as RSA.
+            raise _wrong_kind(private_key) from error
         return signature.read_bytes()
 
 
@@ -63,14 +66,14 @@ def find_signer(
     """The first of the keys by which one of the signatures is good; None where none is.
 
     Raises:
-        SigningKeyError: a key cannot be read.
+        SigningKeyError: a key cannot be used.
     """
-    keys = [(path, _readable(path)) for path in public_keys]
+    keys = [(path, _verifier(path)) for path in public_keys]
     for bundle in signatures:
         with _signed_directory(manifest) as (directory, signature):
             signature.write_bytes(bundle)
-            for path, _ in keys:
-                if _is_good(directory, signature, path):
+            for path, verifier in keys:
+                if _is_good(directory, signature, verifier):
                     return path
     return None
 
@@ -98,15 +101,24 @@ def public_key_id(public_key: Path) -> str:
     return hashlib.sha256(_readable(public_key)).hexdigest()
 
 
-def _is_good(directory: Path, signature: Path, public_key: Path) -> bool:
+def _verifier(public_key: Path) -> Any:
+    _readable(public_key)
     try:
         from model_signing.verifying import Config
     except ModuleNotFoundError as error:
         raise _not_installed() from error
+    config: Any = Config()
     try:
-        config: Any = Config()
         config.use_elliptic_key_verifier(public_key=public_key)
-        config.verify(directory, signature)
+    except Exception as error:
+        # Whatever it is, no signature will ever be good by this key: better said at once.
+        raise _wrong_kind(public_key) from error
+    return config
+
+
+def _is_good(directory: Path, signature: Path, verifier: Any) -> bool:
+    try:
+        verifier.verify(directory, signature)
     except Exception:
         # A hostile bundle makes the library raise anything; whatever it was, nothing was proved.
         return False
@@ -131,6 +143,13 @@ def _signed_directory(manifest: bytes) -> Generator[tuple[Path, Path]]:
         directory.mkdir()
         (directory / MANIFEST_NAME).write_bytes(manifest)
         yield directory, Path(place) / "signature"
+
+
+def _wrong_kind(key: Path) -> SigningKeyError:
+    return SigningKeyError(
+        f"{key} cannot be used: keys are elliptic-curve keys in PEM on prime256v1, secp384r1 or "
+        "secp521r1"
+    )
 
 
 def _not_installed() -> SigningKeyError:

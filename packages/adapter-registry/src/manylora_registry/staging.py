@@ -175,8 +175,8 @@ def _misfit(
         if len(tensor.shape) != 2 or tensor.shape[side] != (into if is_a else out):
             return f"is {[*tensor.shape]}, which does not fit the base's {[out, into]}"
         return None
-    if not config.targets(module):
-        return "adapts what the config's target_modules do not name"
+    if key := config.left_out_by(module):
+        return f"adapts what the config's {key} leaves out"
     rank = config.rank_of(module)
     expected = (rank, into) if is_a else (out, rank)
     if tensor.shape != expected:

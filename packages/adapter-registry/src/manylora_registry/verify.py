@@ -23,7 +23,8 @@ def verify(
     """Hashes every blob, reads every manifest and follows the chain of alias moves.
 
     What is published or collected meanwhile is not looked at; nothing is locked. With `repair`,
-    damaged blobs are taken out of the store, and publishing the same files again replaces them.
+    damaged blobs are taken out of the store, and publishing the same files again replaces them. As
+    nothing makes the same signature again, a damaged or missing one is forgotten then.
     """
     # Listed first: a blob that appears later may be one whose version is not committed yet.
     present = set(blobs.digests())
@@ -71,11 +72,17 @@ def verify(
         with database.read() as connection:
             still = _needed(connection)
         damaged = {digest: what for digest, what in damaged.items() if digest in still}
+    for digest in damaged.keys() & signed:
+        damaged[digest] = (
+            f"its signature {digest} is damaged or missing: `manylora registry verify --repair` "
+            "forgets it, then sign it again"
+        )
     problems += [
         Problem(", ".join(needed[digest]), what) for digest, what in sorted(damaged.items())
     ]
     affected = {user for digest in damaged for user in needed[digest]}
-    aside = [digest for digest in sorted(damaged) if digest in present] if repair else []
+    out = sorted(damaged.keys() & (present | signed)) if repair else []
+    taken = [digest for digest in out if _take_out(blobs, database, digest)]
     return VerifyReport(
         versions=len(known),
         blobs=len(needed),
@@ -84,7 +91,7 @@ def verify(
         problems=tuple(problems),
         unreferenced=tuple(sorted(present - needed.keys())),
         affected=tuple(sorted(affected)),
-        set_aside=tuple(digest for digest in aside if _set_aside(blobs, database, digest)),
+        set_aside=tuple(digest for digest in taken if digest in present),
     )
 
 
@@ -103,10 +110,11 @@ def _hash_all(
     return size, damaged
 
 
-def _set_aside(blobs: BlobStore, database: Database, digest: str) -> bool:
+def _take_out(blobs: BlobStore, database: Database, digest: str) -> bool:
     """Takes a blob out of the store unless it has been healed, or is just being.
 
-    Publishers store a blob only under a lease, which they take under this lock.
+    A signature goes from the records, too. Publishers store a blob only under a lease, which they
+    take under this lock.
     """
     with database.write() as connection:
         leased = sa.select(lease_blobs.c.digest).where(lease_blobs.c.digest == digest)
@@ -116,6 +124,14 @@ def _set_aside(blobs: BlobStore, database: Database, digest: str) -> bool:
             _hash(blobs, digest)
         except CorruptBlobError:
             blobs.set_aside(digest)
+            made = signatures.c.digest == digest
+            of = sa.select(signatures.c.version_id).where(made)
+            connection.execute(
+                sa.delete(version_blobs).where(
+                    version_blobs.c.digest == digest, version_blobs.c.version_id.in_(of)
+                )
+            )
+            connection.execute(sa.delete(signatures).where(made))
             return True
     return False
 
