@@ -28,6 +28,7 @@ from manylora_gateway.deltas import END_GRACE_S, DeltaReceiver, FrontAddress, In
 from manylora_gateway.engine import Delta, Prompt, Sampling
 from manylora_gateway.errors import GatewayError, ReplicaLostError, StartError
 from manylora_gateway.fair import EVERYBODY, Share
+from manylora_gateway.processes import end_marked
 from manylora_gateway.replica import EngineReplica, MakeEngine
 from manylora_gateway.replicas import ReplicaState
 from manylora_gateway.worker import Servable
@@ -41,6 +42,7 @@ OBJECT_STORE_BYTES = 100 << 20
 """Only adapters' names and deltas travel, all of them small."""
 STATE_TIMEOUT_S = 5.0
 ATTACH_POLL_S = 1.0
+GIVEN_UP_GRACE_S = 2.0
 SLOW_START = re.compile("timed out during startup|Timed out waiting for file")
 ENGINE_ERROR = re.compile(r"^\(EngineCore.*\] (\w*(?:Error|Exception): .+)$", re.MULTILINE)
 
@@ -241,6 +243,8 @@ def start_ray(config: GatewayConfig, scratch: Path) -> None:
             # Ray gives its own processes 30 s, which a busy machine does not always keep to.
             if last or not SLOW_START.search(str(error)):
                 raise StartError(f"Ray did not start: {_last_line(str(error))}") from error
+            # It keeps no hold of those it gave up on, which would go on beside the next.
+            end_marked(GIVEN_UP_GRACE_S)
 
 
 def reachable_host(config: GatewayConfig) -> str:
