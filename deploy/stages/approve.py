@@ -29,9 +29,14 @@ def approve(stage: Stage, reference: str, work: Work, *, withdraw: bool) -> Outc
             outcome = WITHDRAWN if withdraw else GIVEN
             audit(registry, stage, "approve", outcome, work, version=version)
     state = "not approved" if withdraw else "approved"
+    verb = "would be" if work.plan and given == withdraw else "is"
     return Outcome(
-        f"{what} is {state} for {stage.name} by {work.actor}",
-        {"stage": stage.name, "version": version.number, "approved": not withdraw},
+        f"{what} {verb} {state} for {stage.name} by {work.actor}",
+        {
+            "stage": stage.name,
+            "version": version.number,
+            "approved": given if work.plan else not withdraw,
+        },
     )
 
 

@@ -353,6 +353,10 @@ def test_a_plan_changes_nothing(world: World) -> None:
         f"· would move {name}@production from version 1 to 2, if it is at generation 1 still",
     ]
     world.scripts.good("rollback", name, "--stage", "production", "--to", "1", "--plan")
+    told = world.scripts.good("approve", f"{name}@2", "--actor", "ann", "--plan")
+    assert told == f"{name}@2 would be approved for production by ann\n"
+    planned = world.scripts.good("approve", f"{name}@2", "--actor", "ann", "--plan", "--json")
+    assert json.loads(planned)["approved"] is False
     assert world.registry.deployments() == before
     assert world.serving(name) == 1
 

@@ -21,6 +21,7 @@ class Status:
 
     code: int
     retry_after: str | None = None
+    location: str | None = None
 
 
 @dataclass(frozen=True)
@@ -89,8 +90,9 @@ class ScriptedJudge:
                             "usage": {"prompt_tokens": 100, "completion_tokens": 10},
                         }
                         self._send(200, json.dumps(completion).encode())
-                    case Status(code, retry_after):
-                        self._send(code, b'{"error": "scripted"}', retry_after)
+                    case Status(code):
+                        more = {"retry-after": reply.retry_after, "location": reply.location}
+                        self._send(code, b'{"error": "scripted"}', more)
                     case Raw(body):
                         self._send(200, body)
                     case Silence():
@@ -99,11 +101,14 @@ class ScriptedJudge:
                     case HangUp():
                         self.close_connection = True
 
-            def _send(self, code: int, body: bytes, retry_after: str | None = None) -> None:
+            def _send(
+                self, code: int, body: bytes, more: Mapping[str, str | None] | None = None
+            ) -> None:
                 self.send_response(code)
                 self.send_header("content-length", str(len(body)))
-                if retry_after is not None:
-                    self.send_header("retry-after", retry_after)
+                for name, value in (more or {}).items():
+                    if value is not None:
+                        self.send_header(name, value)
                 self.end_headers()
                 self.wfile.write(body)
 

@@ -1,6 +1,7 @@
 """Scores of JSON answers."""
 
 import json
+import time
 
 import pytest
 from hypothesis import given
@@ -137,6 +138,54 @@ def test_no_answer_upsets_a_schema(output: str, hit: float) -> None:
     }
 
     assert tally({"kind": "json_schema", "schema": schema}, output, "") == Tally(hit, 1)
+
+
+@pytest.mark.parametrize("allowed", [False, {"type": "number"}])
+@pytest.mark.parametrize(
+    "answer",
+    [
+        {"a" * 60 + "!": 1},
+        {"a" * 60 + f"!{n}": 1 for n in range(1_000)},
+    ],
+    ids=["one key", "many keys"],
+)
+def test_no_key_holds_up_a_schema(answer: dict[str, int], allowed: object) -> None:
+    schema = {"patternProperties": {"^(a|aa)+$": {}}, "additionalProperties": allowed}
+
+    begun = time.monotonic()
+    share = tally({"kind": "json_schema", "schema": schema}, json.dumps(answer), "")
+
+    assert share == Tally(0, 1)
+    assert time.monotonic() - begun < 10
+
+
+@pytest.mark.parametrize(
+    ("items", "hit"),
+    [
+        ([{"n": n} for n in range(20_000)], 1),
+        ([*({"n": n} for n in range(20_000)), {"n": 7.0}], 0),
+        ([1, True, "1", None, [1], [True]], 1),
+        ([[1, {"a": "x"}], [1.0, {"a": "x"}]], 0),
+    ],
+    ids=["many", "many, one twice", "types", "nested"],
+)
+def test_unique_items_are_told_at_once(items: list[object], hit: float) -> None:
+    settings = {"kind": "json_schema", "schema": {"uniqueItems": True}}
+
+    begun = time.monotonic()
+
+    assert tally(settings, json.dumps(items), "") == Tally(hit, 1)
+    assert time.monotonic() - begun < 10
+
+
+def test_a_pattern_that_nothing_could_stop_is_refused() -> None:
+    schema = {
+        "allOf": [{"patternProperties": {"^(a+)+$": {}}}],
+        "unevaluatedProperties": False,
+    }
+
+    with pytest.raises(ValidationError, match="write additionalProperties"):
+        scorer({"kind": "json_schema", "schema": schema})
 
 
 @pytest.mark.parametrize(

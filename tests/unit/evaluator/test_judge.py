@@ -1,8 +1,11 @@
 """Judging, with a scripted judge behind the real protocols."""
 
 import json
+import math
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
+from email.utils import formatdate
 from pathlib import Path
 from typing import Any
 
@@ -212,11 +215,47 @@ def test_trouble_that_passes_is_retried(
     assert result.judges[0].retries >= 4
 
 
+@pytest.mark.parametrize("form", ["{:.1f}", "date"])
+def test_a_judge_is_given_the_time_it_asks_for(
+    form: str, judge: Callable[..., ScriptedJudge], judged: Callable[..., EvaluationResult]
+) -> None:
+    free_at = 0.0
+
+    def busy(body: Mapping[str, Any]) -> Reply:
+        nonlocal free_at
+        # A date has whole seconds.
+        free_at = free_at or math.floor(time.time()) + 2.0
+        left = free_at - time.time()
+        if left <= 0:
+            return by_reference(body)
+        said = formatdate(free_at, usegmt=True) if form == "date" else form.format(left + 0.05)
+        return Status(429, said)
+
+    # Too few attempts for whoever comes back at once.
+    result = judged(judge(busy).url, retries=2, backoff_s=0.01)
+
+    assert result.score("spelling", "spelling", "judge").mean == 1
+
+
+def test_an_endpoint_need_not_count_tokens(
+    judge: Callable[..., ScriptedJudge], judged: Callable[..., EvaluationResult]
+) -> None:
+    said = {"content": verdict(correct=True).text}
+    usage = {"prompt_tokens": None, "completion_tokens": None}
+    body = json.dumps({"choices": [{"message": said}], "usage": usage})
+
+    result = judged(judge(lambda _: Raw(body.encode())).url)
+
+    assert result.score("spelling", "spelling", "judge").mean == 1
+    assert (result.judges[0].requests, result.judges[0].prompt_tokens) == (4, 0)
+
+
 @pytest.mark.parametrize(
     ("trouble", "attempts", "complaint"),
     [
         (Status(500), 3, "HTTP 500"),
         (Status(401), 1, "HTTP 401"),
+        (Status(308, location="https://other/v1"), 1, "HTTP 308: it has moved to https://other/v1"),
         (Raw(b"<html>"), 1, "no chat completion"),
         (Raw(b"{}"), 1, "no chat completion"),
         (Raw(b"x" * 5_000_000), 1, "too large"),

@@ -1,5 +1,7 @@
 """Queries as answers: the right rows in whatever words, and nothing but reading."""
 
+import sqlite3
+import time
 from pathlib import Path
 
 import pytest
@@ -66,17 +68,47 @@ def test_order_may_be_settled(order: str, hit: float, tmp_path: Path) -> None:
         "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n LIMIT 90) "
         "SELECT hex(zeroblob(400000)) FROM n",
         "SELECT group_concat(hex(zeroblob(1000000))) FROM visit, visit, visit",
+        "SELECT instr(hex(zeroblob(500000)), hex(zeroblob(250000)) || '1')",
+        "SELECT replace(hex(zeroblob(500000)), hex(zeroblob(250000)) || '1', '')",
+        "SELECT trim(hex(zeroblob(500000)), substr(replace(hex(zeroblob(30000)), '0', '1'), 2)"
+        " || '0')",
+        "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT "
+        "sum(instr(hex(zeroblob(5000)) || i, hex(zeroblob(2500)) || '1')) FROM n",
+        "SELECT json_patch(1, 2)",
     ],
 )
 def test_an_answer_can_only_read_and_not_for_ever(attack: str, tmp_path: Path) -> None:
     file = tmp_path / "stolen"
     made = scorer(fixture(tmp_path, SCRIPT) | {"timeout_s": 0.1, "most_rows": 100}, ALL)
 
+    begun = time.monotonic()
     shares = made.score(attack.format(file=file), row(ALL))
+    assert time.monotonic() - begun < 5
 
     assert shares == {"sql": (Tally(0, 1),), "sql.runs": (Tally(0, 1),)}
     assert not file.exists()
     assert made.score(ALL, row(ALL))["sql"] == (Tally(1, 1),), "the database is as it was"
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        "SELECT instr('aXbX', 'X'), instr('a', 'b'), instr(x'0102', x'02'), instr(NULL, 'a')",
+        "SELECT replace('a-b-c', '-', '+'), replace(3.50, '.', ','), replace('a', '', 'b')",
+        "SELECT trim('xxaxx', 'x'), ltrim('xxaxx', 'x'), rtrim('xxaxx', 'x'), trim(' a ')",
+        "SELECT patient FROM visit WHERE instr(patient, 'd') ORDER BY replace(patient, 'A', 'z')",
+    ],
+)
+def test_searches_are_sqlites_own(query: str, tmp_path: Path) -> None:
+    plain = sqlite3.connect(":memory:")
+    plain.executescript(SCRIPT)
+    rows = ", ".join(f"({', '.join(map(_literal, row))})" for row in plain.execute(query))
+
+    assert tally(fixture(tmp_path, SCRIPT), query, f"VALUES {rows}") == Tally(1, 1)
+
+
+def _literal(value: str | int | None) -> str:
+    return "NULL" if value is None else repr(value)
 
 
 def test_an_expected_query_that_fails_is_unfit(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ A scorer is written as its kind alone, `exact_match`, or as a mapping: `{kind: r
 Its `name` is that of its chief score, and the first part of the names of further ones.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Annotated, Any, Literal, Self, TypeAlias, cast
 
 import regex
@@ -73,6 +73,11 @@ class JsonSchemaSettings(ConfigModel):
         except SchemaError as error:
             raise ValueError(f"is not a JSON Schema: {error.message}") from error
         _check_references(value)
+        if {"unevaluatedProperties", "patternProperties"} <= set(_keywords(value)):
+            raise ValueError(
+                "unevaluatedProperties beside patternProperties has no time limit for the "
+                "patterns: write additionalProperties"
+            )
         return value
 
 
@@ -213,15 +218,25 @@ def _check_references(schema: Mapping[str, Any]) -> None:
 
 
 def _references(schema: Mapping[str, Any]) -> Iterator[str]:
-    if isinstance(schema.get("$ref"), str):
-        yield schema["$ref"]
-    parts = [value for name, value in schema.items() if name not in _VALUES]
-    for part in parts:
-        inner = cast("list[object]", part) if isinstance(part, list) else [part]
-        for entry in inner:
-            # Below an $id of their own references start elsewhere.
-            if isinstance(entry, dict) and "$id" not in entry:
-                yield from _references(cast("dict[str, Any]", entry))
+    # Below an $id of their own references start elsewhere.
+    for part in _parts(schema, lambda part: "$id" not in part):
+        if isinstance(part.get("$ref"), str):
+            yield part["$ref"]
+
+
+def _keywords(schema: Mapping[str, Any]) -> Iterator[str]:
+    return (name for part in _parts(schema, lambda _: True) for name in part)
+
+
+def _parts(
+    schema: Mapping[str, Any], enters: Callable[[Mapping[str, Any]], bool]
+) -> Iterator[Mapping[str, Any]]:
+    """`schema` and all that is written inside it, but for what is a value."""
+    yield schema
+    for value in (value for name, value in schema.items() if name not in _VALUES):
+        for entry in cast("list[object]", value) if isinstance(value, list) else [value]:
+            if isinstance(entry, dict) and enters(cast("dict[str, Any]", entry)):
+                yield from _parts(cast("dict[str, Any]", entry), enters)
 
 
 _VALUES = {"enum", "const", "default", "examples"}

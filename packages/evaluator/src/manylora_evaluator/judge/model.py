@@ -2,9 +2,12 @@
 
 import asyncio
 import json
+import re
+import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
 from typing import Any, Protocol, TypeAlias
 
 import httpx
@@ -151,6 +154,8 @@ class _OpenAI:
             raise AttemptError(f"{type(error).__name__}: {error}", again=True) from error
         if status != 200:
             said = content[:300].decode("utf-8", "replace")
+            if "location" in headers:
+                said = f"it has moved to {headers['location']}"
             raise AttemptError(
                 f"HTTP {status}: {said}",
                 again=status in (408, 409, 429) or status >= 500,
@@ -179,8 +184,9 @@ class _Choice(BaseModel):
 
 
 class _Usage(BaseModel):
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
+    # Some endpoints send null where they do not count.
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
 
 
 class _ChatCompletion(BaseModel):
@@ -195,10 +201,19 @@ def _completion(content: bytes) -> Completion:
         raise AttemptError("the answer is no chat completion", again=False) from error
     usage = parsed.usage or _Usage()
     return Completion(
-        parsed.choices[0].message.content or "", usage.prompt_tokens, usage.completion_tokens
+        parsed.choices[0].message.content or "",
+        usage.prompt_tokens or 0,
+        usage.completion_tokens or 0,
     )
 
 
 def _seconds(retry_after: str | None) -> float | None:
-    # A date is allowed too; the backoff serves as well.
-    return float(retry_after) if retry_after and retry_after.isdecimal() else None
+    """What `Retry-After` asks for: seconds, or a date (RFC 9110, section 10.2.3)."""
+    if retry_after is None:
+        return None
+    if re.fullmatch(r"[0-9]+(\.[0-9]+)?", retry_after):
+        return float(retry_after)
+    try:
+        return parsedate_to_datetime(retry_after).timestamp() - time.time()
+    except ValueError:
+        return None

@@ -51,6 +51,7 @@ class JsonFieldF1:
 
     def __init__(self, settings: JsonFieldF1Settings) -> None:
         self._settings = settings
+        self._text = normalised if settings.text == "normalised" else str
         sections = (f"{settings.name}.{section}" for section in settings.sections)
         self.names = (settings.name, VALID, *sections)
 
@@ -85,37 +86,18 @@ class JsonFieldF1:
                 yield from self._leaves(cast("dict[str, Any]", value), here)
             elif isinstance(value, list) and value and self._settings.arrays == "items":
                 yield from (
-                    ((*here, "[]"), self._comparable(item)) for item in cast("list[Any]", value)
+                    ((*here, "[]"), _comparable(item, self._text))
+                    for item in cast("list[Any]", value)
                 )
             else:
-                yield here, self._comparable(value)
-
-    def _comparable(self, value: Any) -> object:
-        # The type stands beside the value because Python takes True for 1; 1 and 1.0 stay equal.
-        match value:
-            case dict():
-                fields = cast("dict[str, Any]", value)
-                return (
-                    "object",
-                    frozenset((key, self._comparable(inner)) for key, inner in fields.items()),
-                )
-            case list():
-                return ("array", *map(self._comparable, cast("list[Any]", value)))
-            case bool():
-                return ("boolean", value)
-            case int() | float():
-                return ("number", value)
-            case str() if self._settings.text == "normalised":
-                return ("text", normalised(value))
-            case _:
-                return ("other", value)
+                yield here, _comparable(value, self._text)
 
 
 class JsonSchema:
     """The answer is JSON that a JSON Schema (draft 2020-12) accepts.
 
     Patterns of the schema are searched as the scorer `regex` does: one that backtracks for ever
-    on some answer is stopped after a second and does not match.
+    on some answer is stopped after a second, and the answer is not accepted.
     """
 
     def __init__(self, settings: JsonSchemaSettings) -> None:
@@ -136,8 +118,9 @@ class JsonSchema:
     def _accepts(self, value: object) -> bool:
         try:
             return self._is_valid(value)
-        except (RecursionError, ArithmeticError, Unresolvable):
-            # Too deep, or a number of more digits than a float can be divided into.
+        except (RecursionError, ArithmeticError, Unresolvable, TimeoutError):
+            # Too deep, a number of more digits than a float can be divided into, or a pattern
+            # that was stopped: the next key would take as long.
             return False
 
 
@@ -156,18 +139,39 @@ def _pattern_properties(
                     yield from validator.descend(inner, schema)
 
 
+def _additional_properties(
+    validator: Any, allowed: object, value: object, schema: Mapping[str, Any]
+) -> Iterator[SchemaFailure]:
+    # The package's own searches with `re`, which nothing stops.
+    if isinstance(value, dict):
+        named, patterns = schema.get("properties", ()), schema.get("patternProperties", ())
+        for name, inner in cast("dict[str, Any]", value).items():
+            if name not in named and not any(_found(pattern, name) for pattern in patterns):
+                yield from validator.descend(inner, allowed)
+
+
+def _unique_items(_: Any, wanted: object, value: object, __: Any) -> Iterator[SchemaFailure]:
+    # The package's own compares each object with every other one.
+    if wanted and isinstance(value, list):
+        items = cast("list[Any]", value)
+        if len({_comparable(item) for item in items}) < len(items):
+            yield SchemaFailure("has an item twice")
+
+
 def _found(pattern: str, text: str) -> bool:
-    try:
-        return regex.search(pattern, text, timeout=PATTERN_S) is not None
-    except TimeoutError:
-        return False
+    return regex.search(pattern, text, timeout=PATTERN_S) is not None
 
 
 # The package's own classes of validators are made at run time and have no types.
 _VALIDATORS: Any = jsonschema.validators
 _VALIDATOR: Any = _VALIDATORS.extend(
     _VALIDATORS.Draft202012Validator,
-    {"pattern": _pattern, "patternProperties": _pattern_properties},
+    {
+        "pattern": _pattern,
+        "patternProperties": _pattern_properties,
+        "additionalProperties": _additional_properties,
+        "uniqueItems": _unique_items,
+    },
 )
 
 
@@ -192,6 +196,28 @@ def parse(text: str) -> object:
 
 def _refuse(constant: str) -> None:
     raise ValueError(f"{constant} is not JSON")
+
+
+def _comparable(value: Any, form: Callable[[str], str] = str) -> object:
+    """What is equal for equal JSON values, their text in some `form`, and can be hashed."""
+    # The type stands beside the value because Python takes True for 1; 1 and 1.0 stay equal.
+    match value:
+        case dict():
+            fields = cast("dict[str, Any]", value)
+            return (
+                "object",
+                frozenset((key, _comparable(inner, form)) for key, inner in fields.items()),
+            )
+        case list():
+            return ("array", *(_comparable(item, form) for item in cast("list[Any]", value)))
+        case bool():
+            return ("boolean", value)
+        case int() | float():
+            return ("number", value)
+        case str():
+            return ("text", form(value))
+        case _:
+            return ("other", value)
 
 
 def _below(section: str, fields: Counter[Field]) -> Counter[Field]:

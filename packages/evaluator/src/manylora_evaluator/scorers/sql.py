@@ -1,10 +1,11 @@
 """Answers that are SQL queries, run against a fixture database."""
 
+import math
 import re
 import sqlite3
 import time
 from collections import Counter
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 from manylora_evaluator.errors import FixtureError
@@ -27,8 +28,13 @@ _ALLOWED = {
     sqlite3.SQLITE_FUNCTION,
     sqlite3.SQLITE_RECURSIVE,
 }
-_REFUSED = {"load_extension", "printf", "format"}
-"""Functions; the formatting ones pad to any width without a look at the clock."""
+_REFUSED = {"load_extension", "printf", "format", "json_patch"}
+"""Functions; the formatting ones pad to any width without a look at the clock, and the last looks
+for each key of one object among those of the other."""
+_SEARCHES = {"instr": 2, "replace": 3, "trim": 2, "ltrim": 2, "rtrim": 2}
+"""Functions that look for one text at each place of another, with how many arguments they have."""
+LONGEST_SEARCH = 1 << 26
+"""Comparisons that one of them may come to, some tenths of a second."""
 _FENCE = re.compile(r"```(?:sql(?:ite)?)?[ \t]*\n(.*?)```", re.DOTALL | re.IGNORECASE)
 
 Result = list[tuple[Hashable, ...]]
@@ -39,14 +45,19 @@ class Sql:
 
     The fixture is a script run once into a database in memory. Queries may only read it: an
     authorizer refuses every other action (writing, attaching files, pragmas, `printf`) when a
-    statement is prepared. Time, result rows and the size of values are bounded. Names of columns
-    do not count, their order does. The answer may stand in a Markdown fence. `SCORE.runs` is the
-    share of answers that are one permitted query without an error.
+    statement is prepared. Time, result rows, the size of values and searches of one long text for
+    another are bounded. Names of columns do not count, their order does. The answer may stand in
+    a Markdown fence. `SCORE.runs` is the share of answers that are one permitted query without an
+    error.
     """
 
     def __init__(self, settings: SqlSettings) -> None:
         self._settings = settings
         self._database = _build(settings)
+        self._deadline = math.inf
+        for name, arguments in _SEARCHES.items():
+            bounded = self._bounded(name, arguments)
+            self._database.create_function(name, arguments, bounded, deterministic=True)
         self._expected: dict[str, Result | str] = {}
         self.names = (settings.name, f"{settings.name}.runs")
 
@@ -75,8 +86,8 @@ class Sql:
 
     def _run(self, query: str) -> Result | str:
         """The rows `query` returns, or why there are none."""
-        deadline = time.monotonic() + self._settings.timeout_s
-        self._database.set_progress_handler(lambda: time.monotonic() > deadline, STEPS)
+        self._deadline = time.monotonic() + self._settings.timeout_s
+        self._database.set_progress_handler(lambda: time.monotonic() > self._deadline, STEPS)
         try:
             cursor = self._database.execute(query)
             if cursor.description is None:
@@ -84,6 +95,19 @@ class Sql:
             return self._fetch(cursor)
         except (sqlite3.Error, sqlite3.Warning, ValueError, OverflowError, MemoryError) as error:
             return str(error) or type(error).__name__
+
+    def _bounded(self, name: str, arguments: int) -> Callable[..., Any]:
+        """SQLite's own function, for texts short enough and as long as there is time."""
+        plain = sqlite3.connect(":memory:")
+        query = f"SELECT {name}({', '.join('?' * arguments)})"
+
+        def call(*values: Any) -> Any:
+            text, sought = (len(str(value)) for value in values[:2])
+            if text * sought > LONGEST_SEARCH or time.monotonic() > self._deadline:
+                raise OverflowError
+            return plain.execute(query, values).fetchone()[0]
+
+        return call
 
     def _fetch(self, cursor: sqlite3.Cursor) -> Result | str:
         rows: Result = []
