@@ -94,7 +94,7 @@ async def run(
             return False
         await loading
         limits = Limits(config.limits, config.engine.max_context)
-        await front.start(inference, operations, limits, config.base.resolve().name)
+        await front.start(inference, operations, limits, config.base_name)
         _tell("ready", *(f"{name}={at}" for name, at in addresses.items()))
         await stop.wait()
         logger.info("draining; running requests have %g s", config.drain_s)
