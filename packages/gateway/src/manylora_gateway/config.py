@@ -244,8 +244,7 @@ class GatewayConfig(ConfigModel):
 
     @property
     def base_name(self) -> str:
-        """What HTTP clients call the base: its directory's name as the file has it, of a symbolic
-        link the link's."""
+        """What HTTP clients call the base: the name of its directory, or of the link to it."""
         return Path(os.path.normpath(self.base)).name
 
     def relative_to(self, directory: Path) -> "GatewayConfig":
