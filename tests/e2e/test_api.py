@@ -102,6 +102,10 @@ def test_a_form_that_cannot_be_held_is_refused_and_harms_nobody(
     with gateway.client() as client:
         with pytest.raises(InvalidArgumentError, match="structured_output") as caught:
             client.generate(ASK, "green", max_tokens=8, **options)
+        (kind,) = options
+        assert [wrong.field for wrong in caught.value.violations] == [
+            f"sampling.structured_output.{kind}"
+        ]
         assert "/project/" not in str(caught.value)
         assert "Invalid grammar specification." not in str(caught.value), "it says where"
         assert client.generate("Hello", "green", max_tokens=2).text

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import tempfile
 from pathlib import Path
 
 import psutil
@@ -69,3 +71,31 @@ def test_a_terminal_that_closes_lets_answers_end(
         assert psutil.wait_procs(below, timeout=10)[1] == []
     finally:
         stop(running.process)
+
+
+def test_a_signal_to_all_its_processes_leaves_no_files(
+    tmp_path: Path,
+    base_directory: Path,
+    location: Path,
+    registry: Registry,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = tmp_path / "gateway.yaml"
+    config.write_text(CONFIG.format(base=base_directory, registry=location))
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    # As of a child of init: without its raylet Ray ends the process it is in.
+    monkeypatch.setenv("RAY_RAYLET_PID", str(gone.pid))
+    # Sockets in it want a short path.
+    with tempfile.TemporaryDirectory(prefix="g-") as scratch:
+        monkeypatch.setenv("TMPDIR", scratch)
+        running = start_gateway(config, tmp_path / "log", ["benchmarks.synthetic"])
+        try:
+            with running.client() as client:
+                client.generate([1], "red", max_tokens=1)
+            assert list(Path(scratch).glob("manylora-g-*/adapters/*"))
+            os.killpg(running.process.pid, signal.SIGTERM)
+            running.process.wait(90)
+            assert not list(Path(scratch).glob("manylora-g-*"))
+        finally:
+            stop(running.process)

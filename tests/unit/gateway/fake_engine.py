@@ -7,6 +7,7 @@ from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+from manylora_gateway.constraints import FIELDS
 from manylora_gateway.engine import (
     Candidate,
     Delta,
@@ -155,7 +156,7 @@ class FakeEngine:
         self.prompts.append(token_ids)
         self.samplings.append(sampling)
         if sampling.constraint == IMPOSSIBLE:
-            violation = Violation("sampling.structured_output", "cannot be held")
+            violation = Violation(FIELDS[Regex], "cannot be held")
             raise InvalidRequestError([violation])
         if adapter is not None and adapter.startswith(tuple(self.broken)):
             raise ReplicaLostError("This adapter breaks.")

@@ -5,13 +5,15 @@
 
 import asyncio
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
 from ray.serve._private.replica_result import ReplicaResult
 from ray.serve.handle import DeploymentBroadcastResponse
 
-from manylora_gateway.cluster import RayReplicas
+from manylora_gateway.cluster import RayReplicas, stop
+from manylora_gateway.config import GatewayConfig
 from manylora_gateway.deltas import DeltaReceiver, FrontAddress
 from manylora_gateway.errors import ReplicaLostError
 
@@ -44,6 +46,14 @@ class Handle:
             return [cast("ReplicaResult", answer) for answer in self._answers]
 
         return DeploymentBroadcastResponse(route(), None)
+
+
+def test_where_ray_did_not_start_none_is_started_to_end_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    stop(GatewayConfig(base=Path("base")))
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("steps", range(8))

@@ -78,6 +78,17 @@ def test_paths_are_read_from_the_files_place(tmp_path: Path) -> None:
     assert config.tls.key == Path("/etc/key.pem")
 
 
+@pytest.mark.parametrize(
+    ("base", "name"),
+    [("model", "model"), ("link", "link"), ("model/", "model"), ("model/../link/.", "link")],
+)
+def test_the_base_is_called_as_the_file_calls_it(tmp_path: Path, base: str, name: str) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "link").symlink_to("model")
+    config = load_config(write(tmp_path, f"base: {base}"), GatewayConfig).relative_to(tmp_path)
+    assert config.base_name == name
+
+
 def test_reading_a_config_imports_nothing_heavy() -> None:
     heavy = "{'torch', 'ray', 'vllm', 'transformers', 'grpc'}"
     code = f"import sys, manylora_gateway.config; sys.exit(bool({heavy} & set(sys.modules)))"

@@ -60,6 +60,9 @@ async def test_metrics_tell_requests_tokens_and_residents(gateway: RunningGatewa
     for _ in range(3):
         await gateway.inference.Generate(SAY)
     await refused(gateway.inference.Generate(pb.GenerateRequest(adapter="nobody", text="hi")))
+    async with grpc.aio.insecure_channel(gateway.front.inference_address) as channel:
+        with pytest.raises(grpc.aio.AioRpcError, match="UNIMPLEMENTED"):
+            await channel.unary_unary("/manylora.inference.v1.InferenceService/Guess")(b"")
     await gateway.fleet.look()
     text = scraped(gateway.metrics)
     for line in (
@@ -68,6 +71,7 @@ async def test_metrics_tell_requests_tokens_and_residents(gateway: RunningGatewa
         'manylora_prompt_tokens_total{adapter="red",version="1"} 6.0',
         'manylora_time_to_first_token_seconds_count{adapter="red",version="1"} 3.0',
         'manylora_rejections_total{reason="ADAPTER_NOT_FOUND"} 1.0',
+        'manylora_rejections_total{reason="UNIMPLEMENTED"} 1.0',
         'manylora_adapters_resident{replica="replica-0",tier="host"} 2.0',
         'manylora_adapters_resident{replica="replica-0",tier="disk"} 2.0',
         'manylora_adapter_loads_total{replica="replica-0"} 2.0',

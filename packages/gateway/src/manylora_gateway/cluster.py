@@ -298,6 +298,9 @@ def attach(application: str) -> "DeploymentHandle[EngineReplica]":
 
 def stop(config: GatewayConfig) -> None:
     """Ends what `config` has of its own: the replicas, and Ray."""
+    if not ray.is_initialized():
+        # It did not start; asked to delete an application, Serve would start another.
+        return
     try:
         if config.ray_application is None:
             serve.delete(APPLICATION)

@@ -1,5 +1,6 @@
 """What a gateway is configured with: pure data, checked before anything heavy is imported."""
 
+import os
 from pathlib import Path
 from typing import Annotated, Literal, Self, get_args
 
@@ -240,6 +241,11 @@ class GatewayConfig(ConfigModel):
         if self.ray_application is not None and self.ray_address is None:
             raise ValueError("ray_application is in the cluster that ray_address names: give both")
         return self
+
+    @property
+    def base_name(self) -> str:
+        """What HTTP clients call the base: the name of its directory, or of the link to it."""
+        return Path(os.path.normpath(self.base)).name
 
     def relative_to(self, directory: Path) -> "GatewayConfig":
         """The same with its paths read from `directory`."""

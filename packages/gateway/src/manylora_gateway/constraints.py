@@ -24,6 +24,10 @@ KINDS: Mapping[type[Constraint], ConstraintKind] = {
     Grammar: "grammar",
 }
 """What `limits.constraints` calls them."""
+FIELDS: Mapping[type[Constraint], str] = {
+    kind: f"sampling.structured_output.{name}" for kind, name in KINDS.items()
+}
+"""Where a request message has them."""
 
 
 def problems(constraint: Constraint, limits: LimitsConfig) -> Iterator[str]:

@@ -28,6 +28,7 @@ from manylora_gateway.replica import MakeEngine
 from manylora_gateway.replicas import Replicas
 from manylora_gateway.rollouts import Rollouts
 from manylora_gateway.routes import Routes
+from manylora_gateway.scratch import remove
 from manylora_gateway.swaps import Swaps
 from manylora_gateway.worker import Servable
 from manylora_registry import Registry
@@ -55,7 +56,7 @@ async def run(
         StartError: a port is taken or the engine did not start.
     """
     stop = asyncio.Event()
-    _listen_for_signals(stop)
+    _listen_for_signals(stop, scratch)
     metrics = Metrics(config.metrics.max_versions)
     front = Front.configured(config, metrics)
     await front.answer_probes()
@@ -94,7 +95,7 @@ async def run(
             return False
         await loading
         limits = Limits(config.limits, config.engine.max_context)
-        await front.start(inference, operations, limits, config.base.resolve().name)
+        await front.start(inference, operations, limits, config.base_name)
         _tell("ready", *(f"{name}={at}" for name, at in addresses.items()))
         await stop.wait()
         logger.info("draining; running requests have %g s", config.drain_s)
@@ -134,7 +135,7 @@ async def _cluster(
 
     def start() -> tuple[Any, str]:
         cluster.start_ray(config, ray_files)
-        loop.call_soon_threadsafe(_listen_for_signals, stop)
+        loop.call_soon_threadsafe(_listen_for_signals, stop, scratch)
         if application is None:
             handle = cluster.deploy(config, servable, cache, ray_files, make_engine)
         else:
@@ -215,7 +216,7 @@ def _tell(*words: str) -> None:
         logger.warning("stdout cannot be written: %s", error)
 
 
-def _listen_for_signals(stop: asyncio.Event) -> None:
+def _listen_for_signals(stop: asyncio.Event, scratch: Path) -> None:
     """SIGINT, SIGTERM and SIGHUP set `stop`; another one ends everything at once.
 
     SIGHUP, a terminal that closes, stays ignored where it is, e.g. under `nohup`.
@@ -226,6 +227,7 @@ def _listen_for_signals(stop: asyncio.Event) -> None:
     def on_signal() -> None:
         if stop.is_set():
             logger.warning("ended by a second signal")
+            remove(scratch)
             end_marked(grace_s=0)
             os._exit(1)
         stop.set()

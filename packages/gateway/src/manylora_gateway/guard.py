@@ -55,6 +55,8 @@ class Guard(grpc.aio.ServerInterceptor):
         """The method's handler, guarded."""
         handler = await continuation(handler_call_details)
         if handler is None:
+            # gRPC itself answers.
+            self._metrics.rejections.labels("UNIMPLEMENTED").inc()
             return None
         method = cast("str", cast("Any", handler_call_details).method)
         open_to_all = method.startswith(HEALTH_METHODS)

@@ -28,8 +28,16 @@ def scratch_directory(parent: Path) -> Generator[Path, None, None]:
     try:
         yield path
     finally:
-        shutil.rmtree(path, ignore_errors=True)
+        remove(path)
         os.close(lock)
+
+
+def remove(path: Path) -> None:
+    """Removes such a directory, before the processes that use it are ended.
+
+    Where Ray's own end did not come about, Ray ends this process as soon as its raylet is gone.
+    """
+    shutil.rmtree(path, ignore_errors=True)
 
 
 def _made(parent: Path) -> tuple[Path, int]:
@@ -59,7 +67,7 @@ def _remove_if_abandoned(path: Path) -> None:
             return
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         logger.info("removing %s, which a gateway that was killed left behind", path)
-        shutil.rmtree(path, ignore_errors=True)
+        remove(path)
     except OSError:
         # In use, or a file system without locks.
         return

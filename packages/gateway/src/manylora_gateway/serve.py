@@ -12,7 +12,7 @@ from manylora_gateway.config import GatewayConfig
 from manylora_gateway.environment import cluster_environment, raise_file_limit
 from manylora_gateway.logs import log_to_stderr
 from manylora_gateway.processes import end_marked, mark_descendants
-from manylora_gateway.scratch import scratch_directory
+from manylora_gateway.scratch import remove, scratch_directory
 from manylora_gateway.worker import Servable
 from manylora_registry import Registry, identify_base
 from manylora_registry.config import load_config
@@ -57,6 +57,7 @@ def serve(
             make_engine = make_engine or vllm_engine
             served = asyncio.run(run(config, registry, servable, scratch, make_engine))
         finally:
+            remove(scratch)
             end_marked(KILL_GRACE_S)
     if not served:
         # A start was cut off: Ray's own exit would wait for the cluster it was starting.

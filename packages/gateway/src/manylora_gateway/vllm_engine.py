@@ -29,6 +29,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from manylora_gateway.config import EngineConfig
+from manylora_gateway.constraints import FIELDS
 from manylora_gateway.cpu_lora import plugin
 from manylora_gateway.engine import (
     Candidate,
@@ -262,7 +263,7 @@ def _structured(constraint: Constraint) -> StructuredOutputsParams:
 
 def _violation(error: VLLMValidationError, sampling: Sampling) -> Violation:
     """What vLLM refused; all that our own checks leave to it is the constraint."""
-    field = "sampling" if sampling.constraint is None else "sampling.structured_output"
+    field = "sampling" if sampling.constraint is None else FIELDS[type(sampling.constraint)]
     text, cause = str(error), str(error.__cause__ or "")
     # Of a grammar vLLM itself says no more than that it is invalid.
     if cause not in text:
@@ -277,7 +278,7 @@ def _finish(
         return None
     if part.finish_reason == "error" and sampling.constraint is not None:
         text = "the engine cannot hold an answer to it"
-        raise InvalidRequestError([Violation("sampling.structured_output", text)])
+        raise InvalidRequestError([Violation(FIELDS[type(sampling.constraint)], text)])
     if part.finish_reason not in ("stop", "length"):
         raise ReplicaLostError(f"The engine ended the request: {part.finish_reason}.")
     return Finish(part.finish_reason, prompt_tokens, completion_tokens)

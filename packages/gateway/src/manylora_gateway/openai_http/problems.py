@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from manylora_gateway.constraints import FIELDS
 from manylora_gateway.errors import InvalidRequestError, Violation
 from manylora_gateway.status import stated
 
@@ -22,11 +23,9 @@ HTTP_STATUS: Mapping[str, tuple[int, str]] = {
 }
 """Status and type for each gRPC status of our errors."""
 
-FORM_FIELD = "sampling.structured_output"
 CORE_FIELDS = {
     "adapter": "model",
     "chat.messages": "messages",
-    FORM_FIELD: "response_format",
     "text": "prompt",
     "tokens.ids": "prompt",
 }
@@ -90,7 +89,7 @@ def problem_of(error: Exception, form: str = "") -> Problem:
         form: the parameter that holds answers to a form, where one does.
     """
     error = stated(error)
-    fields = CORE_FIELDS | ({FORM_FIELD: form} if form else {})
+    fields = CORE_FIELDS | dict.fromkeys(FIELDS.values(), form)
     status, kind = HTTP_STATUS[error.status]
     message, param = str(error), None
     if isinstance(error, BodyTooBigError):
