@@ -195,9 +195,13 @@ def test_a_mix_draws_by_weight_and_by_its_seed_alone(tmp_path):
 
 def test_an_empty_part_of_a_mix_is_told(tmp_path):
     parts = [jsonl_of(tmp_path, "a", ROWS), jsonl_of(tmp_path, "none", [])]
-    settings = {"kind": "mix", "sources": [{"source": part} for part in parts]}
-    with pytest.raises(NoExamplesError, match=r"none\.jsonl has no rows"):
-        list(opened(settings).rows())
+    # Drawn soon, and so seldom that the other has ended long before.
+    for weight in (1, 1e-3):
+        weighed = [
+            {"source": part, "weight": w} for part, w in zip(parts, (1, weight), strict=True)
+        ]
+        with pytest.raises(NoExamplesError, match=r"none\.jsonl has no rows"):
+            list(opened({"kind": "mix", "sources": weighed}).rows())
 
 
 def test_a_large_source_is_read_at_several_places_at_once(tmp_path):

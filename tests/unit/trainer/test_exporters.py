@@ -134,6 +134,17 @@ def test_a_tracker_that_refuses_or_is_not_installed_is_said_in_one_line(run):
     assert without.stderr.startswith("manylora: mlflow is not installed; install it with")
 
 
+def test_a_place_for_files_that_takes_none_is_told(run, tmp_path):
+    from mlflow import MlflowClient
+
+    store = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    (tmp_path / "plain").write_bytes(b"")
+    client = MlflowClient(tracking_uri=store)
+    client.create_experiment("manylora", artifact_location=f"file://{tmp_path}/plain/artifacts")
+    with pytest.raises(ExportError, match=r"MLflow at sqlite:.*plain"):
+        export_run(run, "mlflow", store)
+
+
 def test_a_server_that_fails_is_told_after_few_attempts(run, monkeypatch):
     monkeypatch.delenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", raising=False)
     asked: list[str] = []

@@ -62,7 +62,13 @@ def test_every_mistake_is_reported_with_its_place(tmp_path):
                 "split": {"validation": 0.6, "held_out": 0.5},
                 "batch_size": 0,
             },
-            {**task, "name": "Bad name", "source": {"kind": "csv"}, "steps": None},
+            {
+                **task,
+                "name": "Bad name",
+                "seed_as": "../no",
+                "source": {"kind": "csv"},
+                "steps": None,
+            },
         ],
     }
     found = problems(tmp_path, recipe)
@@ -76,6 +82,7 @@ def test_every_mistake_is_reported_with_its_place(tmp_path):
         "tasks.1.split.held_out",
         "tasks.1.batch_size",
         "tasks.2.name",
+        "tasks.2.seed_as",
         "tasks.2.source",
         "tasks.2.epochs",
     }

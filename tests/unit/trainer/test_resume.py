@@ -515,6 +515,26 @@ def test_another_base_in_its_place_is_refused(interrupted, tmp_path):
         manylora_trainer.train(interrupted(), tmp_path / "run", resume=True)
 
 
+def test_a_base_that_has_moved_is_a_stated_change(interrupted, tmp_path, tiny_base):
+    recipe, run, moved = interrupted(), tmp_path / "run", tmp_path / "moved"
+    shutil.copytree(tiny_base, moved)
+    elsewhere = load_recipe(recipe, [f"base={moved}"])
+    with pytest.raises(RecipeChangedError, match="--allow-change base"):
+        manylora_trainer.train(elsewhere, run, resume=True)
+    before = {file: file.read_bytes() for file in run.glob("*.*")}
+    template = (moved / "chat_template.jinja").read_text()
+    (moved / "chat_template.jinja").write_text(template + " ")
+    with pytest.raises(RecipeChangedError, match="was started on another base"):
+        manylora_trainer.train(elsewhere, run, resume=True, allow_changes=["base"])
+    assert {file: file.read_bytes() for file in run.glob("*.*")} == before
+    (moved / "chat_template.jinja").write_text(template)
+    manylora_trainer.train(elsewhere, run, resume=True, allow_changes=["base"])
+    record = json.loads((run / "run.json").read_bytes())
+    assert record["status"] == "finished"
+    assert record["base"]["path"] == str(moved)
+    assert [change["fields"] for change in record["changes"]] == [["base"]]
+
+
 def test_an_adapter_that_has_ended_takes_no_more_steps(make_task, write_recipe, tmp_path):
     brief, long = make_task("brief", steps=1), make_task("long", steps=4)
     with pytest.raises(RunInterruptedError):

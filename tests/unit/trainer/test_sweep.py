@@ -16,12 +16,14 @@ import manylora_trainer
 from manylora_cli.publish import publish
 from manylora_cli.sweep import sweep as sweep_verb
 from manylora_registry import Registry
+from manylora_registry.config import load_config
 from manylora_registry.errors import ConfigError
 from manylora_trainer.errors import NoExamplesError, RunInterruptedError, SweepError
 from manylora_trainer.recipe import load_recipe
 from manylora_trainer.saved_runs import read_run
+from manylora_trainer.search import make_search
 from manylora_trainer.sweep import read_sweep, run_sweep
-from manylora_trainer.sweep_settings import load_sweep
+from manylora_trainer.sweep_settings import Sweep, load_sweep
 from tests.unit.trainer.conftest import words
 from tests.unit.trainer.test_together import weights
 
@@ -281,12 +283,27 @@ def test_a_wrong_range_is_one_mistake(write_sweep):
         ({"space": {RATE: 0.1}}, "must be a list of values or a range"),
         ({"method": "tpe"}, "trials is required"),
         ({"halving": {"first_rung": 3}}, r"multiple of the recipe's .*validate_every \(2\)"),
+        ({"halving": {"first_rung": STEPS}}, "no trial stops there: it must be below 8 steps"),
+        (
+            {"halving": {"first_rung": 6}, "space": {"tasks.0.steps": [4, 6]}},
+            "no trial stops there: it must be below 6 steps",
+        ),
+        ({"space": {RATE: [0.1, 1, 1.0]}}, r"learning_rate lists 1\.0 twice"),
+        ({"space": {RANK: [2, 4], "tasks.0.lora": [{"rank": 2}]}}, "tasks.0.lora.rank overlap"),
         ({"overrides": ["tasks.0.split.validation=0.0"]}, "keeps no validation rows"),
     ],
 )
 def test_what_cannot_be_searched_is_refused_by_name(write_sweep, changes, message):
     with pytest.raises(ConfigError, match=message):
         load_sweep(write_sweep(**changes))
+
+
+def test_a_grid_begins_at_once_however_many_combinations_there_are(write_sweep):
+    values = [(number + 1) / 100 for number in range(30)]
+    names = ("learning_rate", "weight_decay", "epsilon", "lora_plus_ratio", "clip_norm", "momentum")
+    space = {f"tasks.0.optimizer.{name}": values for name in names}
+    search = make_search(load_config(write_sweep(space=space, trials=3), Sweep))
+    assert [search.ask()[0] for _ in range(3)] == [0, 1, 2]
 
 
 def test_ctrl_c_between_two_runs_says_how_to_go_on(write_sweep):

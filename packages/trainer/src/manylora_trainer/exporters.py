@@ -106,6 +106,9 @@ def _to_mlflow(run: SavedRun, uri: str | None, project: str) -> list[Exported]:
             exported.append(Exported(task, name, len(metrics)))
     except MlflowException as error:
         raise ExportError(f"MLflow at {uri or 'its default place'}: {error.message}") from error
+    except OSError as error:
+        # Where it keeps files may be another place than the server, with troubles of its own.
+        raise ExportError(f"MLflow at {uri or 'its default place'}: {error}") from error
     return exported
 
 

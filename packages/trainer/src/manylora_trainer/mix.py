@@ -53,6 +53,8 @@ class Mix:
             row = reading[chosen].next_row()
             if row is None:
                 # The end is seen one row late, by the draw that finds nothing.
+                if self.repeats and reading[chosen].after is None:
+                    raise NoExamplesError(f"{self.parts[chosen].source.name} has no rows")
                 ended[chosen] = True
                 if all(ended):
                     return

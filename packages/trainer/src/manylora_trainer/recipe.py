@@ -67,13 +67,19 @@ class Task(ConfigModel):
         """What everything random of this task is drawn by, with the recipe's seed."""
         return self.seed_as or self.name
 
-    @field_validator("name")
+    @field_validator("name", "seed_as")
     @classmethod
-    def _names_an_adapter(cls, value: str, info: ValidationInfo) -> str:
+    def _names_an_adapter(cls, value: str | None) -> str | None:
         try:
-            check_adapter_name(value)
+            if value is not None:
+                check_adapter_name(value)
         except InvalidNameError as error:
             raise ValueError(str(error)) from error
+        return value
+
+    @field_validator("name")
+    @classmethod
+    def _names_one_task(cls, value: str, info: ValidationInfo) -> str:
         # The names seen so far travel in the context of this one validation, so that a duplicate
         # is reported at its own place and together with every other mistake.
         if isinstance(info.context, dict):

@@ -7,6 +7,8 @@ from typing import Any, cast
 from manylora_trainer.errors import RecipeChangedError
 
 CHANGEABLE = (
+    # Its weights and tokenizer cannot: their fingerprint is held to that of the run.
+    "base",
     r"training\.(pack_tokens|validate_every|checkpoint_every|keep_checkpoints|threads)",
     r"training\.gradient_checkpointing",
     r"tasks\.\d+\.steps",

@@ -141,10 +141,10 @@ def _take_up(
     directory: RunDirectory, recipe: Recipe, base: BaseModelIdentity, allow_changes: Sequence[str]
 ) -> None:
     path, run = directory.path, directory.read_run()
-    if run is not None and run["recipe_digest"] != recipe.digest:
-        _change_recipe(directory, run, recipe, allow_changes)
     if run is not None and run["base"]["fingerprint"] != base.fingerprint:
         raise RecipeChangedError(f"{path} was started on another base than {recipe.base} is now")
+    if run is not None and run["recipe_digest"] != recipe.digest:
+        _change_recipe(directory, run, recipe, allow_changes)
     if run is None or run["status"] == "running":
         # Again on a resume, as nothing else would notice that it is damaged before the end.
         _write_recipe(path, recipe)
@@ -177,6 +177,7 @@ def _change_recipe(
     _write_recipe(path, recipe)
     run["changes"] = [*run.get("changes", []), {"from": run["recipe_digest"], "fields": fields}]
     run["recipe_digest"] = recipe.digest
+    run["base"]["path"] = str(recipe.base)
     directory.write_run(run)
 
 

@@ -77,7 +77,8 @@ class Halving(ConfigModel):
     """
 
     first_rung: int = Field(ge=1)
-    """Steps before the first trials stop; a multiple of the recipe's training.validate_every."""
+    """Steps before the first trials stop; a multiple of the recipe's training.validate_every and
+    fewer than the longest trial has."""
     factor: int = Field(default=2, ge=2)
     """One of so many trials goes on."""
 
@@ -129,6 +130,8 @@ class Sweep(ConfigModel):
             is_list = isinstance(values, Sequence) and not isinstance(values, str)
             if not isinstance(values, Mapping | Range) and not (is_list and values):
                 raise ValueError(f"{path} must be a list of values or a range {{low, high}}")
+            if is_list and (twice := _listed_twice(cast("Sequence[Any]", values))):
+                raise ValueError(f"{path} lists {', '.join(twice)} twice")
         return cast("Any", value)
 
     @field_validator("space")
@@ -147,6 +150,11 @@ class Sweep(ConfigModel):
                     f"{path} cannot vary: it decides what the validation loss is measured on, "
                     "and losses would not compare"
                 )
+            problems += [
+                f"{path} and {other} overlap: one would take the other's place"
+                for other in space
+                if other.startswith(f"{path}.")
+            ]
         tasks = {path.split(".")[1] for path in space if path.startswith("tasks.")}
         if len(tasks) > 1:
             problems.append(f"one sweep is of one task, not of tasks {', '.join(sorted(tasks))}")
@@ -181,10 +189,10 @@ class Sweep(ConfigModel):
         whole = prod(len(cast("tuple[Any, ...]", values)) for values in self.space.values())
         return min(whole, self.trials or whole)
 
-    def grid(self) -> list[Settings]:
+    def grid(self) -> Iterator[Settings]:
         """Every combination of the listed values, the last path varying fastest."""
         values = [cast("tuple[Any, ...]", listed) for listed in self.space.values()]
-        return [dict(zip(self.space, combination, strict=True)) for combination in product(*values)]
+        return (dict(zip(self.space, combination, strict=True)) for combination in product(*values))
 
     def recipe_with(self, settings: Settings) -> Recipe:
         """The recipe with a trial's settings.
@@ -194,6 +202,12 @@ class Sweep(ConfigModel):
         """
         changes = [f"{path}={json.dumps(value)}" for path, value in settings.items()]
         return load_recipe(self.recipe, [*self.overrides, *changes])
+
+
+def _listed_twice(values: Sequence[Any]) -> list[str]:
+    # Truth values are told from the numbers they equal.
+    known = [(isinstance(value, bool), value) for value in values]
+    return [repr(value) for at, (_, value) in enumerate(known) if known[at] in known[:at]]
 
 
 def load_sweep(path: Path, overrides: Sequence[str] = ()) -> Sweep:
@@ -236,12 +250,31 @@ def _problems(sweep: Sweep, recipe: Recipe) -> list[Problem]:
                 f"must be a multiple of the recipe's training.validate_every ({every})",
             )
         )
+    steps = None if problems else _most_steps(sweep, recipe)
+    if sweep.halving is not None and steps is not None and sweep.halving.first_rung >= steps:
+        problems.append(
+            Problem("halving.first_rung", f"no trial stops there: it must be below {steps} steps")
+        )
     split = recipe.tasks[sweep.task].split
     if not split.validation or not split.validation_rows:
         problems.append(
             Problem("recipe", "the task keeps no validation rows, and trials are judged by them")
         )
     return problems
+
+
+def _most_steps(sweep: Sweep, recipe: Recipe) -> int | None:
+    """Of the longest trial; None where the rows decide."""
+    path = f"tasks.{sweep.task}"
+    match sweep.space.get(f"{path}.steps"):
+        case Range() as steps:
+            return int(steps.high)
+        case tuple() as steps if None not in steps:
+            return max(cast("tuple[int, ...]", steps))
+        case _ if f"{path}.epochs" in sweep.space:
+            return None
+        case _:
+            return recipe.tasks[sweep.task].steps
 
 
 def _cannot_be_packed(recipe: Recipe, task: int) -> Iterator[Problem]:
