@@ -2,7 +2,6 @@
 
 import os
 import signal
-import subprocess
 import tempfile
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import pytest
 
 from manylora_client import UnavailableError
 from manylora_registry import Registry
-from tests.e2e.harness import start_gateway, stop
+from tests.e2e.harness import start_gateway, stop, wait_until
 
 CONFIG = """
 base: {base}
@@ -73,29 +72,29 @@ def test_a_terminal_that_closes_lets_answers_end(
         stop(running.process)
 
 
-def test_a_signal_to_all_its_processes_leaves_no_files(
+def test_a_second_signal_ends_it_at_once_and_leaves_no_files(
     tmp_path: Path,
     base_directory: Path,
     location: Path,
     registry: Registry,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    config = tmp_path / "gateway.yaml"
-    config.write_text(CONFIG.format(base=base_directory, registry=location))
-    gone = subprocess.Popen(["true"])
-    gone.wait()
-    # As of a child of init: without its raylet Ray ends the process it is in.
-    monkeypatch.setenv("RAY_RAYLET_PID", str(gone.pid))
+    monkeypatch.setenv("SYNTHETIC_TOKENS_PER_S", "5")
+    config, log = tmp_path / "gateway.yaml", tmp_path / "log"
+    text = CONFIG.format(base=base_directory, registry=location)
+    config.write_text(text.replace("drain_s: 0.1", "drain_s: 600"))
     # Sockets in it want a short path.
     with tempfile.TemporaryDirectory(prefix="g-") as scratch:
         monkeypatch.setenv("TMPDIR", scratch)
-        running = start_gateway(config, tmp_path / "log", ["benchmarks.synthetic"])
+        running = start_gateway(config, log, ["benchmarks.synthetic"])
         try:
-            with running.client() as client:
-                client.generate([1], "red", max_tokens=1)
-            assert list(Path(scratch).glob("manylora-g-*/adapters/*"))
-            os.killpg(running.process.pid, signal.SIGTERM)
-            running.process.wait(90)
+            with running.client() as client, client.stream([1], "red", max_tokens=1000) as answer:
+                next(answer)
+                assert list(Path(scratch).glob("manylora-g-*/adapters/*"))
+                running.process.terminate()
+                assert wait_until(lambda: "draining" in log.read_text(), within_s=60)
+                running.process.terminate()
+                assert running.process.wait(60) == 1
             assert not list(Path(scratch).glob("manylora-g-*"))
         finally:
             stop(running.process)

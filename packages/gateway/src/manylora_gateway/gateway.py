@@ -229,6 +229,8 @@ def _listen_for_signals(stop: asyncio.Event, scratch: Path) -> None:
             logger.warning("ended by a second signal")
             remove(scratch)
             end_marked(grace_s=0)
+            # They may have written meanwhile.
+            remove(scratch)
             os._exit(1)
         stop.set()
 

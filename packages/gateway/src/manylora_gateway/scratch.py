@@ -33,9 +33,10 @@ def scratch_directory(parent: Path) -> Generator[Path, None, None]:
 
 
 def remove(path: Path) -> None:
-    """Removes such a directory, before the processes that use it are ended.
+    """Removes such a directory.
 
-    Where Ray's own end did not come about, Ray ends this process as soon as its raylet is gone.
+    Before the processes that use it are ended, too: where this one is a child of init, Ray ends it
+    as soon as its raylet is gone.
     """
     shutil.rmtree(path, ignore_errors=True)
 
