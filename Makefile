@@ -48,12 +48,15 @@ quickstart: setup ## Train three adapters, serve them, evaluate, swap one under 
 # Each keeps all cores busy by itself; the others share them.
 ALONE := tests/e2e tests/integration/gateway
 
-# The trainer's files take longest: last, one would run on while the other processes are idle.
+# The trainer's files take longest: last, one would run on while the other processes are idle. By
+# name, as pytest drops a directory that stands beside the one it is in.
+UNIT := tests/unit/trainer $(filter-out tests/unit/trainer tests/unit/__%,$(wildcard tests/unit/*))
+
 .PHONY: test
 test: setup $(BASE)/manylora-base.json ## Run every test, those of engines and Ray Serve alone
 	$(RUN)/python -m pytest $(ALONE)
 	$(RUN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder \
-	    $(ALONE:%=--ignore=%) tests/integration tests/unit/trainer tests/unit
+	    $(ALONE:%=--ignore=%) tests/integration $(UNIT)
 
 SOAK_MINUTES ?= 30
 .PHONY: soak
