@@ -91,33 +91,43 @@ def test_the_same_version_is_the_same_bytes(registry, version, tmp_path, format_
     assert not [path for path in tmp_path.iterdir() if path.suffix == ".partial"]
 
 
+HELD = """
+import runpy, sys
+
+def hold(event, arguments):
+    if event == "open" and str(arguments[0]).endswith(digest):
+        print("held", flush=True)
+        sys.stdin.readline()
+
+digest = sys.argv.pop(1)
+sys.addaudithook(hold)
+runpy.run_module("manylora_cli", run_name="__main__")
+"""
+"""The command that follows, held up when it opens the blob of that digest."""
+
+
 @pytest.fixture
 def waiting_export(registry, version, tmp_path):
-    """An export to `out` in another process, and a pipe that it reads its first blob from.
-
-    The blob itself is back in its place: other exports do not wait.
-    """
+    """An export to `out` in another process, which waits for a line before its first blob."""
     digest = load_manifest(registry.blobs, version.digest).config.digest
-    (blob,) = (tmp_path / "registry" / "blobs").rglob(digest[7:])
-    blob.rename(tmp_path / "kept")
-    os.mkfifo(blob)
     words = ("registry", "export", "spelling@1", "out", "--registry", "registry")
     with subprocess.Popen(
-        [sys.executable, "-m", "manylora_cli", *words], cwd=tmp_path, stderr=subprocess.PIPE
+        [sys.executable, "-c", HELD, digest[7:], *words],
+        cwd=tmp_path,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
     ) as process:
-        # Returns once the other end is open.
-        with blob.open("wb") as pipe:
-            (tmp_path / "kept").rename(blob)
-            yield process, pipe, blob.read_bytes()
+        assert process.stdout.readline() == b"held\n"
+        yield process
         process.kill()
 
 
 def test_what_a_killed_export_left_goes_with_the_next_one(
     registry, version, tmp_path, waiting_export
 ):
-    process, *_ = waiting_export
-    process.kill()
-    process.wait()
+    waiting_export.kill()
+    waiting_export.wait()
     assert [*tmp_path.glob(".*.partial")]
 
     export_version(registry, version, tmp_path / "out")
@@ -128,12 +138,8 @@ def test_what_a_killed_export_left_goes_with_the_next_one(
 def test_an_export_leaves_alone_what_another_is_writing(
     registry, version, tmp_path, waiting_export
 ):
-    process, pipe, content = waiting_export
-
     export_version(registry, version, tmp_path / "out")
-    pipe.write(content)
-    pipe.close()
-    _, said = process.communicate()
+    _, said = waiting_export.communicate(b"\n")
 
     assert b"Directory not empty" in said
     assert not [*tmp_path.glob(".*.partial")]
