@@ -112,6 +112,11 @@ class Operator:
         request = admin_pb2.GetRolloutRequest(adapter=name, alias=alias)
         return _rollout(self._call("GetRollout", request, CALL_S).rollout)
 
+    def serving(self, name: str, alias: str) -> int | None:
+        """The version that the alias by itself means here, if it can be served."""
+        found = self._listed(name, alias)
+        return None if found is None or found.serving is None else found.serving.number
+
     def divide(
         self,
         name: str,

@@ -74,8 +74,11 @@ class _Place:
         if not self.serves or self.withdrawn(serving):
             return False
         with self.operator() as operator:
+            # It may not have followed the alias yet, or not be able to.
+            followed = operator.serving(self.name, self.stage.alias)
             rollout = operator.rollout(self.name, self.stage.alias)
-        return rollout.division != {serving: 100} or rollout.copies is not None
+        whole = ({serving: 100}, {followed: 100}, {})
+        return rollout.division not in whole or rollout.copies is not None
 
 
 def _go_back(place: _Place, alias: Alias, named: int | None, work: Work) -> Outcome:

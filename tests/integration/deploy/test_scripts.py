@@ -375,6 +375,16 @@ def test_a_rollback_goes_back_once_and_not_to_and_fro(world: World) -> None:
     )
 
 
+def test_a_version_that_the_gateway_has_not_followed_is_rolled_back(world: World) -> None:
+    name = world.adapter(versions=2)
+    world.gateways["production"].engine.refused.add(world.registry.resolve(f"{name}@2").engine_name)
+    world.registry.set_alias(name, "production", 2)
+    assert world.scripts.good("rollback", name, "--stage", "production") == (
+        f"production serves {name}@1 again\n"
+    )
+    assert [move.version for move in world.registry.history(name)] == [1, 2, 1]
+
+
 def test_a_rollback_goes_to_no_version_that_never_served_the_stage(world: World) -> None:
     name = world.adapter(versions=3)
     world.registry.set_alias(name, "production", 2)
