@@ -77,8 +77,8 @@ class _Place:
             # It may not have followed the alias yet, or not be able to.
             followed = operator.serving(self.name, self.stage.alias)
             rollout = operator.rollout(self.name, self.stage.alias)
-        whole = ({serving: 100}, {followed: 100}, {})
-        return rollout.division not in whole or rollout.copies is not None
+        whole = rollout.division in ({serving: 100}, {followed: 100}) or not rollout.division
+        return not whole or rollout.copies is not None
 
 
 def _go_back(place: _Place, alias: Alias, named: int | None, work: Work) -> Outcome:
