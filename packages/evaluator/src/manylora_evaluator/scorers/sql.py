@@ -55,8 +55,9 @@ class Sql:
         self._settings = settings
         self._database = _build(settings)
         self._deadline = math.inf
+        plain = sqlite3.connect(":memory:")
         for name, arguments in _SEARCHES.items():
-            bounded = self._bounded(name, arguments)
+            bounded = self._bounded(plain, name, arguments)
             self._database.create_function(name, arguments, bounded, deterministic=True)
         self._expected: dict[str, Result | str] = {}
         self.names = (settings.name, f"{settings.name}.runs")
@@ -96,9 +97,8 @@ class Sql:
         except (sqlite3.Error, sqlite3.Warning, ValueError, OverflowError, MemoryError) as error:
             return str(error) or type(error).__name__
 
-    def _bounded(self, name: str, arguments: int) -> Callable[..., Any]:
+    def _bounded(self, plain: sqlite3.Connection, name: str, arguments: int) -> Callable[..., Any]:
         """SQLite's own function, for texts short enough and as long as there is time."""
-        plain = sqlite3.connect(":memory:")
         query = f"SELECT {name}({', '.join('?' * arguments)})"
 
         def call(*values: Any) -> Any:
