@@ -4,6 +4,7 @@ import json
 import sqlite3
 from collections import Counter
 from dataclasses import asdict
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -38,7 +39,11 @@ class Rows:
 
     def rows(self, after=None):
         first = 0 if after is None else after["row"]
-        for number, row in enumerate(self._rows[first:], start=first + 1):
+        for number in count(first + 1):
+            # As they are by now: a test may change them.
+            if number > len(self._rows):
+                return
+            row = self._rows[number - 1]
             self.read += 1
             if isinstance(row, RowError):
                 yield Row(number, {}, after={"row": number}, error=row)
@@ -289,6 +294,44 @@ def test_a_stream_goes_on_exactly_from_any_cursor(tokenizer, settings):
         rest = [[e.tokens.tolist() for e in resumed.next_batch()] for _ in range(step + 1, steps)]
         assert rest == batches[step + 1 :]
         assert asdict(resumed.cursor) == cursors[-1]
+
+
+# Rows that change meanwhile
+
+
+@pytest.mark.parametrize("instead", [[], [{"wrong": "w20", "right": "another"}]])
+def test_other_rows_than_were_looked_through_are_refused(tokenizer, instead):
+    rows = words(35)
+    stream, data = stream_of(tokenizer, rows, batch_size=15, shuffle_buffer=10, epochs=2)
+    stream.next_batch()
+    there, rows[20:21] = rows[20:21], instead
+    with pytest.raises(SourceError, match="task words: rows gives other rows than when this run"):
+        stream.next_batch()
+    rows[20 : 20 + len(instead)] = there
+    while stream.cursor.batches < data.steps:
+        stream.next_batch()
+    assert stream.cursor.examples == 70
+
+
+@pytest.mark.parametrize("there", [35, 40])
+def test_rows_added_behind_those_looked_through_train_in_another_run(tokenizer, there):
+    rows = words(there)
+    stream, data = stream_of(tokenizer, rows, batch_size=15, shuffle_buffer=10, epochs=2)
+    taken = answers(stream.next_batch(), tokenizer)
+    rows += words(100)[there:]
+    while stream.cursor.batches < data.steps:
+        taken += answers(stream.next_batch(), tokenizer)
+    assert sorted(taken) == sorted([*range(there), *range(there)])
+
+
+def test_rows_behind_those_looked_through_may_be_mended(tokenizer):
+    rows = words(35)
+    stream, _ = stream_of(
+        tokenizer, rows, batch_size=20, shuffle_buffer=10, split={**ALL, "scan_rows": 25}
+    )
+    stream.next_batch()
+    rows[24]["right"] = "900"
+    assert 900 in answers(stream.next_batch(), tokenizer)
 
 
 def test_a_cursor_stays_small(tokenizer):

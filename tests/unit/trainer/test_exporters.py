@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -45,6 +46,8 @@ def test_mlflow_holds_each_adapter_once(run, tmp_path, monkeypatch):
     assert first.data.params["task.lora.rank"] == "4"
     assert first.data.tags["manylora.base"] == run.record["base"]["fingerprint"]
     assert first.info.status == "FINISHED"
+    began, ended = (int(1000 * run.entries[at]["time"]) for at in (0, -1))
+    assert began <= first.info.start_time < first.info.end_time <= ended
     artifacts = {entry.path for entry in client.list_artifacts(first.info.run_id)}
     assert artifacts == {"README.md", "recipe.yaml"}
 
@@ -81,6 +84,16 @@ def test_an_adapter_that_stopped_has_failed_whatever_became_of_the_others(
     found = MlflowClient(store).search_runs(["1"])
     states = {run.data.params["task.name"]: run.info.status for run in found}
     assert states == {"first": "FAILED", "second": "FINISHED"}
+
+
+def test_a_run_under_way_has_no_end(run, tmp_path, monkeypatch):
+    from mlflow import MlflowClient
+
+    store = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    monkeypatch.chdir(tmp_path)
+    export_run(replace(run, state="running"), "mlflow", store)
+    found = MlflowClient(store).search_runs(["1"])
+    assert {(there.info.status, there.info.end_time) for there in found} == {("RUNNING", None)}
 
 
 # In a process of its own: trackio reads where it writes when it is imported.

@@ -65,6 +65,15 @@ def _as_json_has_it(value: Any) -> Any:
 
 
 @dataclass(frozen=True)
+class Window:
+    """The training rows that are shuffled together, as they were looked through."""
+
+    rows: int
+    digest: bytes
+    """SHA-256 over the `content_digest` of each."""
+
+
+@dataclass(frozen=True)
 class TaskData(Generic[R, I]):
     """What one task trains and is measured on. Its training rows stay in their source."""
 
@@ -82,6 +91,10 @@ class TaskData(Generic[R, I]):
     """Of these, malformed ones that were passed over."""
     train_rows: int
     """Of these, rows to train on."""
+    windows: Sequence[Window]
+    """Of these, what a stream will read: it takes no others in their place."""
+    whole: bool
+    """Whether all rows were looked through, so that the last window ends the source."""
     overlong_dropped: int
     """Of the examples tokenised at the start: validation, and with epochs all that train."""
     overlong_truncated: int
@@ -103,6 +116,11 @@ def part_of(rendered: Rendering, split: Split) -> tuple[Part, bytes]:
     if place < split.held_out + split.validation:
         return "validation", digest
     return "train", digest
+
+
+def content_digest(rendered: Rendering) -> bytes:
+    """SHA-256 of all that trains of a row."""
+    return hashlib.sha256(rendered.content_key).digest()
 
 
 def preparation_of(task: Task, tokenizer: ChatTokenizer) -> Preparation[Rendered, Any]:
@@ -151,6 +169,7 @@ def survey(
     validation = _Smallest(task.split.validation_rows)
     held_out = _Smallest(task.split.held_out_rows)
     counting = _Counting[R, I](task, preparation)
+    windows = _Windows(task.shuffle_buffer)
     fingerprint = hashlib.sha256()
     rows_read = rows_skipped = train_rows = 0
     first_skipped: RowError | None = None
@@ -178,13 +197,17 @@ def survey(
         if part == "held_out":
             held_out.offer(digest, HeldOutRow(rendered, row.columns))
             continue
-        fingerprint.update(hashlib.sha256(rendered.content_key).digest())
+        content = content_digest(rendered)
+        fingerprint.update(content)
         if part == "validation":
             validation.offer(digest, HeldOutRow(rendered, row.columns))
         else:
             train_rows += 1
+            windows.add(content)
             if task.epochs is not None:
                 counting.add(rendered)
+    else:
+        windows.end()
     if rows_read == 0:
         raise NoExamplesError(f"task {task.name}: {source.name} has no rows")
     counting.flush()
@@ -207,6 +230,8 @@ def survey(
         rows_read,
         rows_skipped,
         train_rows,
+        windows.complete,
+        windows.ended,
         counting.dropped,
         counting.truncated,
         f"sha256:{fingerprint.hexdigest()}",
@@ -318,6 +343,33 @@ def require_validation(task: Task, rows: int, *, of_sweep: bool = False) -> None
         raise NoExamplesError(
             f"task {task.name}: {judged} has no validation rows to go by; raise split.validation"
         )
+
+
+class _Windows:
+    """The windows that rows make up, in their order."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._rows = 0
+        self._hash = hashlib.sha256()
+        self.complete: list[Window] = []
+        self.ended = False
+
+    def add(self, content: bytes) -> None:
+        self._rows += 1
+        self._hash.update(content)
+        if self._rows == self._size:
+            self._close()
+
+    def end(self) -> None:
+        """No more rows will come."""
+        self.ended = True
+        if self._rows:
+            self._close()
+
+    def _close(self) -> None:
+        self.complete.append(Window(self._rows, self._hash.digest()))
+        self._rows, self._hash = 0, hashlib.sha256()
 
 
 class _Smallest:

@@ -10,7 +10,7 @@ run under way can be exported as often as one likes.
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,7 +85,7 @@ def _to_mlflow(run: SavedRun, uri: str | None, project: str) -> list[Exported]:
                 client.delete_run(before.info.run_id)
             entries = [entry for entry in run.entries if entry["task"] == task]
             name = _name(run, task)
-            begun = int(1000 * entries[0]["time"]) if entries else None
+            begun, ended = _span(entries)
             there = client.create_run(experiment, begun, tags, name).info.run_id
             parameters = [Param(key, str(value)) for key, value in _settings(run, task).items()]
             for at in range(0, len(parameters), PARAMETERS_AT_ONCE):
@@ -101,8 +101,10 @@ def _to_mlflow(run: SavedRun, uri: str | None, project: str) -> list[Exported]:
                 if file.is_file():
                     client.log_artifact(there, str(file))
             status = {"finished": "FINISHED", "failed": "FAILED", "running": "RUNNING"}
-            ended = "FAILED" if run.tasks[task].stopped else status.get(run.state, "KILLED")
-            client.set_terminated(there, ended)
+            state = "FAILED" if run.tasks[task].stopped else status.get(run.state, "KILLED")
+            # Left alone it is running, and has no end.
+            if state != "RUNNING":
+                client.set_terminated(there, state, ended)
             exported.append(Exported(task, name, len(metrics)))
     except MlflowException as error:
         raise ExportError(f"MLflow at {uri or 'its default place'}: {error.message}") from error
@@ -157,6 +159,13 @@ def _to_trackio(run: SavedRun, uri: str | None, project: str) -> list[Exported]:
 def _name(run: SavedRun, task: str) -> str:
     """Of the tracker's run: two runs of one name are told apart by their id."""
     return f"{run.path.absolute().name}-{str(run.record.get('id', ''))[:8]}/{task}"
+
+
+def _span(entries: Sequence[Mapping[str, Any]]) -> tuple[int | None, int | None]:
+    """Of an adapter's training, in milliseconds; that of the export is nobody's concern."""
+    if not entries:
+        return None, None
+    return int(1000 * entries[0]["time"]), int(1000 * entries[-1]["time"])
 
 
 def _settings(run: SavedRun, task: str) -> dict[str, Any]:

@@ -7,6 +7,7 @@ generator has to be saved, and a resume reads one window again. A source that fi
 read once and shuffled anew in every epoch. Nothing here depends on the other tasks of a run.
 """
 
+import hashlib
 import threading
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
@@ -14,8 +15,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Generic
 
-from manylora_trainer.dataset import TaskData, fitted, part_of, random_for, rendered_or_skipped
-from manylora_trainer.errors import NoExamplesError
+from manylora_trainer.dataset import (
+    TaskData,
+    content_digest,
+    fitted,
+    part_of,
+    random_for,
+    rendered_or_skipped,
+)
+from manylora_trainer.errors import NoExamplesError, SourceError
 from manylora_trainer.items import I, R
 from manylora_trainer.recipe import Task
 from manylora_trainer.sources import Place, Row
@@ -169,34 +177,48 @@ class ExampleStream(Generic[R, I]):
         if window is None or not holds_all:
             # Before the next one is read: two are never held.
             self._drawing = window = drawing = None
-            window = self._read(cursor.place, cursor.skipped)
+            window = self._read(cursor)
         window.order = list(range(len(window.rows)))
         purpose = f"epoch {cursor.epoch} window {cursor.window}"
         random_for(self._seed, self._task.seed_name, purpose).shuffle(window.order)
         self._drawing = (wanted, window)
         return window
 
-    def _read(self, place: Place | None, skipped: int) -> _Window[R, I]:
-        """Reads the window that begins at a place."""
+    def _read(self, cursor: Cursor) -> _Window[R, I]:
+        """Reads the window that a cursor stands in."""
+        place, known = cursor.place, self._data.windows
+        looked_through = known[cursor.window] if cursor.window < len(known) else None
+        size = looked_through.rows if looked_through else self._task.shuffle_buffer
+        # What was added to the source meanwhile is of another run.
+        is_last = self._data.whole and cursor.window == len(known) - 1
         at, rows = self._reading or (None, None)
         if rows is None or place is None or at != place:
             rows = self._data.source.rows(place)
         self._reading = None
         window = _Window[R, I]([], None, 0)
+        digest = hashlib.sha256()
         for row in rows:
             if self.abandoned.is_set():
                 raise CancelledError
             rendered = rendered_or_skipped(
-                self._task, self._data.preparation, row, skipped + window.skipped
+                self._task, self._data.preparation, row, cursor.skipped + window.skipped
             )
             if rendered is None:
                 window.skipped += not row.again
             elif part_of(rendered, self._task.split)[0] == "train":
                 window.rows.append(rendered)
-                if len(window.rows) == self._task.shuffle_buffer:
-                    window.after = row.after
-                    self._reading = (row.after, rows)
+                digest.update(content_digest(rendered))
+                if len(window.rows) == size:
+                    if not is_last:
+                        window.after = row.after
+                        self._reading = (row.after, rows)
                     break
+        if looked_through and looked_through.digest != digest.digest():
+            raise SourceError(
+                f"task {self._task.name}: {self._data.source.name} gives other rows than when this "
+                "run looked through them; put those back, or begin a new run over rows that stay "
+                "as they are"
+            )
         return window
 
     def _item(self, window: _Window[R, I], position: int) -> I:
