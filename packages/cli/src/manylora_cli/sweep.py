@@ -28,7 +28,10 @@ def sweep(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the trials as JSON.")] = False,
 ) -> None:
-    """Search a task's best settings; trials train together over one base."""
+    """Search a task's best settings.
+
+    Trials train together over one base.
+    """
     import os
     import shlex
     from functools import partial
