@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from manylora_cli.output import print_json, print_table, shown
+from manylora_cli.output import print_json, print_table, shown, spoken
 
 if TYPE_CHECKING:
     from manylora_trainer.sweep import SweepResult
@@ -48,12 +48,13 @@ def sweep(
     again = ["manylora", "sweep", str(sweep), "--sweep-dir", shown(directory), "--resume"]
     for entry in set_ or ():
         again += ["--set", entry]
-    result = run_sweep(
-        settings,
-        resume=resume,
-        how_to_resume=shlex.join(again),
-        say=partial(typer.echo, err=True),
-    )
+    with spoken():
+        result = run_sweep(
+            settings,
+            resume=resume,
+            how_to_resume=shlex.join(again),
+            say=partial(typer.echo, err=True),
+        )
     if as_json:
         print_json(result.as_json())
     else:
