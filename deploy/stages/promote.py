@@ -32,7 +32,7 @@ from deploy.stages.taking_over import BoundBrokenError, Place, take_over
 from deploy.stages.way_back import end_rollout, interrupted, send_back, where
 from deploy.stages.work import Outcome, Work, audit
 from manylora_registry import Registry
-from manylora_registry.errors import AliasConflictError
+from manylora_registry.errors import AliasConflictError, AliasNotFoundError
 
 
 def promote(name: str, source: Stage, target: Stage, work: Work) -> Outcome:
@@ -71,7 +71,13 @@ class _Promoting:
         self.registry, self.name, self.source, self.target = registry, name, source, target
         self.work = work
         self.journal = Journal(target, name)
-        self.version = registry.resolve(f"{name}@{source.alias}")
+        try:
+            self.version = registry.resolve(f"{name}@{source.alias}")
+        except AliasNotFoundError:
+            raise CheckError(
+                f"{source.name} has no version of {name} to promote: deploy/candidate "
+                f"{name}@NUMBER --stage {source.name} brings one there"
+            ) from None
         self.alias = registry.aliases(name).get(target.alias)
         present = None if self.alias is None else registry.find(f"{name}@{self.alias.version}")
         self.present = None if present is None or present.yanked else present

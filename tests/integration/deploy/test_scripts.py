@@ -78,6 +78,16 @@ def test_a_good_version_goes_all_the_way(world: World) -> None:
     assert len(world.outcomes(name, "promote")) == 5
 
 
+def test_what_was_never_a_candidate_is_told_to_become_one(world: World) -> None:
+    name = world.adapter()
+
+    assert world.scripts.refused("promote", name) == (
+        f"promote: staging has no version of {name} to promote: "
+        f"deploy/candidate {name}@NUMBER --stage staging brings one there"
+    )
+    assert world.outcomes(name, "promote") == []
+
+
 def test_a_worse_version_is_refused_at_the_gate(world: World) -> None:
     name = world.adapter(versions=3)
     world.scripts.good("candidate", f"{name}@3")

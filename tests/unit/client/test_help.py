@@ -23,6 +23,7 @@ def verbs(command: object, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[s
 
 
 VERBS = dict(verbs(get_command(app)))
+GROUPS = {path[:length] for path in VERBS for length in range(len(path))}
 
 
 @pytest.mark.parametrize("path", VERBS, ids=" ".join)
@@ -35,6 +36,15 @@ def test_every_verb_and_every_option_says_what_it_does(path: tuple[str, ...]) ->
     assert not [line for line in options if "<str>" in line], "it does not say what it takes"
     for parameter in getattr(VERBS[path], "params", ()):
         assert getattr(parameter, "help", None), f"{parameter.name} has no word of help"
+
+
+@pytest.mark.parametrize("path", sorted(GROUPS), ids=" ".join)
+def test_the_list_of_verbs_cuts_no_sentence_off(path: tuple[str, ...]) -> None:
+    shown = CliRunner().invoke(app, [*path, "--help"], terminal_width=80).output
+
+    _, _, listed = shown.partition("Commands:\n")
+    assert listed
+    assert [line for line in listed.splitlines() if line.endswith("...")] == []
 
 
 def test_the_command_knows_its_version() -> None:

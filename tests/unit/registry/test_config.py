@@ -1,5 +1,5 @@
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import pytest
 from pydantic import Field
@@ -83,6 +83,45 @@ def test_overrides_that_lead_nowhere_are_told(write, override):
         load_config(write(GOOD), Recipe, [override])
 
 
+@pytest.mark.parametrize("key", ["7", "a"])
+@pytest.mark.parametrize("below", ["", ".rank"])
+def test_who_overrides_an_entry_that_is_not_there_learns_how_entries_are_named(write, key, below):
+    with pytest.raises(ConfigError, match="a list go by their number, here 0 to 1"):
+        load_config(write(GOOD), Recipe, [f"tasks.{key}{below}=1"])
+
+
+class Text(ConfigModel):
+    kind: Literal["text"]
+    limit: int = 1
+
+
+class Table(ConfigModel):
+    kind: Literal["table"]
+    limit: int = 1
+
+
+class Sources(ConfigModel):
+    sources: tuple[Annotated[Text | Table, Field(discriminator="kind")], ...]
+
+
+def test_a_mistake_of_an_override_is_not_laid_to_a_line_of_the_file(write):
+    file = write("sources:\n  - kind: text\n    limit: 3\n  - kind: table\n    limit: x\n")
+
+    with pytest.raises(ConfigError) as failed:
+        load_config(file, Sources, ["sources.0.limit=on", "sources.1.lim=4"])
+
+    number = "Input should be a valid integer, unable to parse string as an integer"
+    told = {(p.path, p.line): p.message for p in failed.value.problems}
+    assert told == {
+        ("sources.1.table.limit", 5): number,
+        ("sources.1.table.lim", None): "unknown key (as overridden)",
+    }
+    with pytest.raises(ConfigError, match=r"limit: must be a number.*as overridden"):
+        load_config(file, Sources, ["sources.0.limit=on", "sources.1.limit=4"])
+    with pytest.raises(ConfigError, match=r"sources\.0\.text\.limit: Input .*as overridden"):
+        load_config(file, Sources, ["sources.0={kind: text, limit: x}", "sources.1.limit=4"])
+
+
 def test_a_key_that_stands_twice_is_told_beside_every_other_mistake(write):
     text = "base: b\ntasks:\n  - name: a\n    rank: 4\n    rank: 8\nbase: c\nbse: d\n"
     with pytest.raises(ConfigError) as failed:
@@ -151,6 +190,14 @@ class Numbers(ConfigModel):
     below: Task | None = None
     flag: bool = False
     word: str | bool = "on"
+
+
+def test_a_key_that_is_a_number_is_one_mistake_and_no_traceback(write):
+    with pytest.raises(ConfigError) as failed:
+        load_config(write("weights: {1: 2}"), Numbers)
+
+    (problem,) = failed.value.problems
+    assert problem.path.startswith("weights.1")
 
 
 @pytest.mark.parametrize(

@@ -74,6 +74,24 @@ def test_a_plan_says_what_the_run_will_do(recipe, tmp_path, tiny_base):
     assert planned["time"]["tokens"] == pytest.approx(tokens, rel=0.15)
 
 
+@pytest.mark.parametrize("dry", [["--dry-run"], []])
+def test_what_a_function_of_rows_prints_is_no_part_of_the_result(
+    make_task, write_recipe, tmp_path, dry
+):
+    rows = "def rows():\n    print('reading')\n" + "".join(
+        f"    yield {{'wrong': 'w{i}', 'right': 'r{i}'}}\n" for i in range(40)
+    )
+    (tmp_path / "rows.py").write_text(rows)
+    source = {"kind": "python", "file": "rows.py", "function": "rows"}
+    recipe = write_recipe(make_task("first", source=source, steps=1))
+
+    ended = CliRunner().invoke(app, [str(recipe), "--json", *dry])
+
+    assert ended.exit_code == 0, ended.output
+    assert "first" in json.dumps(json.loads(ended.stdout))
+    assert "reading" in ended.stderr
+
+
 def test_an_example_shows_what_trains(recipe):
     planned = json.loads(dry_run(recipe, "--json"))
     segments = planned["tasks"][1]["example"]

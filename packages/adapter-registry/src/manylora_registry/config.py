@@ -62,16 +62,21 @@ def load_config(path: Path, model: type[Model], overrides: Sequence[str] = ()) -
     overridden = [problem for entry in overrides if (problem := _override(data, entry)) is not None]
     if overridden:
         raise ConfigError(path, [*problems, *overridden])
+    replaced = [entry.partition("=")[0].split(".") for entry in overrides]
+
+    def placed(location: tuple[int | str, ...], text: str) -> Problem:
+        given = _given(data, location)
+        if any(given[: len(keys)] == keys for keys in replaced):
+            return Problem(_dotted(location), f"{text} (as overridden)")
+        return Problem(_dotted(location), text, _line(node, location))
+
     try:
         found = model.model_validate(data, context={"directory": directory})
     except ValidationError as error:
-        problems += [
-            Problem(_dotted(e["loc"]), _say(e["type"], e["msg"]), _line(node, e["loc"]))
-            for e in own_mistakes(error)
-        ]
+        problems += [placed(e["loc"], _say(e["type"], e["msg"])) for e in own_mistakes(error)]
         raise ConfigError(path, problems) from error
     problems += [
-        Problem(_dotted(loc), "must be a number, not a truth value", _line(node, loc))
+        placed(loc, "must be a number, not a truth value")
         for loc in _truths_as_numbers(data, found, ())
     ]
     if problems:
@@ -175,7 +180,7 @@ def _override(data: Any, entry: str) -> Problem | None:
         elif isinstance(inside, dict):
             here = inside.setdefault(key, {})
         else:
-            return Problem(dotted, f"nothing can be set below {key!r}")
+            return Problem(dotted, f"nothing can be set below {key!r}{_entries(inside)}")
     try:
         parsed = _parse(value)
     except (yaml.YAMLError, RecursionError) as error:
@@ -186,8 +191,15 @@ def _override(data: Any, entry: str) -> Problem | None:
     elif isinstance(inside, list) and last.isdecimal() and int(last) < len(inside):
         inside[int(last)] = parsed
     else:
-        return Problem(dotted, f"there is no {last!r} to set")
+        return Problem(dotted, f"there is no {last!r} to set{_entries(inside)}")
     return None
+
+
+def _entries(value: dict[str, Any] | list[Any] | None) -> str:
+    """How the entries of a list are named, for who gave another name."""
+    if not isinstance(value, list) or not value:
+        return ""
+    return f": entries of a list go by their number, here 0 to {len(value) - 1}"
 
 
 def _items(value: Any) -> dict[str, Any] | list[Any] | None:
@@ -195,6 +207,21 @@ def _items(value: Any) -> dict[str, Any] | list[Any] | None:
     if isinstance(value, dict):
         return cast("dict[str, Any]", value)
     return cast("list[Any]", value) if isinstance(value, list) else None
+
+
+def _given(data: Any, location: tuple[int | str, ...]) -> list[str]:
+    """The keys of `location` that were given: tags of discriminated unions stand nowhere."""
+    keys = list[str]()
+    for part in location:
+        inside = _items(data)
+        if isinstance(inside, dict) and part in inside:
+            data = cast("dict[Any, Any]", inside)[part]
+        elif isinstance(inside, list) and isinstance(part, int) and part < len(inside):
+            data = inside[part]
+        else:
+            continue
+        keys.append(str(part))
+    return keys
 
 
 def _dotted(location: tuple[int | str, ...]) -> str:

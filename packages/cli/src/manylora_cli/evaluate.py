@@ -65,7 +65,7 @@ def evaluate(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
 ) -> None:
-    """Ask held-out rows of the bare base and of adapters, and compare the scores.
+    """Score the bare base and adapters on held-out rows.
 
     Exits 1 when a request failed, after printing and writing the results of the others; when a
     threshold of the suite is not kept; and when an adapter is worse than the baseline or the rows

@@ -126,9 +126,10 @@ def generate(
         Path | None, typer.Option(metavar="FILE", envvar="MANYLORA_TLS_KEY", help="Its key.")
     ] = None,
 ) -> None:
-    """Generate an answer to TEXT, by default as one user message of a chat.
+    """Generate an answer to TEXT.
 
-    The text goes to standard output; the version that answered to standard error.
+    TEXT is one user message of a chat, or with --raw it goes as it stands. The answer goes to
+    standard output, the version that gave it to standard error.
     """
     import sys
 

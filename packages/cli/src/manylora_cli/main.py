@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 
 from manylora_cli import (
+    adapters,
     base,
     evaluate,
     generate,
@@ -64,6 +65,7 @@ app.add_typer(registry.app, name="registry")
 app.command("serve")(serve.serve)
 app.command("generate")(generate.generate)
 app.command("health")(health.health)
+app.command("adapters")(adapters.adapters)
 app.command("evaluate")(evaluate.evaluate)
 app.add_typer(runs.app, name="runs")
 app.command("token")(token.token)

@@ -5,6 +5,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from contextlib import redirect_stdout
+    from typing import TextIO
+
     from rich.text import Text
 
 
@@ -39,6 +42,17 @@ def print_table(
         # Text, as a name or a reason in brackets is no markup.
         table.add_row(*(cell if isinstance(cell, Text) else Text(cell) for cell in row))
     Console().print(table)
+
+
+def spoken() -> "redirect_stdout[TextIO]":
+    """Has what Ray and the user's own functions print go to standard error, where progress goes.
+
+    Standard output is for the result, which machines read.
+    """
+    import sys
+    from contextlib import redirect_stdout
+
+    return redirect_stdout(sys.stderr)
 
 
 def print_json(value: Any) -> None:

@@ -65,7 +65,9 @@ def list_adapters(
     registry: Location = None,
     as_json: AsJson = False,
 ) -> None:
-    """List every adapter with its latest version and its aliases, or the versions that match.
+    """List adapters, or the versions that match.
+
+    Without options each adapter with its latest version and its aliases.
 
     FILTER compares tag.KEY, metric.KEY, lineage.KEY, name, number, digest, base, rank, size,
     created, yanked, alias, parent and file by = != < <= > >= or ~ (a pattern), joined with
@@ -152,7 +154,10 @@ def _tell_next(key: str) -> None:
 
 @app.command("show")
 def show(reference: Reference, registry: Location = None, as_json: AsJson = False) -> None:
-    """Show one version: what it is, where it came from, how good it was, what gates said."""
+    """Show one version.
+
+    What it is, where it came from, how good it was, what gates said.
+    """
     with open_registry(registry) as opened:
         version = opened.find(reference)
         pointing = opened.aliases(version.name)

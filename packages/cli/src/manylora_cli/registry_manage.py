@@ -45,11 +45,11 @@ def rollback(
     registry: Location = None,
     as_json: AsJson = False,
 ) -> None:
-    """Point an alias at the version it pointed at before the present one came.
+    """Point an alias at the version it had before.
 
-    Versions that were withdrawn are passed over.
-    Done again, by you or by somebody else, it is refused: it never swings forward to what was
-    rolled back. `alias` moves it anywhere.
+    That is the version it pointed at before the present one came. Versions that were withdrawn are
+    passed over. Done again, by you or by somebody else, it is refused: it never swings forward to
+    what was rolled back. `alias` moves it anywhere.
     """
     with open_registry(registry) as opened:
         move = opened.rollback(name, alias, expect=expect, why=why, override=override)
@@ -71,7 +71,7 @@ def protect(
     registry: Location = None,
     as_json: AsJson = False,
 ) -> None:
-    """Let an alias move only to versions that have passed a gate.
+    """Let an alias move only to what has passed a gate.
 
     What counts is the latest record of the suite (see `gate`). A move to another version is
     refused, or done with --override and a reason, which the history keeps.
@@ -98,7 +98,10 @@ def gate(
     registry: Location = None,
     as_json: AsJson = False,
 ) -> None:
-    """Record what a suite found about a version; records are only ever added to."""
+    """Record what a suite found about a version.
+
+    Records are only ever added to.
+    """
     figures = _read_json(result) if result else {}
     with open_registry(registry) as opened:
         version = opened.find(reference)
@@ -157,10 +160,11 @@ def metric(
 
 
 def delete(reference: Reference, registry: Location = None, as_json: AsJson = False) -> None:
-    """Mark a version as deleted: it is not served, and `gc` removes its bytes.
+    """Mark a version as deleted.
 
-    Refused while an alias points at it, and, until it was yanked, while a rollback goes to it.
-    Number, digest, description and history stay; publishing the same files again restores it.
+    It is not served, and `gc` removes its bytes. Refused while an alias points at it, and, until it
+    was yanked, while a rollback goes to it. Number, digest, description and history stay;
+    publishing the same files again restores it.
     """
     with open_registry(registry) as opened:
         version = opened.delete(reference)
@@ -184,11 +188,12 @@ def collect_garbage(
     registry: Location = None,
     as_json: AsJson = False,
 ) -> None:
-    """Remove the bytes of deleted versions, and what killed publications left behind.
+    """Remove the bytes of deleted versions.
 
-    Safe while others publish, serve and collect. A version stays while an alias, a lease or a
-    version that was trained on from it needs it. What nobody needs is condemned by one run and
-    removed by the first that comes a grace later; readers without a lease have that long.
+    What killed publications left behind goes too. Safe while others publish, serve and collect. A
+    version stays while an alias, a lease or a version that was trained on from it needs it. What
+    nobody needs is condemned by one run and removed by the first that comes a grace later; readers
+    without a lease have that long.
     """
     from rich.console import Console
 
@@ -228,7 +233,10 @@ def events(
     registry: Location = None,
     as_json: AsJson = False,
 ) -> None:
-    """Print what happened, one event a line, in order; --json prints one object a line."""
+    """Print what happened, one event a line, in order.
+
+    With --json each is one object.
+    """
     import itertools
     import json
 

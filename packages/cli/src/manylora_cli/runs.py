@@ -73,7 +73,10 @@ def compare(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Set runs side by side: results, and the settings in which their recipes differ."""
+    """Set runs side by side.
+
+    Their results, and the settings in which their recipes differ.
+    """
     from manylora_trainer.comparison import compare as compare_runs
     from manylora_trainer.comparison import write_comparison
 
@@ -112,7 +115,10 @@ def export(
     ] = "manylora",
     as_json: AsJson = False,
 ) -> None:
-    """Copy a run into an experiment tracker; again replaces what was copied before."""
+    """Copy a run into an experiment tracker.
+
+    Done again, it replaces what it copied before.
+    """
     from dataclasses import asdict
 
     from manylora_trainer.exporters import export_run

@@ -17,7 +17,10 @@ def serve(
         ),
     ] = None,
 ) -> None:
-    """Serve all adapters over one base model until SIGINT, SIGTERM or SIGHUP."""
+    """Serve all adapters over one base model.
+
+    SIGINT (Ctrl-C), SIGTERM and SIGHUP end it: requests inside have `drain_s` to finish.
+    """
     from manylora_gateway.serve import serve as run
 
     run(config, set_ or ())

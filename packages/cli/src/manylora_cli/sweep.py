@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from manylora_cli.output import print_json, print_table, shown
+from manylora_cli.output import print_json, print_table, shown, spoken
 
 if TYPE_CHECKING:
     from manylora_trainer.sweep import SweepResult
@@ -28,7 +28,10 @@ def sweep(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the trials as JSON.")] = False,
 ) -> None:
-    """Search a task's best settings; trials train together over one base."""
+    """Search a task's best settings.
+
+    Trials train together over one base.
+    """
     import os
     import shlex
     from functools import partial
@@ -45,12 +48,13 @@ def sweep(
     again = ["manylora", "sweep", str(sweep), "--sweep-dir", shown(directory), "--resume"]
     for entry in set_ or ():
         again += ["--set", entry]
-    result = run_sweep(
-        settings,
-        resume=resume,
-        how_to_resume=shlex.join(again),
-        say=partial(typer.echo, err=True),
-    )
+    with spoken():
+        result = run_sweep(
+            settings,
+            resume=resume,
+            how_to_resume=shlex.join(again),
+            say=partial(typer.echo, err=True),
+        )
     if as_json:
         print_json(result.as_json())
     else:

@@ -11,10 +11,11 @@ def token(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print both as JSON.")] = False,
 ) -> None:
-    """Make a bearer token; its sha256 goes into the gateway's tenants file.
+    """Make a bearer token for a client of the gateway.
 
-    The token goes to standard output, to be kept by the client alone, its digest to standard
-    error; with --hash the digest goes to standard output.
+    Its sha256 goes into the gateway's tenants file. The token goes to standard output, to be kept
+    by the client alone, its digest to standard error; with --hash the digest goes to standard
+    output.
     """
     import json
     import secrets

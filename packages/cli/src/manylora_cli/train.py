@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from manylora_cli.output import shown
+from manylora_cli.output import shown, spoken
 
 if TYPE_CHECKING:
     from manylora_trainer.result import RunResult
@@ -61,7 +61,8 @@ def train(
         from manylora_cli.plans import show_plan
         from manylora_trainer.dry_run import plan
 
-        planned = plan(loaded)
+        with spoken():
+            planned = plan(loaded)
         if as_json:
             print(json.dumps(planned.as_json()))
         else:
@@ -76,13 +77,14 @@ def train(
         again += ["--set", entry]
     for entry in allow_change or ():
         again += ["--allow-change", entry]
-    result = run(
-        loaded,
-        path,
-        resume,
-        how_to_resume=shlex.join(again),
-        allow_changes=allow_change or (),
-    )
+    with spoken():
+        result = run(
+            loaded,
+            path,
+            resume,
+            how_to_resume=shlex.join(again),
+            allow_changes=allow_change or (),
+        )
     if as_json:
         print(json.dumps(result.as_json()))
     else:

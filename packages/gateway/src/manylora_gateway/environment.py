@@ -42,6 +42,8 @@ def cluster_environment() -> dict[str, str]:
         "REPORTER_UPDATE_INTERVAL_MS": "60000",
         # Failures of calls whose callers have left, as traces in the midst of our own log.
         "RAY_IGNORE_UNHANDLED_ERRORS": "1",
+        # What Ray prints itself: escapes have no place in a log.
+        "RAY_COLOR_PREFIX": "0",
         # Ray starts programs while our servers hold threads; they must not hear of the fork.
         "GRPC_ENABLE_FORK_SUPPORT": "0",
     }

@@ -10,7 +10,7 @@ import threading
 from collections.abc import AsyncGenerator, Callable, Set
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TextIO, TypeVar
 
 from manylora_gateway import cluster, tracing
 from manylora_gateway.admission import Admission
@@ -47,10 +47,12 @@ async def run(
     servable: Servable,
     scratch: Path,
     make_engine: MakeEngine,
+    out: TextIO,
 ) -> bool:
     """Serves until SIGINT, SIGTERM or SIGHUP, then drains; a second signal ends it at once.
 
-    Ray's own files go below `scratch`. Says False where a signal came before it served.
+    Ray's own files go below `scratch`, the ready line to `out`. Says False where a signal came
+    before it served.
 
     Raises:
         StartError: a port is taken or the engine did not start.
@@ -96,7 +98,7 @@ async def run(
         await loading
         limits = Limits(config.limits, config.engine.max_context)
         await front.start(inference, operations, limits, config.base_name)
-        _tell("ready", *(f"{name}={at}" for name, at in addresses.items()))
+        _tell(out, "ready", *(f"{name}={at}" for name, at in addresses.items()))
         await stop.wait()
         logger.info("draining; running requests have %g s", config.drain_s)
         if left := await operations.drain(config.drain_s):
@@ -208,10 +210,10 @@ async def _in_thread(work: Callable[[], Result]) -> Result:
     return await result
 
 
-def _tell(*words: str) -> None:
+def _tell(out: TextIO, *words: str) -> None:
     """Prints a line on stdout, if anybody reads it: a supervisor may have closed it."""
     try:
-        print(*words, flush=True)
+        print(*words, file=out, flush=True)
     except OSError as error:
         logger.warning("stdout cannot be written: %s", error)
 

@@ -5,6 +5,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -55,7 +56,10 @@ def serve(
             from manylora_gateway.replica import vllm_engine
 
             make_engine = make_engine or vllm_engine
-            served = asyncio.run(run(config, registry, servable, scratch, make_engine))
+            out = sys.stdout
+            # Ray prints what goes wrong in it to whatever stdout is, beside the ready line.
+            with redirect_stdout(sys.stderr):
+                served = asyncio.run(run(config, registry, servable, scratch, make_engine, out))
         finally:
             remove(scratch)
             end_marked(KILL_GRACE_S)
