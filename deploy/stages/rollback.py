@@ -199,8 +199,8 @@ def _before(place: _Place, alias: Alias) -> Version | None:
 
 def _already(place: _Place, alias: Alias) -> Outcome:
     text = (
-        f"{place.stage.name} serves {place.name}@{alias.version} since the rollback before; "
-        "--to goes further"
+        f"{place.stage.name} went back to {place.name}@{alias.version} already; "
+        "--to goes to another that it served"
     )
     return Outcome(text, {"stage": place.stage.name, "version": alias.version, "moved": False})
 

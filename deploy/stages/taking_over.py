@@ -192,6 +192,7 @@ class _Step:
     def _look(self) -> Rollout:
         """The division now; a gateway that is away is given the time it may take to start."""
         deadline = time.monotonic() + self._place.stage.config.start_timeout_s
+        waiting = False
         while True:
             try:
                 return self._place.operator.rollout(
@@ -200,7 +201,9 @@ class _Step:
             except UnavailableError as error:
                 if time.monotonic() > deadline:
                     raise
-                self._work.say(f"waiting: {error}")
+                if not waiting:
+                    self._work.say(f"waiting: {error}")
+                waiting = True
                 time.sleep(self._settings.look_s)
 
     @property

@@ -380,6 +380,18 @@ def test_a_rollback_goes_back_once_and_not_to_and_fro(world: World) -> None:
             assert world.serving(name) == 1
     assert world.outcomes(name, "rollback") == [("alias", "done")]
     assert [move.version for move in world.registry.history(name)] == [1, 2, 1]
+
+
+def test_to_promote_an_older_version_again_is_to_go_back(world: World) -> None:
+    name = world.adapter(versions=2)
+    for number in (2, 1):
+        world.registry.set_alias(name, "production", number)
+    told = world.scripts.good("rollback", name, "--stage", "production")
+    assert (
+        told == f"production went back to {name}@1 already; --to goes to another that it served\n"
+    )
+    assert "serves" in world.scripts.good("rollback", name, "--stage", "production", "--to", "2")
+    assert world.serving(name) == 2
     assert "no version 7" in world.scripts.refused(
         "rollback", name, "--stage", "production", "--to", "7"
     )

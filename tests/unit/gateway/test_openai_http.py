@@ -26,7 +26,7 @@ from manylora_gateway.openai_http.replies import Replies
 from manylora_registry import Registry, Version
 from tests.unit.gateway.conftest import Publish, Start
 from tests.unit.gateway.fake_engine import IMPOSSIBLE, scores
-from tests.unit.gateway.in_process import BASE_NAME, RunningGateway
+from tests.unit.gateway.in_process import BASE_NAME, OTHER_BASE, RunningGateway
 
 ASK: Any = [{"role": "user", "content": "hi"}]
 
@@ -280,6 +280,16 @@ async def test_models_are_the_base_and_what_is_served(
         assert (await client.models.retrieve(name)).id == name
     with pytest.raises(openai.NotFoundError):
         await client.models.retrieve("nobody")
+
+
+async def test_a_model_that_cannot_be_served_is_not_listed(
+    client: AsyncOpenAI, registry: Registry, published: Publish
+) -> None:
+    published("unused", 5)
+    registry.yank("unused@1")
+    published("foreign", 6, base=OTHER_BASE)
+    models = [model.id async for model in client.models.list()]
+    assert set(models) == {BASE_NAME, "green", "red"}
 
 
 WRONG: dict[str, dict[str, Any]] = {

@@ -4,6 +4,7 @@ import os
 import signal
 import threading
 import time
+from contextlib import ExitStack
 from types import SimpleNamespace
 
 import pytest
@@ -74,6 +75,35 @@ def test_what_is_held_stays_even_over_the_limit(registry, cache, versions):
         take(registry, cache, versions[3])
         assert {1, 2} <= {*kept(cache, versions)}
     assert cache.size() <= cache.limit
+
+
+def test_what_was_over_the_limit_goes_when_it_is_let_go(registry, cache, versions):
+    take(registry, cache, versions[0])
+    with ExitStack() as later:
+        with registry.hold(versions[0], cache):
+            for version in versions[1:3]:
+                later.enter_context(registry.hold(version, cache))
+            assert kept(cache, versions) == [1, 2, 3]
+        assert kept(cache, versions) == [2, 3]
+
+
+def test_to_take_what_is_there_the_others_are_not_looked_at(registry, cache, versions):
+    """To look at thousands takes longer than to load one. A look would see what is written here."""
+    directories = [take(registry, cache, version) for version in versions[:2]]
+    (directories[1] / "more").write_bytes(bytes(cache.limit))
+
+    take(registry, cache, versions[0])
+    assert kept(cache, versions) == [1, 2]
+    take(registry, cache, versions[2])
+    assert kept(cache, versions) == [1, 3]
+
+
+def test_a_limit_that_was_lowered_counts(registry, cache, versions):
+    for version in versions[:2]:
+        take(registry, cache, version)
+
+    take(registry, Cache(cache.directory, limit=versions[0].size + 100), versions[1])
+    assert kept(cache, versions) == [2]
 
 
 def test_what_is_there_is_not_made_again(registry, cache, versions):

@@ -75,36 +75,59 @@ class Cache:
         """
         name = digest.removeprefix("sha256:")
         self.directory.mkdir(parents=True, exist_ok=True)
+        made = False
         try:
             with _locked(self._lease(name), fcntl.LOCK_SH) as lease:
                 # A kernel's own clock for files may stand still for milliseconds: many of one age.
                 now = time.time_ns()
                 os.utime(lease, ns=(now, now))
                 if not (self.directory / name).is_dir():
+                    made = True
                     self._make_room(load_manifest(blobs, digest).size)
                 yield materialize(blobs, digest, self.directory)
         finally:
             # What was in use could not go before.
-            self._make_room(0)
+            self._make_room(0, unless_kept=not made)
 
     def size(self) -> int:
         """Bytes of the versions that are there."""
         return sum(_size(self.directory / name) for name, _ in self._leases())
 
-    def _make_room(self, needed: int) -> None:
-        """Removes versions nobody uses, the one longest unused first, until `needed` bytes fit."""
-        with _locked(self.directory / ".room", fcntl.LOCK_EX):
-            self._sweep()
-            leases = sorted(self._leases(), key=lambda lease: lease[1])
-            sizes = {name: _size(self.directory / name) for name, _ in leases}
-            free = shutil.disk_usage(self.directory).free
-            # The disk may be full before the limit is reached.
-            excess = max(sum(sizes.values()) + needed - self.limit, needed - free)
-            for name, _ in leases:
-                if excess <= 0:
-                    return
-                if self._remove(name):
-                    excess -= sizes[name]
+    def _make_room(self, needed: int, *, unless_kept: bool = False) -> None:
+        """Removes versions nobody uses, the one longest unused first, until `needed` bytes fit.
+
+        Args:
+            needed: bytes that are about to come.
+            unless_kept: do nothing where the last look left no more than the limit. A look at
+                thousands of versions takes longer than loading one.
+        """
+        with _locked(self.directory / ".room", fcntl.LOCK_EX) as room:
+            if unless_kept and self._kept(os.pread(room, 32, 0)):
+                return
+            excess = self._remove_unused(needed)
+            os.ftruncate(room, 0)
+            # A full disk may not even take this: then the next one looks again.
+            with contextlib.suppress(OSError):
+                os.pwrite(room, b"" if excess > 0 else b"%d" % self.limit, 0)
+
+    def _kept(self, limit: bytes) -> bool:
+        """Whether `limit`, which the last look left, is one and no more than this one."""
+        return limit.isdigit() and int(limit) <= self.limit
+
+    def _remove_unused(self, needed: int) -> int:
+        """Bytes that are still too many then."""
+        self._sweep()
+        leases = sorted(self._leases(), key=lambda lease: lease[1])
+        sizes = {name: _size(self.directory / name) for name, _ in leases}
+        free = shutil.disk_usage(self.directory).free
+        # The disk may be full before the limit is reached.
+        excess = max(sum(sizes.values()) + needed - self.limit, needed - free)
+        for name, _ in leases:
+            if excess <= 0:
+                break
+            if self._remove(name):
+                excess -= sizes[name]
+        return excess
 
     def _remove(self, name: str) -> bool:
         """Whether nobody used the version, which is gone then."""

@@ -57,6 +57,8 @@ class AdapterState:
 
     name: str
     latest: Version
+    latest_fits: bool
+    """Whether `latest` may be served at all."""
     aliases: tuple[AliasState, ...]
 
 
@@ -228,7 +230,8 @@ class Inference:
                 await asyncio.sleep(0)
             if tenant.may_use(adapter.name):
                 aliases = tuple(self._alias(adapter, alias) for alias in sorted(adapter.aliases))
-                states.append(AdapterState(adapter.name, adapter.latest, aliases))
+                fits = self._problem(adapter.latest) is None
+                states.append(AdapterState(adapter.name, adapter.latest, fits, aliases))
         return states
 
     async def resolve(self, reference: str, tenant: Tenant = ANONYMOUS) -> Version:
@@ -245,12 +248,18 @@ class Inference:
         if route is None:
             # Nobody asked for it yet: a request would get what the registry says.
             target = adapter.targets[alias]
-            try:
-                self._routes.check(target)
-            except GatewayError as error:
-                return AliasState(alias, None, target, str(error))
+            if (problem := self._problem(target)) is not None:
+                return AliasState(alias, None, target, str(problem))
             return AliasState(alias, target, None, "")
         error = route.pending_error
         if error is not None and not isinstance(error, GatewayError):
             error = GatewayError("Internal error; the gateway's log has the cause.")
         return AliasState(alias, route.serving, route.pending, "" if error is None else str(error))
+
+    def _problem(self, version: Version) -> GatewayError | None:
+        """Why `version` must not be served, if it must not."""
+        try:
+            self._routes.check(version)
+        except GatewayError as error:
+            return error
+        return None

@@ -176,7 +176,7 @@ def models(adapters: Iterable[AdapterState], base: str, *, with_base: bool) -> l
     """The listing of models: the base, and every reference that is served.
 
     An adapter's `production` goes by its bare name; another alias by NAME@ALIAS; an adapter that
-    no alias of serves anything by its newest version, NAME@NUMBER.
+    no alias of serves anything by its newest version, NAME@NUMBER, if that can be served.
     """
     listing: list[Json] = []
     if with_base:
@@ -187,7 +187,7 @@ def models(adapters: Iterable[AdapterState], base: str, *, with_base: bool) -> l
             default = entry.alias == DEFAULT_SELECTOR
             reference = adapter.name if default else f"{adapter.name}@{entry.alias}"
             listing.append(listed(reference, entry.serving, base))
-        if not served:
+        if not served and adapter.latest_fits:
             reference = f"{adapter.name}@{adapter.latest.number}"
             listing.append(listed(reference, adapter.latest, base))
     return listing
