@@ -4,6 +4,7 @@ StageError
 ├── NoStageError          there is no stage of that name
 ├── SettingsError         files of a stage have mistakes; says them all
 ├── DamagedError          a file the scripts keep is not as they wrote it
+├── UnwritableError       a file the scripts keep cannot be written
 ├── StartError            a stage's gateway did not start
 ├── StopError             it does not end
 ├── NotRunningError       it does not run, and must
@@ -45,6 +46,16 @@ class DamagedError(StageError):
     def __init__(self, file: Path) -> None:
         super().__init__(
             f"{file} is damaged: remove it, and see with deploy/status what the gateway serves"
+        )
+
+
+class UnwritableError(StageError):
+    """A file the scripts keep cannot be written."""
+
+    def __init__(self, file: Path, error: OSError) -> None:
+        super().__init__(
+            f"{file} cannot be written ({error.strerror}): make room or mend the permissions, then "
+            "run it again"
         )
 
 

@@ -4,23 +4,32 @@ import fcntl
 import json
 import os
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from deploy.stages.errors import DamagedError
+from deploy.stages.errors import DamagedError, UnwritableError
 
 
 def write_json(file: Path, content: dict[str, Any]) -> None:
-    """Replaces `file`, so that a crash leaves the old or the new one."""
-    file.parent.mkdir(parents=True, exist_ok=True)
+    """Replaces `file`, so that a crash leaves the old or the new one.
+
+    Raises:
+        UnwritableError: the disk is full, say; the old one is left.
+    """
     fresh = file.with_name(f"{file.name}.{os.getpid()}.new")
-    with fresh.open("w", encoding="utf-8") as out:
-        json.dump(content, out, indent=1)
-        out.flush()
-        os.fsync(out.fileno())
-    fresh.replace(file)
-    _sync(file.parent)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with fresh.open("w", encoding="utf-8") as out:
+            json.dump(content, out, indent=1)
+            out.flush()
+            os.fsync(out.fileno())
+        fresh.replace(file)
+        _sync(file.parent)
+    except OSError as error:
+        with suppress(OSError):
+            fresh.unlink()
+        raise UnwritableError(file, error) from error
 
 
 def read_json(file: Path) -> dict[str, Any] | None:

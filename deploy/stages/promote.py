@@ -9,6 +9,7 @@ is run.
 import time
 import uuid
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 from deploy.stages import gates
@@ -22,6 +23,7 @@ from deploy.stages.errors import (
     GateError,
     MovedError,
     SettingsError,
+    UnwritableError,
 )
 from deploy.stages.hosting import Hosting
 from deploy.stages.journal import Journal, Promotion
@@ -274,7 +276,9 @@ class _Promoting:
 
     def _take_back(self, promotion: Promotion, reasons: tuple[str, ...]) -> None:
         begun = self._begun() or promotion
-        self.journal.update(begun, broken=reasons)
+        # A disk that is full keeps nobody on a version that broke a bound.
+        with suppress(UnwritableError):
+            self.journal.update(begun, broken=reasons)
         end_rollout(self.target, self.name)
         self._audit(
             begun, "rolled-back", step=where(self.target, begun), detail={"reasons": list(reasons)}

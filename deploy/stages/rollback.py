@@ -74,10 +74,13 @@ class _Place:
         if not self.serves or self.withdrawn(serving):
             return False
         with self.operator() as operator:
-            # It may not have followed the alias yet, or not be able to.
-            followed = operator.serving(self.name, self.stage.alias)
+            # It may not have followed the alias yet, or not be able to; or do so between two looks.
+            before = operator.serving(self.name, self.stage.alias)
             rollout = operator.rollout(self.name, self.stage.alias)
-        whole = rollout.division in ({serving: 100}, {followed: 100}) or not rollout.division
+            after = operator.serving(self.name, self.stage.alias)
+        whole = not rollout.division or any(
+            rollout.division == {number: 100} for number in (serving, before, after)
+        )
         return not whole or rollout.copies is not None
 
 

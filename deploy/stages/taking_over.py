@@ -73,6 +73,8 @@ class _Step:
         self._division = _division(place, percent)
         self._copies = settings.copies if percent < 100 else 0
         self._watching_since = time.monotonic()
+        self._before_s = 0.0
+        """Seconds of the window that had passed when this process began to watch."""
 
     def begin(self, promotion: Promotion) -> Promotion:
         """Has the version take its share, unless it has it already."""
@@ -101,6 +103,10 @@ class _Step:
 
     def watch(self, promotion: Promotion) -> Promotion:
         """Looks at it until the step has passed."""
+        assert promotion.began_at is not None, "the step was begun"
+        # The clock on the wall is asked once: it may be set in the middle of a window, and where a
+        # process that was killed read it, it may have been wrong.
+        self._before_s = max(0.0, time.time() - promotion.began_at)
         self._watching_since = time.monotonic()
         while True:
             promotion, reading = self._read(promotion)
@@ -128,7 +134,7 @@ class _Step:
         if canary.restarted(now, promotion.began) or (
             shared and canary.restarted(present_now, promotion.present_began)
         ):
-            self._watching_since = time.monotonic()
+            self._watching_since, self._before_s = time.monotonic(), 0.0
             self._work.say("the gateway was restarted and counts anew: so does this step")
             promotion = place.journal.update(
                 promotion, began_at=time.time(), began=Figures(), present_began=Figures()
@@ -136,13 +142,13 @@ class _Step:
         present = promotion.present_did
         if shared:
             present = canary.did(present_now, promotion.present_began)
-        assert promotion.began_at is not None, "the step was begun"
         seen = canary.did(now, promotion.began)
         # What the gateway calls the client's doing, a deadline that passed, is the version's.
         seen = replace(seen, errors=max(seen.errors, self._probing.failed))
+        watched_s = time.monotonic() - self._watching_since
         reading = canary.Reading(
-            seconds=time.time() - promotion.began_at,
-            watched_s=time.monotonic() - self._watching_since,
+            seconds=self._before_s + watched_s,
+            watched_s=watched_s,
             candidate=seen,
             present=present,
             copies=rollout.copies,

@@ -4,8 +4,9 @@ That needs the gateway alone: the registry may be what is away.
 """
 
 import signal
+from contextlib import suppress
 
-from deploy.stages.errors import SignalledError, StageError
+from deploy.stages.errors import SignalledError, StageError, UnwritableError
 from deploy.stages.hosting import Hosting
 from deploy.stages.journal import Journal, Promotion
 from deploy.stages.moves import has_moved
@@ -35,7 +36,9 @@ def send_back(target: Stage, name: str, begun: Promotion) -> str:
             f"version {begun.version} may keep its share of {name}@{target.alias} ({error}): "
             f"deploy/rollback {name} --stage {target.name} ends that"
         )
-    Journal(target, name).update(begun, began_at=None)
+    # Where that cannot be kept, whoever goes on sees by the division that the step is to begin.
+    with suppress(UnwritableError):
+        Journal(target, name).update(begun, began_at=None)
     return f"everybody is back on version {begun.present}"
 
 

@@ -3,8 +3,10 @@
 One client asks production all the while, and nothing of it may fail.
 """
 
+import json
 import logging
 import signal
+import time
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -172,6 +174,16 @@ def killed_in_canary(world: World) -> tuple[str, int]:
         if 2 in world.division(name):
             return name, moment
     raise AssertionError("no share was given")
+
+
+def test_a_window_that_began_by_a_clock_that_was_set_back_ends_all_the_same(world: World) -> None:
+    name, _ = killed_in_canary(world)
+    file = world.stages / f"production/state/promotions/{name}.json"
+    begun = json.loads(file.read_text())
+    file.write_text(json.dumps({**begun, "began_at": time.time() + 3600}))
+
+    with world.client(name):
+        assert world.scripts.good("promote", name) == f"production serves {name}@2\n"
 
 
 @pytest.mark.parametrize("by", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])

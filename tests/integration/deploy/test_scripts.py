@@ -4,7 +4,9 @@ import asyncio
 import json
 import re
 import threading
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -123,6 +125,59 @@ def test_a_version_that_breaks_a_bound_is_taken_back_by_itself(world: World) -> 
     assert world.outcomes(name, "promote")[-1] == ("canary 10 %", "rolled-back")
     with world.client(name):
         assert world.scripts.good("rollback", name, "--stage", "production", "--to", "1")
+
+
+def test_where_nothing_can_be_kept_a_version_is_taken_back_all_the_same(world: World) -> None:
+    name = world.adapter()
+    world.scripts.good("candidate", f"{name}@2")
+    kept = world.stages / "production/state/promotions"
+    gateway, new = world.gateways["production"], world.registry.resolve(f"{name}@2").digest
+    world.gates(canary={**GATES["canary"], "window_s": 60, "requests": 3000})
+    try:
+        with ThreadPoolExecutor() as pool:
+            promotion = pool.submit(world.scripts.refused, "promote", name)
+            # Its first probes, so that it has kept where it stands.
+            while not gateway.metrics.figures.of(new).requests:
+                time.sleep(0.005)
+            # As a disk that is full, it takes no file any more.
+            kept.rename(kept.with_name("aside"))
+            kept.symlink_to("nowhere")
+            gateway.engine.broken.add(f"{name}@2")
+            line = promotion.result()
+    finally:
+        kept.unlink()
+        kept.with_name("aside").rename(kept)
+        world.gates(canary=GATES["canary"])
+    assert f"{name}@2 was taken back at canary 10 %, and everybody is on version 1 again" in line
+    assert (world.serving(name), world.division(name)) == (1, {})
+
+
+def test_a_promotion_that_cannot_be_kept_names_the_file_and_sends_everybody_back(
+    world: World,
+) -> None:
+    name = world.adapter()
+    world.scripts.good("candidate", f"{name}@2")
+    kept = world.stages / "production/state/promotions"
+
+    def refuses() -> None:
+        kept.rename(kept.with_name("aside"))
+        kept.symlink_to("nowhere")
+
+    world.gates(suites=[], smoke=None, canary={**GATES["canary"], "window_s": 2})
+    try:
+        with on_a_share(world, name, 2, refuses), world.client(name):
+            ended = world.scripts.run("promote", name)
+    finally:
+        kept.unlink()
+        kept.with_name("aside").rename(kept)
+        world.gates(canary=GATES["canary"], smoke=GATES["smoke"])
+    assert ended.status == 1
+    said = ended.err.strip().splitlines()
+    assert said[-2] == "· everybody is back on version 1"
+    assert f"{name}.json cannot be written (" in said[-1]
+    assert (world.serving(name), world.division(name)) == (1, {})
+    with world.client(name):
+        assert world.scripts.good("promote", name) == f"production serves {name}@2\n"
 
 
 def test_a_version_that_cannot_be_loaded_is_taken_back(world: World) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+import manylora.inference.v1.inference_pb2 as pb
 from manylora_evaluator import ResultsError, evaluate
 from manylora_evaluator.records import record, record_name
 from tests.unit.client.scripted import Answer, ScriptedServer, version
@@ -59,6 +60,35 @@ def test_without_thresholds_or_baseline_answering_is_enough(
     record(evaluate(write_suite([("a", "b")]), serve(lambda _: Answer("no")).target), kept)
 
     assert [passed for *_, passed in kept.records] == [True]
+
+
+def test_a_version_asked_by_several_names_has_one_record_of_them_all(
+    serve: Callable[..., ScriptedServer], write_suite: Callable[..., Path]
+) -> None:
+    """The latest record counts, so one of a single name would hide what the others say."""
+    suite = write_suite([(str(n), "yes") for n in range(30)])
+    suite.write_text(
+        "name: small\ntasks:\n"
+        "  - {name: first, adapter: spelling@1, rows: rows.jsonl, scorers: [exact_match]}\n"
+        "  - {name: second, adapter: spelling, rows: rows.jsonl, scorers: [exact_match],\n"
+        "     thresholds: [{score: exact_match, at_least: 0.5}]}\n"
+    )
+    newer = version("spelling", 2).digest
+
+    def answer(request: pb.GenerateRequest) -> Answer:
+        is_newer = request.adapter in ("spelling", "spelling@2", f"spelling@{newer}")
+        return Answer("no", version=2) if is_newer else Answer("yes", version=1)
+
+    result = evaluate(suite, serve(answer).target, ["spelling@2"], baseline="spelling@stable")
+    kept = Kept()
+
+    record(result, kept)
+
+    ((reference, _, payload, passed),) = kept.records
+    assert (reference, passed) == (f"spelling@{newer}", False)
+    assert payload["comparison"]["verdict"] == "worse"
+    assert [*payload["tasks"]] == ["first", "second"]
+    assert any("is below" in reason for reason in payload["reasons"])
 
 
 def test_a_title_becomes_a_name() -> None:

@@ -74,6 +74,25 @@ def test_controls_are_shown_as_signs(page_of: Callable[..., Page]) -> None:
     assert not set(page.text) & {"\0", "\x1b", "\x7f", "\x9b"}
 
 
+def test_controls_in_the_values_of_slices_are_signs_too(
+    serve: Serve, write_suite: WriteSuite, tmp_path: Path
+) -> None:
+    """The page's filter compares them, and browsers read a NUL otherwise here than there."""
+    suite = write_suite([("a", "b")])
+    suite.write_text(suite.read_text().replace("max_tokens", "slices: [kind], max_tokens"))
+    row = {
+        "messages": [{"role": "user", "content": "a"}],
+        "expected": "b",
+        "row": {"kind": "\0\x1b"},
+    }
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+
+    html = render(evaluate(suite, serve(lambda _: Answer("b")).target))
+
+    assert html.count("kind: \N{SYMBOL FOR NULL}\N{SYMBOL FOR ESCAPE}") == 3
+    assert not set(html) & {"\0", "\x1b"}
+
+
 def test_the_page_loads_nothing(page_of: Callable[..., Page]) -> None:
     page = page_of([("a", "b")], "b")
 

@@ -1,6 +1,7 @@
 """The cache of materialized versions: bounded, and never emptied under who uses it."""
 
 import os
+import shutil
 import signal
 import threading
 import time
@@ -208,6 +209,40 @@ def test_without_a_directory_the_cache_of_the_environment_is_used(
     assert registry.materialize(versions[0]) == made[0]
     registry.close()
     assert Cache.from_environment().size() == 0
+
+
+def test_what_is_held_for_a_registry_is_whole_whenever_it_is_asked_for(
+    registry, versions, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("MANYLORA_CACHE", str(tmp_path / "cache"))
+    config = registry.materialize(versions[0]) / "adapter_config.json"
+    written = config.read_text()
+
+    config.chmod(0o644)
+    config.write_text("{}")
+    registry.materialize(versions[0])
+    assert config.read_text() == written
+
+    shutil.rmtree(tmp_path / "cache")
+    registry.materialize(versions[0])
+    assert config.read_text() == written
+    take(registry, Cache(tmp_path / "cache", limit=1), versions[1])
+    assert config.is_file()  # As it is held again.
+
+
+def test_a_cache_that_was_cleared_under_its_users_is_let_go(
+    registry, cache, versions, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("MANYLORA_CACHE", str(tmp_path / "elsewhere"))
+    registry.materialize(versions[0])
+    shutil.rmtree(tmp_path / "elsewhere")
+    with registry.hold(versions[1], cache):
+        shutil.rmtree(cache.directory)
+
+    registry.close()
+
+    assert not cache.directory.exists()
+    assert not (tmp_path / "elsewhere").exists()
 
 
 @pytest.mark.parametrize("size", ["much", "-1GB", "5 parsecs"])

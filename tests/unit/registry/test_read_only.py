@@ -83,3 +83,13 @@ def test_what_others_write_meanwhile_is_seen(registry, place, make_adapter, base
         writer.set_alias("spelling", "canary", 1)
     with reader(place), read:
         assert set(read.aliases("spelling")) == {"production", "canary"}
+
+
+def test_it_stays_where_it_was_named_from(registry, place, make_adapter, base, monkeypatch):
+    registry.publish("spelling", make_adapter(), base=base)
+    registry.close()
+
+    monkeypatch.chdir(place.parent)
+    with reader(place), Registry.open(place.name, create=False) as read:
+        monkeypatch.chdir("/")
+        assert read.verify().ok

@@ -86,8 +86,10 @@ class Cache:
                     self._make_room(load_manifest(blobs, digest).size)
                 yield materialize(blobs, digest, self.directory)
         finally:
-            # What was in use could not go before.
-            self._make_room(0, unless_kept=not made)
+            # What was in use could not go before. Where the cache was taken away or closed to
+            # this process meanwhile, nothing of it is this one's to remove.
+            with contextlib.suppress(OSError):
+                self._make_room(0, unless_kept=not made)
 
     def size(self) -> int:
         """Bytes of the versions that are there."""

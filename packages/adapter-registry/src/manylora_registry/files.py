@@ -46,10 +46,13 @@ class Files:
         Raises: as `materialize` does.
         """
         with self._holding:
-            if version.digest not in self._held:
+            known = self._held.get(version.digest)
+            # Somebody may have cleared the cache, and with it the lease.
+            if known is None or not known.is_dir():
                 held = self.hold(version, Cache.from_environment())
                 self._held[version.digest] = self._leases.enter_context(held)
-            return self._held[version.digest]
+                return self._held[version.digest]
+            return self.materialize(version, known.parent)
 
     @contextmanager
     def hold(self, version: Version, cache: Cache) -> Generator[Path]:

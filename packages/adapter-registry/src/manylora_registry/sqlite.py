@@ -33,7 +33,8 @@ class Sqlite:
     """See `Backend`."""
 
     def __init__(self, url: URL) -> None:
-        self._file = Path(url.database or "")
+        # Whole, as each look opens it anew: where it is does not change with where this process is.
+        self._file = Path(url.database or "").absolute()
         if self._only_readable():
             # Each transaction looks anew at which of the two ways of reading is right.
             self.engine = sa.create_engine(
@@ -53,7 +54,7 @@ class Sqlite:
         """Whether SQLite cannot write beside the file, which it does even to read in WAL mode."""
         paths = [self._file, self._beside("-wal"), self._beside("-shm")]
         return self._file.exists() and not (
-            os.access(self._file.absolute().parent, os.W_OK, effective_ids=True)
+            os.access(self._file.parent, os.W_OK, effective_ids=True)
             or all(os.access(path, os.W_OK, effective_ids=True) for path in paths)
         )
 
@@ -64,7 +65,7 @@ class Sqlite:
         # While somebody writes, the log is there and so is what readers need to share it. Without
         # a log all is in the file, and SQLite reads that alone if told that nothing changes it.
         immutable = "" if self._beside("-wal").exists() else "&immutable=1"
-        uri = f"{self._file.absolute().as_uri()}?mode=ro{immutable}"
+        uri = f"{self._file.as_uri()}?mode=ro{immutable}"
         return sqlite3.connect(uri, uri=True, timeout=BUSY_SECONDS, check_same_thread=False)
 
     def exists(self) -> bool:

@@ -1,8 +1,8 @@
 """Keeps what an evaluation found on the versions it evaluated."""
 
 import re
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from typing import Any, Protocol
 
 from manylora_evaluator.errors import ResultsError
@@ -26,36 +26,45 @@ class EvaluationRecords(Protocol):
 
 
 def record(result: EvaluationResult, records: EvaluationRecords) -> list[Gate]:
-    """Records every evaluated adapter version but the baseline; returns their gates.
+    """Records every evaluated adapter version but the baseline, once; returns their gates.
 
-    A version passed when its gate is open. Kept are the scores with their intervals, the gate's
-    reasons and comparison, and what the judges cost; rows and answers stay in results.json.
+    A version passed when its gate is open, under every name it was asked by: the latest record
+    counts, and one of some of a version's names would hide the others. Kept are the scores with
+    their intervals, the gate's reasons and comparison, and what the judges cost; rows and answers
+    stay in results.json.
 
     Raises:
         ResultsError: the suite's name has no letter or digit to name the record by.
     """
     suite = record_name(result.suite)
     baselines = {entry.comparison.baseline for entry in result.gates if entry.comparison}
-    columns = {
-        column.adapter: column
-        for task in result.tasks
-        for column in task.columns
-        if column.version is not None and column.adapter not in baselines
-    }
-    known = {entry.candidate: entry for entry in result.gates}
+    columns = [column for task in result.tasks for column in task.columns]
+    left_out = {column.version for column in columns if column.adapter in baselines}
+    asked_by: dict[Version, list[str]] = {}
+    for column in columns:
+        if column.version is not None and column.version not in left_out:
+            asked_by.setdefault(column.version, []).append(column.adapter)
     kept: list[Gate] = []
-    for adapter, column in columns.items():
-        decided = known.get(adapter) or gate(result, adapter)
-        version = column.version
-        assert version is not None, "the bare base was left out above"
+    for version, references in asked_by.items():
+        decided = _decided(result, [*dict.fromkeys(references)])
         records.record_evaluation(
             f"{version.name}@{version.digest}",
             suite,
-            _payload(result, adapter, version, decided),
+            _payload(result, version, decided),
             decided.passed,
         )
         kept.append(decided)
     return kept
+
+
+def _decided(result: EvaluationResult, references: Sequence[str]) -> Gate:
+    """The gate of a version that was asked by these `references`: open where each of theirs is."""
+    known = {entry.candidate: entry for entry in result.gates}
+    gates = [known.get(reference) or gate(result, reference) for reference in references]
+    # What was set beside a baseline says most.
+    chief = next((entry for entry in gates if entry.comparison), gates[0])
+    reasons = dict.fromkeys(reason for entry in (chief, *gates) for reason in entry.reasons)
+    return replace(chief, passed=not reasons, reasons=tuple(reasons))
 
 
 def record_name(suite: str) -> str:
@@ -70,20 +79,18 @@ def record_name(suite: str) -> str:
     return name
 
 
-def _payload(
-    result: EvaluationResult, adapter: str, version: Version, decided: Gate
-) -> dict[str, Any]:
+def _payload(result: EvaluationResult, version: Version, decided: Gate) -> dict[str, Any]:
     compared = decided.comparison
     return {
         "started_at": result.started_at.isoformat(),
-        "reference": adapter,
+        "reference": decided.candidate,
         "number": version.number,
         "seed": result.seed,
         "tasks": {
             task.task: _column(column, len(task.rows))
             for task in result.tasks
             for column in task.columns
-            if column.adapter == adapter
+            if column.version == version
         },
         "reasons": [reason[:LONGEST_REASON] for reason in decided.reasons[:MOST_REASONS]],
         "comparison": None

@@ -121,7 +121,7 @@ def change(task: TaskResult, row: RowResult, baseline: int) -> str:
 
 def slice_names(row: RowResult) -> list[str]:
     """The slices `row` belongs to, e.g. `language: en`."""
-    return [f"{column}: {' '.join(value.split())}" for column, value in row.slices.items()]
+    return [f"{column}: {' '.join(cut(value).split())}" for column, value in row.slices.items()]
 
 
 def cut(text: str) -> str:

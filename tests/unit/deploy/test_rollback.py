@@ -1,0 +1,94 @@
+"""A rollback beside a gateway that follows the alias at that very moment."""
+
+# Generated stubs of gRPC have no types, and a servicer need not answer every call.
+# pyright: reportUnknownMemberType=false, reportAbstractUsage=false
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import grpc
+import pytest
+
+from deploy.stages.rollback import rollback
+from deploy.stages.settings import load_stage
+from deploy.stages.work import Work
+from manylora.admin.v1 import admin_pb2, admin_pb2_grpc
+from manylora.inference.v1 import inference_pb2, inference_pb2_grpc
+from manylora_registry import Registry, Version
+from tests.integration.deploy.stage_files import write_stage
+from tests.unit.gateway.in_process import publish
+
+
+class Following(admin_pb2_grpc.AdminServiceServicer, inference_pb2_grpc.InferenceServiceServicer):
+    """Serves nothing at the first look and the first version from then on: no other will load."""
+
+    def __init__(self, first: Version) -> None:
+        self._first, self._looks = first, 0
+
+    def ListAdapters(  # noqa: N802 - the protocol's word
+        self, request: inference_pb2.ListAdaptersRequest, context: grpc.ServicerContext
+    ) -> inference_pb2.ListAdaptersResponse:
+        del request, context
+        self._looks += 1
+        alias = inference_pb2.AliasListing(alias="production")
+        if self._looks > 1:
+            alias.serving.name, alias.serving.number = self._first.name, self._first.number
+            alias.serving.digest = self._first.digest
+        listing = inference_pb2.AdapterListing(name=self._first.name, aliases=[alias])
+        return inference_pb2.ListAdaptersResponse(adapters=[listing])
+
+    def GetRollout(  # noqa: N802
+        self, request: admin_pb2.GetRolloutRequest, context: grpc.ServicerContext
+    ) -> admin_pb2.GetRolloutResponse:
+        del request, context
+        share = admin_pb2.VersionShare(percent=100)
+        share.version.number = self._first.number
+        return admin_pb2.GetRolloutResponse(rollout=admin_pb2.Rollout(shares=[share]))
+
+    def SetRollout(  # noqa: N802
+        self, request: admin_pb2.SetRolloutRequest, context: grpc.ServicerContext
+    ) -> admin_pb2.SetRolloutResponse:
+        del request, context
+        return admin_pb2.SetRolloutResponse()
+
+
+@pytest.fixture
+def registry(tmp_path: Path) -> Iterator[Registry]:
+    """Production points at the second version, and pointed at the first before."""
+    with Registry.open(tmp_path / "registry") as opened:
+        for number in (1, 2):
+            publish(opened, tmp_path, "red", number)
+            opened.set_alias("red", "production", number)
+        yield opened
+
+
+@pytest.fixture
+def gateway(registry: Registry) -> Iterator[str]:
+    server = grpc.server(ThreadPoolExecutor(1))
+    servicer = Following(registry.find("red@1"))
+    admin_pb2_grpc.add_AdminServiceServicer_to_server(servicer, server)
+    inference_pb2_grpc.add_InferenceServiceServicer_to_server(servicer, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    yield f"127.0.0.1:{port}"
+    server.stop(None).wait()
+
+
+def test_what_a_gateway_follows_meanwhile_is_no_division(
+    gateway: str, registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MANYLORA_STAGES", str(tmp_path))
+    connect = {"inference": gateway, "admin": gateway}
+    write_stage(
+        tmp_path / "production",
+        base=tmp_path,
+        registry=tmp_path / "registry",
+        connect=connect,
+        start_timeout_s=1,
+    )
+
+    outcome = rollback(load_stage("production"), "red", None, Work([].append))
+
+    assert outcome.text == "production serves red@1 again"
+    assert registry.aliases("red")["production"].version == 1
