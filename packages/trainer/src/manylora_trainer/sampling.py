@@ -237,7 +237,8 @@ class ExampleStream(Generic[R, I]):
     def _nothing_fits(self) -> NoExamplesError:
         return NoExamplesError(
             f"task {self._task.name}: no row of {self._data.source.name} is left to train on; all "
-            f"are longer than max_length {self._task.max_length}, held out, or malformed"
+            f"are longer than max_length {self._task.max_length}, held out, or malformed. Raise "
+            "max_length, or cut them by overlong: truncate, in a new run"
         )
 
 
