@@ -145,8 +145,9 @@ def _to_trackio(run: SavedRun, uri: str | None, project: str) -> list[Exported]:
                 )
                 steps: dict[int, dict[str, float]] = {}
                 for entry in run.entries:
-                    if entry["task"] == task:
-                        steps.setdefault(entry["step"], {}).update(_values(entry))
+                    # Where an adapter stopped there may be a reason and no number.
+                    if entry["task"] == task and (values := _values(entry)):
+                        steps.setdefault(entry["step"], {}).update(values)
                 for step, values in steps.items():
                     there.log(values, step=step)
                 trackio.finish()
