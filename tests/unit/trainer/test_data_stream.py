@@ -381,6 +381,19 @@ def test_overlong_examples_are_counted(tokenizer, policy, dropped, truncated):
     assert all(example.trained.any() for example in taken)
 
 
+def test_rows_that_went_behind_those_looked_through_end_their_window(tokenizer):
+    settings = {"split": {**ALL, "scan_rows": 4}, "shuffle_buffer": 4, "batch_size": 3}
+    stream, _ = stream_of(tokenizer, words(20), **settings)
+    for _ in range(2):
+        stream.next_batch()
+    assert (stream.cursor.window, stream.cursor.position) == (1, 2)
+    resumed, _ = stream_of(tokenizer, words(5), **settings)
+    resumed.move_to(stream.cursor)
+    # The one row left of the window was drawn before: the next epoch begins.
+    assert set(answers(resumed.next_batch(), tokenizer)) < {0, 1, 2, 3}
+    assert resumed.cursor.epoch == 1
+
+
 def test_an_empty_source_is_told(tokenizer):
     with pytest.raises(NoExamplesError, match="rows has no rows"):
         load_task(task(), tokenizer, 0, source=Rows([]))

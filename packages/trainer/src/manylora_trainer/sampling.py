@@ -129,7 +129,8 @@ class ExampleStream(Generic[R, I]):
         fruitless = 0
         while not self._ends_before_next_row(items, cursor):
             window = self._window(cursor)
-            if cursor.position == len(window.rows):
+            # Rows behind those looked through may have gone since a checkpoint.
+            if cursor.position >= len(window.rows):
                 if window.after is None:
                     fruitless = 0 if items else fruitless + 1
                     if fruitless > 1:
