@@ -176,7 +176,10 @@ def test_a_place_for_files_that_takes_none_is_told(run, tmp_path):
 
 
 def test_a_server_that_fails_is_told_after_few_attempts(run, monkeypatch):
+    from mlflow.environment_variables import MLFLOW_HTTP_REQUEST_TIMEOUT
+
     monkeypatch.delenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", raising=False)
+    monkeypatch.delenv("MLFLOW_HTTP_REQUEST_TIMEOUT", raising=False)
     asked: list[str] = []
 
     class Failing(BaseHTTPRequestHandler):
@@ -191,3 +194,4 @@ def test_a_server_that_fails_is_told_after_few_attempts(run, monkeypatch):
             export_run(run, "mlflow", uri)
         server.shutdown()
     assert len(asked) == 3
+    assert MLFLOW_HTTP_REQUEST_TIMEOUT.get() * len(asked) < 120, "one that hangs, in seconds"

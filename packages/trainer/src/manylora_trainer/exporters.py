@@ -67,8 +67,10 @@ def export_run(
 def _to_mlflow(run: SavedRun, uri: str | None, project: str) -> list[Exported]:
     # An export tells the server that was named, and nobody else.
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    # By itself it tries a server that does not answer for four minutes, in silence.
+    # By itself it tries a server that does not answer for four minutes, in silence, and waits two
+    # for each answer.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
     from mlflow import MlflowClient
     from mlflow.entities import Metric, Param
     from mlflow.exceptions import MlflowException
