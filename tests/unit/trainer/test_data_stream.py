@@ -425,9 +425,9 @@ def test_a_malformed_row_that_a_mix_gives_again_counts_once(tokenizer):
     class Again(Rows):
         def rows(self, after=None):
             for row in super().rows(after):
-                yield replace(row, again=row.number in (3, 4))
+                yield replace(row, again=row.number in (3, 4, 7))
 
-    rows = [*words(1), bad(2), bad(3), bad(4), *words(1), bad(6), *words(1)]
+    rows = [*words(1), bad(2), bad(3), bad(4), *words(1), bad(6), bad(7), *words(1)]
     stream, _ = stream_of(
         tokenizer, Again(rows), steps=1, batch_size=3, on_bad_row="skip", max_bad_rows=2
     )
