@@ -30,6 +30,13 @@ def manylora(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[st
     )
 
 
+def test_two_forms_at_once_are_wrong_usage() -> None:
+    done = manylora("generate", "x", "--choice", "a", "--choice", "b", "--regex", "a+")
+
+    assert done.returncode == 2
+    assert "give only one of --regex, --choice" in done.stderr
+
+
 @pytest.mark.parametrize("stream", [[], ["--stream"]])
 def test_the_text_is_on_stdout_and_the_version_on_stderr(stream: list[str], serve: Serve) -> None:
     server = serve({"spelling@staging": Answer("two words", version=4)})

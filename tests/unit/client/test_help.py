@@ -53,6 +53,18 @@ def test_the_command_knows_its_version() -> None:
     assert (shown.exit_code, shown.output) == (0, f"manylora {version('manylora')}\n")
 
 
+def test_the_command_ends_with_its_result_and_sweeps_up_nothing() -> None:
+    # Handlers run in reverse: this one is behind all that the command registers.
+    program = (
+        "import atexit, gc; atexit.register(lambda: print(gc.get_freeze_count() > 1000))\n"
+        "from manylora_cli.main import main; main()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, "--version"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == f"manylora {version('manylora')}\nTrue\n"
+
+
 def test_examples_keep_their_lines() -> None:
     shown = CliRunner().invoke(app, ["registry", "list", "--help"], terminal_width=90).output
 

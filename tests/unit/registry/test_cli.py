@@ -204,6 +204,10 @@ def test_verify_repairs_and_says_what_is_affected(run, version, tmp_path):
     assert "affected: spelling@1" in run("verify", code=1)
 
 
+def test_a_gate_without_a_verdict_says_how_to_give_one(run, version):
+    assert "--passed or --failed" in run("gate", "spelling@1", "nightly", code=2)
+
+
 @pytest.mark.parametrize("text", ["[" * 100_000, '{"a": "\\ud800"}'])
 def test_figures_that_are_no_json_are_wrong_usage_and_not_kept(run, version, tmp_path, text):
     (tmp_path / "figures.json").write_text(text)

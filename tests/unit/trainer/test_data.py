@@ -9,7 +9,12 @@ from uuid import UUID
 import numpy as np
 import pytest
 
-from manylora_trainer.data_settings import ChatFormat, PromptCompletionFormat, TemplateFormat
+from manylora_trainer.data_settings import (
+    ChatFormat,
+    PreferenceFormat,
+    PromptCompletionFormat,
+    TemplateFormat,
+)
 from manylora_trainer.errors import DataError, RowError, UnsupportedBaseError
 from manylora_trainer.formats import Message, Rendered, render
 from manylora_trainer.sources import Row
@@ -227,7 +232,19 @@ def test_a_system_message_is_put_before_conversations_that_have_none_anywhere():
             PromptCompletionFormat(kind="prompt_completion"),
             {"prompt": 3, "completion": "a"},
             "prompt",
-            "must be text, is int",
+            "must be text, is int; `kind: template` makes text of it",
+        ),
+        (
+            PromptCompletionFormat(kind="prompt_completion"),
+            {"prompt": True, "completion": "a"},
+            "prompt",
+            "must be text, is bool$",
+        ),
+        (
+            PreferenceFormat(kind="preference"),
+            {"prompt": 3, "chosen": "a", "rejected": "b"},
+            "prompt",
+            "must be text, is int$",
         ),
         (
             ChatFormat(kind="chat"),

@@ -3,7 +3,7 @@
 import json
 import sqlite3
 from collections import Counter
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import count
 from pathlib import Path
 
@@ -251,6 +251,15 @@ def test_batches_of_tokens_hold_that_many_on_average_and_end_with_the_epochs(tok
     assert stream.cursor.examples == pytest.approx(200 * epochs, abs=6)
 
 
+def test_an_example_that_ends_with_its_batchs_share_of_tokens_is_in_it(tokenizer):
+    rows = [{"wrong": f"w{i}", "right": str(i)} for i in range(6)]
+    length = len(stream_of(tokenizer, rows, batch_size=1)[0].next_batch()[0])
+    stream, data = stream_of(
+        tokenizer, rows, epochs=1, batch_tokens=2 * length, max_length=2 * length
+    )
+    assert [len(stream.next_batch()) for _ in range(data.steps)] == [2, 2, 2]
+
+
 def test_batches_of_tokens_must_hold_the_longest_example():
     with pytest.raises(ValueError, match="must not be less than max_length"):
         task(batch_tokens=256, max_length=512)
@@ -381,6 +390,19 @@ def test_overlong_examples_are_counted(tokenizer, policy, dropped, truncated):
     assert all(example.trained.any() for example in taken)
 
 
+def test_rows_that_went_behind_those_looked_through_end_their_window(tokenizer):
+    settings = {"split": {**ALL, "scan_rows": 4}, "shuffle_buffer": 4, "batch_size": 3}
+    stream, _ = stream_of(tokenizer, words(20), **settings)
+    for _ in range(2):
+        stream.next_batch()
+    assert (stream.cursor.window, stream.cursor.position) == (1, 2)
+    resumed, _ = stream_of(tokenizer, words(5), **settings)
+    resumed.move_to(stream.cursor)
+    # The one row left of the window was drawn before: the next epoch begins.
+    assert set(answers(resumed.next_batch(), tokenizer)) < {0, 1, 2, 3}
+    assert resumed.cursor.epoch == 1
+
+
 def test_an_empty_source_is_told(tokenizer):
     with pytest.raises(NoExamplesError, match="rows has no rows"):
         load_task(task(), tokenizer, 0, source=Rows([]))
@@ -397,6 +419,19 @@ def test_nothing_left_to_train_on_is_told(tokenizer, length):
 
 def bad(number):
     return RowError("rows", number, None, "not JSON")
+
+
+def test_a_malformed_row_that_a_mix_gives_again_counts_once(tokenizer):
+    class Again(Rows):
+        def rows(self, after=None):
+            for row in super().rows(after):
+                yield replace(row, again=row.number in (3, 4, 7))
+
+    rows = [*words(1), bad(2), bad(3), bad(4), *words(1), bad(6), bad(7), *words(1)]
+    stream, _ = stream_of(
+        tokenizer, Again(rows), steps=1, batch_size=3, on_bad_row="skip", max_bad_rows=2
+    )
+    assert len(stream.next_batch()) == 3
 
 
 def test_a_malformed_row_ends_a_run_unless_it_may_be_skipped(tokenizer):

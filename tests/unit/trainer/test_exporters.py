@@ -106,6 +106,17 @@ print(json.dumps({run.name: SQLiteStorage.get_logs("mine", run.name) for run in 
 """
 
 
+def read_trackio(directory):
+    answer = subprocess.run(
+        [sys.executable, "-c", READ_TRACKIO],
+        env={"TRACKIO_DIR": str(directory), "PATH": ""},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    return json.loads(answer.stdout.splitlines()[-1])
+
+
 def test_trackio_holds_each_adapter_once(run, tmp_path):
     directory = tmp_path / "trackio"
     verb = [sys.executable, "-m", "manylora_cli", "runs", "export", str(run.path), "--json"]
@@ -114,18 +125,24 @@ def test_trackio_holds_each_adapter_once(run, tmp_path):
         subprocess.run(verb, stdout=subprocess.PIPE, text=True, check=True) for _ in range(2)
     )
     names = {entry["task"]: entry["name"] for entry in json.loads(again.stdout)}
-    answer = subprocess.run(
-        [sys.executable, "-c", READ_TRACKIO],
-        env={"TRACKIO_DIR": str(directory), "PATH": ""},
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
-    )
-    held = json.loads(answer.stdout.splitlines()[-1])
+    held = read_trackio(directory)
     assert sorted(held) == sorted(names.values())
     logged = held[names["first"]]
     assert [(entry["step"], entry["loss"]) for entry in logged] == run.curve("first", "loss")
     assert [e["step"] for e in logged if "validation_loss" in e] == [2, 4]
+
+
+def test_trackio_gets_no_row_for_a_step_without_numbers(make_task, write_recipe, tmp_path):
+    broken = {"learning_rate": 1e30, "clip_norm": None, "schedule": "constant"}
+    split = {"validation": 0, "held_out": 0}
+    recipe = write_recipe(make_task("first", steps=4, optimizer=broken, split=split))
+    manylora_trainer.train(recipe, tmp_path / "run")
+    directory = tmp_path / "trackio"
+    verb = [sys.executable, "-m", "manylora_cli", "runs", "export", str(tmp_path / "run")]
+    verb += ["--to", "trackio", "--uri", str(directory), "--project", "mine"]
+    subprocess.run(verb, check=True)
+    (logged,) = read_trackio(directory).values()
+    assert [entry["step"] for entry in logged] == [1]
 
 
 def test_a_tracker_that_refuses_or_is_not_installed_is_said_in_one_line(run):
@@ -159,7 +176,10 @@ def test_a_place_for_files_that_takes_none_is_told(run, tmp_path):
 
 
 def test_a_server_that_fails_is_told_after_few_attempts(run, monkeypatch):
+    from mlflow.environment_variables import MLFLOW_HTTP_REQUEST_TIMEOUT
+
     monkeypatch.delenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", raising=False)
+    monkeypatch.delenv("MLFLOW_HTTP_REQUEST_TIMEOUT", raising=False)
     asked: list[str] = []
 
     class Failing(BaseHTTPRequestHandler):
@@ -174,3 +194,4 @@ def test_a_server_that_fails_is_told_after_few_attempts(run, monkeypatch):
             export_run(run, "mlflow", uri)
         server.shutdown()
     assert len(asked) == 3
+    assert MLFLOW_HTTP_REQUEST_TIMEOUT.get() * len(asked) < 120, "one that hangs, in seconds"

@@ -57,6 +57,8 @@ def test_packed_logits_equal_unpacked(base, pack_tokens):
         Batch(0, random_examples(1, 24, [6, 7, 9, 30, 31, 60])),
         Batch(1, random_examples(2, 0, [12, 40, 13])),
         Batch(2, random_examples(3, 60, [8])),
+        # Several answers to one prompt: its last token predicts the first of each.
+        Batch(3, [example([*range(40, 70), 80 + i, 90 + i], 30) for i in range(3)]),
     ]
     packed = logits_by_target(base, pack_batches(batches, pack_tokens))
     alone = logits_by_target(

@@ -205,6 +205,14 @@ def test_a_signal_writes_a_checkpoint_and_says_how_to_resume(recipe, tmp_path, n
     assert adapters(tmp_path / "run") == adapters(tmp_path / "whole")
 
 
+def test_a_signal_during_the_last_step_leaves_the_run_to_its_end(make_task, write_recipe, tmp_path):
+    recipe = write_recipe(make_task("only", steps=2))
+    stop = StopAt(2, signal.SIGTERM)
+    result = manylora_trainer.train(recipe, tmp_path / "run", progress=stop)
+    assert result.tasks["only"].adapter is not None
+    assert read_run(tmp_path / "run").state == "finished"
+
+
 def test_a_run_under_nohup_outlives_its_terminal(recipe, tmp_path):
     with started_with(signal.SIGHUP, signal.SIG_IGN):
         manylora_trainer.train(recipe, tmp_path / "run", progress=StopAt(3, signal.SIGHUP))

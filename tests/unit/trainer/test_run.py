@@ -22,6 +22,7 @@ from manylora_trainer.dataset import load_task
 from manylora_trainer.dry_run import plan
 from manylora_trainer.errors import (
     AdaptersStoppedError,
+    NoExamplesError,
     NotPublishableError,
     RunInterruptedError,
     UnfitTaskError,
@@ -289,6 +290,21 @@ def test_the_verbs_train_and_publish(recipe, tmp_path):
         ],
     )
     assert [entry["name"] for entry in json.loads(published.stdout)] == ["first"]
+
+
+def test_where_nothing_fits_the_recipe_has_to_change_and_no_resume_is_advised(
+    make_task, write_recipe, tmp_path
+):
+    heard: list[str] = []
+
+    class Hearing(Progress):
+        def say(self, text):
+            heard.append(text)
+
+    recipe = write_recipe(make_task("long", max_length=8))
+    with pytest.raises(NoExamplesError, match=r"Raise max_length.* in a new run"):
+        manylora_trainer.train(recipe, tmp_path / "run", progress=Hearing())
+    assert not any("go on with" in text for text in heard)
 
 
 def test_the_verb_fails_when_an_adapter_stopped(make_task, write_recipe, tmp_path):

@@ -366,6 +366,14 @@ def test_a_directory_is_taken_up_only_when_asked_and_unchanged(write_sweep, tmp_
         read_sweep(tmp_path / "sweeps" / "sweep")
 
 
+def test_a_run_that_is_gone_is_told_before_anything_is_trained(write_sweep, tmp_path):
+    path = write_sweep(space={RATE: [0.01, 0.02]}, trials_per_run=1)
+    run_sweep(load_sweep(path))
+    shutil.rmtree(tmp_path / "sweeps" / "sweep" / "runs" / "000")
+    with pytest.raises(SweepError, match=r"runs/000 is gone.*trial-000.*another --sweep-dir"):
+        run_sweep(load_sweep(path), resume=True)
+
+
 def test_the_verb_shows_the_trials_and_the_best_is_published(write_sweep, tmp_path):
     modules = "tasks.0.lora.target_modules"
     path = write_sweep(space={RATE: [0.02, 0.0001], modules: [["q_proj", "v_proj"]]})

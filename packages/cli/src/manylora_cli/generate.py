@@ -137,6 +137,15 @@ def generate(
         raise typer.BadParameter("a system message needs the chat template, which --raw leaves out")
     if stream and n not in (None, 1) and not as_json:
         raise typer.BadParameter("several answers stream at once: add --json to tell them apart")
+    forms = {
+        "--json-schema": json_schema,
+        "--regex": regex,
+        "--choice": choice or None,
+        "--grammar": grammar,
+    }
+    given = [option for option, value in forms.items() if value is not None]
+    if len(given) > 1:
+        raise typer.BadParameter(f"give only one of {', '.join(given)}")
     if text == "-":
         text = sys.stdin.read()
     prompt: Input = text if raw else _chat(system, text)

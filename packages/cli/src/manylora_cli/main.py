@@ -4,6 +4,8 @@ Every verb is a module of this package that imports what it needs when it runs, 
 and a wrong word on the command line answer at once.
 """
 
+import atexit
+import gc
 import os
 import sys
 from collections.abc import Callable, Generator
@@ -83,6 +85,9 @@ def main() -> None:
     if (reconfigure := getattr(sys.stdout, "reconfigure", None)) is not None:
         # What data or a path holds and the encoding of a terminal lacks; in JSON an escape too.
         reconfigure(errors="backslashreplace")
+    # At its end the interpreter looks for cycles again and again among all that torch and others
+    # have defined: 2 s of a processor behind the result, and a minute where it is shared by many.
+    atexit.register(gc.freeze)
     with one_line("manylora", is_stated):
         app()
 

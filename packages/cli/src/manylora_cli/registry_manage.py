@@ -91,7 +91,10 @@ def protect(
 def gate(
     reference: Reference,
     suite: Annotated[str, typer.Argument(metavar="SUITE", help="Name of the suite or the gate.")],
-    passed: Annotated[bool, typer.Option("--passed/--failed", help="What it came to.")],
+    passed: Annotated[
+        bool | None,
+        typer.Option("--passed/--failed", help="What it came to; one of the two is required."),
+    ] = None,
     result: Annotated[
         Path | None, typer.Option(metavar="FILE", help="JSON with its figures, kept with it.")
     ] = None,
@@ -102,6 +105,8 @@ def gate(
 
     Records are only ever added to.
     """
+    if passed is None:
+        raise typer.BadParameter("say what it came to: --passed or --failed")
     figures = _read_json(result) if result else {}
     with open_registry(registry) as opened:
         version = opened.find(reference)

@@ -67,8 +67,10 @@ def export_run(
 def _to_mlflow(run: SavedRun, uri: str | None, project: str) -> list[Exported]:
     # An export tells the server that was named, and nobody else.
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    # By itself it tries a server that does not answer for four minutes, in silence.
+    # By itself it tries a server that does not answer for four minutes, in silence, and waits two
+    # for each answer.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
     from mlflow import MlflowClient
     from mlflow.entities import Metric, Param
     from mlflow.exceptions import MlflowException
@@ -145,8 +147,9 @@ def _to_trackio(run: SavedRun, uri: str | None, project: str) -> list[Exported]:
                 )
                 steps: dict[int, dict[str, float]] = {}
                 for entry in run.entries:
-                    if entry["task"] == task:
-                        steps.setdefault(entry["step"], {}).update(_values(entry))
+                    # Where an adapter stopped there may be a reason and no number.
+                    if entry["task"] == task and (values := _values(entry)):
+                        steps.setdefault(entry["step"], {}).update(values)
                 for step, values in steps.items():
                     there.log(values, step=step)
                 trackio.finish()

@@ -76,8 +76,8 @@ def render(settings: FormatSettings, row: Row) -> Rendered:
         case TemplateFormat():
             return _render_template(settings, reader)
         case PromptCompletionFormat():
-            prompt = reader.text(settings.prompt_column)
-            completion = reader.text(settings.completion_column)
+            prompt = reader.text(settings.prompt_column, template_instead=True)
+            completion = reader.text(settings.completion_column, template_instead=True)
             return Rendered(_with_system(settings.system, Message("user", prompt)), completion)
         case ChatFormat():
             return _render_chat(settings, reader)
@@ -95,6 +95,11 @@ def _written(value: Any) -> str:
     if isinstance(value, WRITTEN):
         return str(value)
     raise TypeError(f"{type(value).__name__} has no form in it")
+
+
+def _has_text(value: Any) -> bool:
+    """Whether a template takes a value that is no text."""
+    return isinstance(value, (int, float, Decimal, *WRITTEN)) and not isinstance(value, bool)
 
 
 def _kind(value: Any) -> str:
@@ -115,10 +120,13 @@ class _RowReader:
             raise self.error(column, "missing")
         return self.row.columns[column]
 
-    def text(self, column: str) -> str:
+    def text(self, column: str, *, template_instead: bool = False) -> str:
+        """A column of text; `template_instead`: a template can do what the format does."""
         value = self.value(column)
         if not isinstance(value, str):
-            raise self.error(column, f"must be text, is {_kind(value)}")
+            known = template_instead and _has_text(value)
+            hint = "; `kind: template` makes text of it" if known else ""
+            raise self.error(column, f"must be text, is {_kind(value)}{hint}")
         if not value.strip():
             raise self.error(column, "empty")
         return self.checked(column, value)

@@ -25,6 +25,7 @@ from manylora_trainer.environment import peak_memory_bytes
 from manylora_trainer.errors import (
     DataError,
     InitialAdapterError,
+    NoExamplesError,
     RecipeChangedError,
     RunInterruptedError,
 )
@@ -256,13 +257,15 @@ def train_run(
             for step in range(first, last):
                 try:
                     reports = trainees.train_step(step)
-                except DataError:
+                except DataError as error:
                     # Nothing was drawn or changed: the steps before it are whole.
                     save(step)
-                    watch.say(
-                        f"the rows failed; a checkpoint was written after step {step} of {last}. "
-                        f"Once they can be read, go on with: {how_to_resume}"
-                    )
+                    # Where nothing fits the recipe has to change, which no resume takes up.
+                    if not isinstance(error, NoExamplesError):
+                        watch.say(
+                            f"the rows failed; a checkpoint was written after step {step} of "
+                            f"{last}. Once they can be read, go on with: {how_to_resume}"
+                        )
                     raise
                 if not reports:
                     break

@@ -129,7 +129,8 @@ class ExampleStream(Generic[R, I]):
         fruitless = 0
         while not self._ends_before_next_row(items, cursor):
             window = self._window(cursor)
-            if cursor.position == len(window.rows):
+            # Rows behind those looked through may have gone since a checkpoint.
+            if cursor.position >= len(window.rows):
                 if window.after is None:
                     fruitless = 0 if items else fruitless + 1
                     if fruitless > 1:
@@ -237,7 +238,8 @@ class ExampleStream(Generic[R, I]):
     def _nothing_fits(self) -> NoExamplesError:
         return NoExamplesError(
             f"task {self._task.name}: no row of {self._data.source.name} is left to train on; all "
-            f"are longer than max_length {self._task.max_length}, held out, or malformed"
+            f"are longer than max_length {self._task.max_length}, held out, or malformed. Raise "
+            "max_length, or cut them by overlong: truncate, in a new run"
         )
 
 

@@ -269,7 +269,15 @@ def _open(sweep: Sweep, recipe: Recipe, *, resume: bool) -> list[Trial]:
             f"{directory} was begun with another sweep or recipe; going on would mix the two. "
             "Undo the change, or give another --sweep-dir."
         )
-    return list(read_sweep(directory).trials)
+    trials = read_sweep(directory).trials
+    for trial in trials:
+        run = run_directory(directory, trial.run)
+        if trial.state in ("finished", "stopped") and not run.exists():
+            raise SweepError(
+                f"{run} is gone, and with it what {trial.name} came to. Put it back, or give "
+                "another --sweep-dir."
+            )
+    return list(trials)
 
 
 def _date(sweep_directory: Path) -> datetime | None:
