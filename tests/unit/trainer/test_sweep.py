@@ -98,6 +98,21 @@ def test_losers_leave_at_the_rungs_and_the_rest_go_on_unchanged(write_sweep):
     assert all("go on" in (t.why or "") for t in halved.trials if t.state == "stopped")
 
 
+def test_a_trial_that_ends_early_at_a_rung_is_no_loser_there(write_sweep):
+    sweep = write_sweep(
+        overrides=["tasks.0.early_stopping={patience: 1}"],
+        # No gain is large enough for half of them: they end at their second validation.
+        space={"tasks.0.early_stopping.min_delta": [0.0, 1000.0], RATE: [0.02, 0.0001]},
+        halving={"first_rung": 4, "factor": 2},
+    )
+    result = run_sweep(load_sweep(sweep))
+    ended = [trial for trial in result.trials if trial.step == 4]
+    early = [t for t in result.trials if t.settings["tasks.0.early_stopping.min_delta"]]
+    assert [trial.step for trial in early] == [4, 4]
+    assert [trial.state for trial in early] == ["finished", "finished"]
+    assert [trial.state for trial in ended if trial not in early] == ["stopped"]
+
+
 def test_later_runs_are_held_to_what_earlier_trials_reached(write_sweep):
     sweep = write_sweep(
         trials_per_run=2,
