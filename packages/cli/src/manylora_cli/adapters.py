@@ -1,9 +1,8 @@
 """`manylora adapters`: what a gateway serves, and what waits there and why."""
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-import typer
-
+from manylora_cli.options import AsJson, Server
 from manylora_cli.output import print_json, print_table
 
 if TYPE_CHECKING:
@@ -11,14 +10,8 @@ if TYPE_CHECKING:
 
 
 def adapters(
-    server: Annotated[
-        str | None,
-        typer.Option(
-            metavar="HOST:PORT",
-            help="The gateway; default: MANYLORA_SERVER, or 127.0.0.1:50051.",
-        ),
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for machines.")] = False,
+    server: Server = None,
+    as_json: AsJson = False,
 ) -> None:
     """List what a gateway serves under which alias.
 

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from manylora_cli.options import Server
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -18,13 +20,7 @@ PIPE_WIDTH = 10_000
 
 def evaluate(
     suite: Annotated[Path, typer.Argument(metavar="SUITE", help="The suite's YAML file.")],
-    server: Annotated[
-        str | None,
-        typer.Option(
-            metavar="HOST:PORT",
-            help="The gateway; default: MANYLORA_SERVER, or 127.0.0.1:50051.",
-        ),
-    ] = None,
+    server: Server = None,
     adapter: Annotated[
         list[str] | None,
         typer.Option(metavar="REF", help="Score this adapter too, in every task run; repeatable."),

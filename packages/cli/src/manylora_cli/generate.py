@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from manylora_cli.options import Server
 from manylora_cli.output import lacks_letters
 
 if TYPE_CHECKING:
@@ -20,13 +21,7 @@ def generate(
         str,
         typer.Option(metavar="REF", help="Adapter reference NAME[@SELECTOR]; default: bare base."),
     ] = "",
-    server: Annotated[
-        str | None,
-        typer.Option(
-            metavar="HOST:PORT",
-            help="The gateway; default: MANYLORA_SERVER, or 127.0.0.1:50051.",
-        ),
-    ] = None,
+    server: Server = None,
     stream: Annotated[bool, typer.Option("--stream", help="Print tokens as they come.")] = False,
     max_tokens: Annotated[
         int | None,

@@ -9,15 +9,11 @@ from typing import Annotated
 
 import typer
 
+from manylora_cli.options import Server
+
 
 def health(
-    server: Annotated[
-        str | None,
-        typer.Option(
-            metavar="HOST:PORT",
-            help="The gateway; default: MANYLORA_SERVER, or 127.0.0.1:50051.",
-        ),
-    ] = None,
+    server: Server = None,
     timeout: Annotated[
         float, typer.Option(metavar="SECONDS", min=0, help="Wait so long for an answer.")
     ] = 5.0,

@@ -1,13 +1,12 @@
 """How the verbs print: tables for people and for pipes, paths as the user would type them."""
 
+import sys
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
-    from contextlib import redirect_stdout
-    from typing import TextIO
-
     from rich.text import Text
 
 
@@ -22,8 +21,6 @@ def print_table(
     header: Sequence[str], rows: "Sequence[Sequence[str | Text]]", empty: str | None = None
 ) -> None:
     """A table on a terminal, or the line `empty`; tab-separated with a header in a pipe."""
-    import sys
-
     if not sys.stdout.isatty():
         for row in (header, *rows):
             print("\t".join(str(cell) for cell in row))
@@ -44,14 +41,11 @@ def print_table(
     Console().print(table)
 
 
-def spoken() -> "redirect_stdout[TextIO]":
+def spoken() -> redirect_stdout[TextIO]:
     """Has what Ray and the user's own functions print go to standard error, where progress goes.
 
     Standard output is for the result, which machines read.
     """
-    import sys
-    from contextlib import redirect_stdout
-
     return redirect_stdout(sys.stderr)
 
 
@@ -64,6 +58,4 @@ def print_json(value: Any) -> None:
 
 def lacks_letters() -> bool:
     """Whether standard output cannot show every letter, so that JSON escapes all but ASCII."""
-    import sys
-
     return (sys.stdout.encoding or "utf-8").lower() != "utf-8"

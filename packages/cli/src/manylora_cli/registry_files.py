@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from manylora_cli.options import AsJson
 from manylora_cli.output import print_json, print_table
 from manylora_cli.registry_output import (
-    AsJson,
     Location,
     Reference,
     open_registry,

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
+from manylora_cli.options import AsJson
 from manylora_cli.output import print_json
 from manylora_cli.registry_output import (
-    AsJson,
     Location,
     Name,
     Override,

@@ -31,7 +31,6 @@ Override = Annotated[
     bool,
     typer.Option("--override", help="Move a protected alias without a passed gate; needs --why."),
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 
 
 def open_registry(location: Path | None) -> "Registry":

@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import date, time
 from decimal import Decimal
@@ -97,11 +98,6 @@ def _written(value: Any) -> str:
     raise TypeError(f"{type(value).__name__} has no form in it")
 
 
-def _has_text(value: Any) -> bool:
-    """Whether a template takes a value that is no text."""
-    return isinstance(value, (int, float, Decimal, *WRITTEN)) and not isinstance(value, bool)
-
-
 def _kind(value: Any) -> str:
     return "null" if value is None else type(value).__name__
 
@@ -124,8 +120,11 @@ class _RowReader:
         """A column of text; `template_instead`: a template can do what the format does."""
         value = self.value(column)
         if not isinstance(value, str):
-            known = template_instead and _has_text(value)
-            hint = "; `kind: template` makes text of it" if known else ""
+            hint = ""
+            if template_instead:
+                with suppress(RowError):
+                    self.scalar(column)
+                    hint = "; `kind: template` makes text of it"
             raise self.error(column, f"must be text, is {_kind(value)}{hint}")
         if not value.strip():
             raise self.error(column, "empty")
