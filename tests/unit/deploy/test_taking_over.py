@@ -5,7 +5,6 @@
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from datetime import UTC, datetime
 from pathlib import Path
 
 import grpc
@@ -20,22 +19,9 @@ from deploy.stages.settings import load_stage
 from deploy.stages.taking_over import Place, take_over
 from deploy.stages.work import Work
 from manylora.admin.v1 import admin_pb2, admin_pb2_grpc
-from manylora_registry import Registry, Version
+from manylora_registry import Registry
 from tests.integration.deploy.stage_files import write_stage
-
-VERSION = Version(
-    name="red",
-    number=2,
-    digest="sha256:" + "a" * 64,
-    base_fingerprint="sha256:" + "b" * 64,
-    rank=1,
-    size=1,
-    created_at=datetime.now(UTC),
-    metrics={},
-    tags={},
-    lineage={},
-    yanked=False,
-)
+from tests.unit.gateway.in_process import publish
 
 
 class Away(admin_pb2_grpc.AdminServiceServicer):
@@ -70,9 +56,10 @@ def test_that_a_gateway_is_waited_for_is_said_once(
     monkeypatch.setenv("MANYLORA_STAGES", str(tmp_path))
     write_stage(tmp_path / "production", base=tmp_path, registry=tmp_path / "registry")
     stage, running, said = load_stage("production"), Running(None, gateway, gateway), list[str]()
-    promotion = Promotion("attempt", 2, VERSION.digest, "staging", 1, 1)
     with Registry.open(tmp_path / "registry") as registry, Operator(running, None) as operator:
-        place = Place(registry, stage, running, operator, Journal(stage, "red"), VERSION, 1)
+        _, version = (publish(registry, tmp_path, "red", seed) for seed in (1, 2))
+        promotion = Promotion("attempt", version.number, version.digest, "staging", 1, 1)
+        place = Place(registry, stage, running, operator, Journal(stage, "red"), version, 1)
         with pytest.raises(MovedError, match="version 7 100 %"):
             take_over(place, Canary(look_s=0.01), promotion, Work(said.append))
 
