@@ -91,6 +91,28 @@ def test_a_version_asked_by_several_names_has_one_record_of_them_all(
     assert any("is below" in reason for reason in payload["reasons"])
 
 
+@pytest.mark.parametrize("above", ["spelling@stable", "spelling"])
+def test_a_threshold_of_one_name_is_not_hidden_by_another(
+    above: str, serve: Callable[..., ScriptedServer], write_suite: Callable[..., Path]
+) -> None:
+    below = {"spelling": "spelling@stable", "spelling@stable": "spelling"}[above]
+    suite = write_suite([("a", "yes")])
+    suite.write_text(
+        "name: small\ntasks:\n"
+        f"  - {{name: first, adapter: {above}, rows: rows.jsonl, scorers: [exact_match]}}\n"
+        f"  - {{name: second, adapter: {below}, rows: rows.jsonl, scorers: [exact_match],\n"
+        "     thresholds: [{score: exact_match, at_least: 0.5}]}\n"
+    )
+    result = evaluate(suite, serve(lambda _: Answer("no", version=2)).target)
+    kept = Kept()
+
+    record(result, kept)
+
+    ((_, _, payload, passed),) = kept.records
+    assert not passed
+    assert any("is below" in reason for reason in payload["reasons"])
+
+
 def test_a_title_becomes_a_name() -> None:
     assert record_name("SOAP notes (CPU)") == "soap-notes-cpu"
     assert record_name("a" * 100) == "a" * 64

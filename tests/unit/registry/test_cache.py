@@ -226,6 +226,7 @@ def test_what_is_held_for_a_registry_is_whole_whenever_it_is_asked_for(
     shutil.rmtree(tmp_path / "cache")
     registry.materialize(versions[0])
     assert config.read_text() == written
+    assert Cache.from_environment().size() > 0  # It knows of it, or it would never let it go.
     take(registry, Cache(tmp_path / "cache", limit=1), versions[1])
     assert config.is_file()  # As it is held again.
 
