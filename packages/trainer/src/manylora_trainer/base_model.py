@@ -1,4 +1,4 @@
-"""The frozen base: loading it, its hidden states of a pack, and the loss on top of them."""
+"""The frozen base: loading it, and its hidden states of a pack."""
 
 # torch and transformers are only partly typed.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
@@ -10,11 +10,10 @@ import importlib.util
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F  # noqa: N812 (its name everywhere)
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -29,8 +28,8 @@ from manylora_trainer.attention import (
 from manylora_trainer.device import on_device
 from manylora_trainer.errors import UnsupportedBaseError
 from manylora_trainer.frozen import computing_in_float32, keep_activations_in_float32
-from manylora_trainer.fused import fuse_small_operations, fused
-from manylora_trainer.memory import logits_chunk
+from manylora_trainer.fused import fuse_small_operations
+from manylora_trainer.head import head_loss, trainable_head_loss
 from manylora_trainer.packing import Batch, Pack, pack_batches
 from manylora_trainer.tokenization import Example
 
@@ -147,7 +146,7 @@ class BaseModel:
         targets = on_device(pack.targets, self.device)
         states = self.hidden_states(pack)
         if self._head.weight.requires_grad:
-            return _trainable_head_loss(states, self._head, targets)
+            return trainable_head_loss(states, self._head, targets)
         return head_loss(states, self._head.weight, self._head.bias, targets)
 
     @torch.no_grad()
@@ -256,32 +255,6 @@ def _steady_positions(config: Any) -> int | None:
             return None
 
 
-def head_loss(states: Tensor, head: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
-    """Cross-entropy of each target under a frozen linear head, float32 [targets].
-
-    Args:
-        states: final hidden states, [targets, hidden].
-        head: weight, [vocabulary, hidden].
-        bias: [vocabulary], or None.
-        targets: token ids, [targets].
-    """
-    return _HeadLoss.apply(states, head, bias, targets)
-
-
-def _trainable_head_loss(states: Tensor, head: nn.Linear, targets: Tensor) -> Tensor:
-    """The same where the head itself learns: each chunk's logits are made again in the backward."""
-
-    def chunk_loss(rows: Tensor, wanted: Tensor) -> Tensor:
-        return F.cross_entropy(head(rows).float(), wanted, reduction="none")
-
-    rows = logits_chunk(states.device)
-    chunks = zip(states.split(rows), targets.split(rows), strict=True)
-    losses = [
-        cast("Tensor", checkpoint(chunk_loss, *chunk, use_reentrant=False)) for chunk in chunks
-    ]
-    return torch.cat(losses)
-
-
 def _four_bit(dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
     """How transformers is told to load linear layers in four bits."""
     if device.type != "cuda":
@@ -301,51 +274,3 @@ def _four_bit(dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
         bnb_4bit_compute_dtype=dtype,
     )
     return {"quantization_config": config, "device_map": {"": device}}
-
-
-def _losses_and_slopes(logits: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of each row and its gradient, in as few passes as a compiler makes of it."""
-    exact = logits.float()
-    normaliser = exact.logsumexp(-1, keepdim=True)
-    columns = torch.arange(logits.shape[1], device=logits.device)
-    slope = (exact - normaliser).exp() - (columns == wanted).float()
-    return (normaliser - exact.gather(1, wanted))[:, 0], slope.to(logits.dtype)
-
-
-class _HeadLoss(torch.autograd.Function):
-    """Head and cross-entropy in chunks; the gradient is made on the way, full logits never are.
-
-    The head is frozen, so each target's gradient with respect to its own hidden state is all there
-    is to keep; what the losses are then summed up to only scales it.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, states: Tensor, head: Tensor, bias: Tensor | None, targets: Tensor
-    ) -> Tensor:
-        losses = torch.empty(len(targets), device=states.device)
-        needs_gradient: bool = ctx.needs_input_grad[0]
-        gradient = torch.empty_like(states) if needs_gradient else None
-        rows = logits_chunk(states.device)
-        for start in range(0, len(targets), rows):
-            chunk = slice(start, start + rows)
-            wanted = targets[chunk, None]
-            logits = F.linear(states[chunk].to(head.dtype), head, bias)
-            if states.is_cuda and gradient is not None:
-                losses[chunk], slope = fused(_losses_and_slopes)(logits, wanted)
-                torch.mm(slope, head, out=gradient[chunk])
-                continue
-            logits = logits.float()
-            normaliser = logits.logsumexp(-1, keepdim=True)
-            losses[chunk] = (normaliser - logits.gather(1, wanted))[:, 0]
-            if gradient is not None:
-                slope = logits.sub_(normaliser).exp_()
-                slope.scatter_add_(1, wanted, torch.full_like(wanted, -1, dtype=slope.dtype))
-                gradient[chunk] = slope.to(head.dtype) @ head
-        ctx.save_for_backward(gradient)
-        return losses
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (gradient,) = ctx.saved_tensors
-        return gradient * gradients[0][:, None].to(gradient.dtype), None, None, None

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from manylora_registry.base import BaseModelIdentity
-from manylora_trainer.memory import FLOAT32, Footprint, dtype_of, logits_chunk
+from manylora_trainer.memory import FLOAT32, Footprint, dtype_of, logits_at_once
 from manylora_trainer.recipe import Recipe
 
 MEASURED_SECONDS = 0.5
@@ -82,8 +82,7 @@ def estimate_memory(
         optimizers=footprint.optimizer_bytes,
         activations=footprint.activation_bytes(tokens, recomputed=recomputed),
         # Logits in float32, once more in the base's own type for the product with the head.
-        logits=min(tokens, logits_chunk(device))
-        * footprint.shapes.vocabulary
+        logits=logits_at_once(recipe, device, tokens, footprint.shapes.vocabulary)
         * (FLOAT32 + (0 if dtype == torch.float32 else dtype.itemsize)),
         pack_tokens=tokens,
         recomputed=recomputed,

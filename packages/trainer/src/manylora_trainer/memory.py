@@ -31,7 +31,9 @@ PACK_TOKENS_ON_GPU = (16384, 8192, 4096, 2048)
 """Likewise. Few are over before the processor has handed over the next."""
 FLOAT32 = torch.float32.itemsize
 LOGITS_CHUNK = 256
-"""Predictions whose logits exist at one time."""
+"""Predictions whose logits exist at one time, where the head is trained too."""
+HEAD_ROWS, HEAD_BLOCK = 512, 2048
+"""Predictions and tokens of the vocabulary whose logits exist at one time under a frozen head."""
 LOGITS_CHUNK_ON_GPU = 1024
 """There fewer would not fill it; 0.6 GB at a time for a vocabulary of 150,000."""
 NF4_BYTES = (4 + 8 / 64 + 32 / (64 * 256)) / 8
@@ -123,6 +125,13 @@ def activation_dtype_of(recipe: Recipe, device: torch.device) -> torch.dtype:
 def logits_chunk(device: torch.device) -> int:
     """Predictions whose logits exist at one time on a device."""
     return LOGITS_CHUNK_ON_GPU if device.type == "cuda" else LOGITS_CHUNK
+
+
+def logits_at_once(recipe: Recipe, device: torch.device, tokens: int, vocabulary: int) -> int:
+    """How many logits of a pack of that many tokens exist at one time."""
+    if device.type == "cuda" or recipe.kind == "full":
+        return min(tokens, logits_chunk(device)) * vocabulary
+    return min(tokens, HEAD_ROWS) * min(vocabulary, HEAD_BLOCK)
 
 
 def trained_parameters(recipe: Recipe, identity: BaseModelIdentity) -> dict[str, int]:
