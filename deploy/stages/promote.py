@@ -121,7 +121,7 @@ class _Promoting:
         if begun is not None and begun.broken:
             self._take_back(begun, begun.broken)
         if present is not None:
-            tell_moves(self.registry, self.target, self.name, self.work)
+            tell_moves(self.registry, self.target, self.name, self.work, begun)
         # Whether it had come to its end, but for its own words about it.
         if begun is not None and has_moved(self.registry, self.target, self.name, begun):
             self.journal.end()

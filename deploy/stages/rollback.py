@@ -3,11 +3,19 @@
 A promotion under way ends, its version loses its share, and the alias stays. Otherwise the alias
 moves to the version that was there before the present one came, or to the one named by --to.
 Repeated, it says that this was done: it never swings back to what was rolled back.
+
+Where it goes is in the registry and at the gateway, so that neither a damaged journal nor a disk
+that takes none keeps it from going there.
 """
 
 import uuid
 
-from deploy.stages.errors import NothingBeforeError, NotRunningError
+from deploy.stages.errors import (
+    DamagedError,
+    NothingBeforeError,
+    NotRunningError,
+    UnwritableError,
+)
 from deploy.stages.hosting import Hosting
 from deploy.stages.journal import Journal, Promotion, Rollback
 from deploy.stages.moves import moves_of, tell_moves
@@ -86,9 +94,9 @@ class _Place:
 
 def _go_back(place: _Place, alias: Alias, named: int | None, work: Work) -> Outcome:
     registry, stage, name = place.registry, place.stage, place.name
+    begun, fresh = _begun(place, work), False
     if not work.plan:
-        tell_moves(registry, stage, name, work)
-    begun, fresh = place.journal.read(), False
+        tell_moves(registry, stage, name, work, begun)
     if isinstance(begun, Rollback) and not _still_meant(place, begun, alias, named):
         if not work.plan:
             place.journal.end()
@@ -102,7 +110,10 @@ def _go_back(place: _Place, alias: Alias, named: int | None, work: Work) -> Outc
     version = registry.resolve(f"{name}@{target}")
     # What is not to be had is not under way: it would keep promotions waiting.
     if fresh:
-        place.journal.write(begun)
+        try:
+            place.journal.write(begun)
+        except UnwritableError as error:
+            work.say(f"{error.what}: going back all the same")
     told = place.serves and not place.withdrawn(alias.version)
     if told and work.step(f"end the rollout of {name}@{stage.alias}"):
         with place.operator() as operator:
@@ -131,6 +142,18 @@ def _go_back(place: _Place, alias: Alias, named: int | None, work: Work) -> Outc
         f"{stage.name} {would} {name}@{target} again",
         {"stage": stage.name, "version": target, "moved": begun.target is not None},
     )
+
+
+def _begun(place: _Place, work: Work) -> Promotion | Rollback | None:
+    """What is under way, as far as that can be told."""
+    try:
+        return place.journal.read()
+    except DamagedError as error:
+        # Nobody but a gateway can tell then whether a version has a share.
+        if not place.serves:
+            raise
+        work.say(f"{error.what}: going by what the gateway and the registry tell")
+        return None
 
 
 def _named(registry: Registry, stage: Stage, name: str, to: str) -> int:

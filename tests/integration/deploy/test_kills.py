@@ -157,6 +157,22 @@ def test_a_rollback_of_a_canary_whose_script_was_killed(world: World) -> None:
     assert killed_everywhere(world, prepare, lambda name: ("rollback", name, *arguments), check) > 6
 
 
+def test_a_damaged_journal_keeps_no_rollback_from_going_back(world: World) -> None:
+    name, _ = killed_in_canary(world)
+    file = world.stages / f"production/state/promotions/{name}.json"
+    file.write_text("{")
+    ended = world.scripts.run("rollback", name, "--stage", "production")
+    assert (ended.status, ended.out) == (0, f"production serves {name}@1 again\n")
+    assert f"{file} is damaged: going by what the gateway and the registry tell" in ended.err
+    assert (world.serving(name), world.division(name)) == (1, {})
+
+    world.registry.set_alias(name, "production", 2)
+    for _ in range(2):
+        file.write_text("{")
+        world.scripts.good("rollback", name, "--stage", "production")
+        assert world.serving(name) == 1
+
+
 def candidate(world: World) -> str:
     """An adapter in its first version, and in the second before; staging has the second too."""
     name = quick(world)

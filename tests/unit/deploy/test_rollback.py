@@ -3,6 +3,8 @@
 # Generated stubs of gRPC have no types, and a servicer need not answer every call.
 # pyright: reportUnknownMemberType=false, reportAbstractUsage=false
 
+import json
+import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,7 +13,7 @@ import grpc
 import pytest
 
 from deploy.stages.rollback import rollback
-from deploy.stages.settings import load_stage
+from deploy.stages.settings import Stage, load_stage
 from deploy.stages.work import Work
 from manylora.admin.v1 import admin_pb2, admin_pb2_grpc
 from manylora.inference.v1 import inference_pb2, inference_pb2_grpc
@@ -75,9 +77,8 @@ def gateway(registry: Registry) -> Iterator[str]:
     server.stop(None).wait()
 
 
-def test_what_a_gateway_follows_meanwhile_is_no_division(
-    gateway: str, registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def stage(gateway: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Stage:
     monkeypatch.setenv("MANYLORA_STAGES", str(tmp_path))
     connect = {"inference": gateway, "admin": gateway}
     write_stage(
@@ -87,8 +88,29 @@ def test_what_a_gateway_follows_meanwhile_is_no_division(
         connect=connect,
         start_timeout_s=1,
     )
+    return load_stage("production")
 
-    outcome = rollback(load_stage("production"), "red", None, Work([].append))
+
+def test_what_a_gateway_follows_meanwhile_is_no_division(stage: Stage, registry: Registry) -> None:
+    outcome = rollback(stage, "red", None, Work([].append))
 
     assert outcome.text == "production serves red@1 again"
     assert registry.aliases("red")["production"].version == 1
+
+
+def test_a_full_disk_keeps_nobody_from_going_back(stage: Stage, registry: Registry) -> None:
+    kept, said = stage.state / "promotions", list[str]()
+    kept.mkdir(parents=True)
+    holder = kept / "red.holder"
+    holder.write_text(json.dumps({"pid": 1, "action": "promote"}))
+    for file in ("red.holder", "red.json"):
+        # What is written here before it gets its name finds no room.
+        (kept / f"{file}.{os.getpid()}.new").symlink_to("/dev/full")
+
+    outcome = rollback(stage, "red", None, Work(said.append))
+
+    assert outcome.text == "production serves red@1 again"
+    assert registry.aliases("red")["production"].version == 1
+    told = "red.json cannot be written (No space left on device): going back all the same"
+    assert any(line.endswith(told) for line in said)
+    assert not holder.exists(), "it names a process that may be anybody's by now"
