@@ -506,6 +506,19 @@ def test_a_version_that_was_withdrawn_can_be_rolled_back_and_replaced(world: Wor
     assert "production pointed at no version before 2 that can be served: deploy/promote" in line
 
 
+def test_a_version_that_is_withdrawn_in_its_canary_is_told(world: World) -> None:
+    name = world.adapter()
+    world.scripts.good("candidate", f"{name}@2")
+    world.gates(suites=[], smoke=None, canary={**GATES["canary"], "window_s": 60})
+    try:
+        with on_a_share(world, name, 2, lambda: world.registry.yank(f"{name}@2")):
+            line = world.scripts.refused("promote", name)
+    finally:
+        world.gates(canary=GATES["canary"], smoke=GATES["smoke"])
+    assert "(version 1 100 %), as version 2 was withdrawn; this promotion is over" in line
+    assert (world.serving(name), world.division(name)) == (1, {})
+
+
 def test_a_rollback_passes_over_versions_that_were_withdrawn(world: World) -> None:
     name = world.adapter(versions=4)
     for number in (2, 3, 4):
