@@ -90,6 +90,18 @@ def test_what_was_never_a_candidate_is_told_to_become_one(world: World) -> None:
     assert world.outcomes(name, "promote") == []
 
 
+def test_a_version_is_promoted_to_no_stage_of_the_same_alias(world: World) -> None:
+    name = world.adapter()
+    world.scripts.good("candidate", f"{name}@2")
+    same = world.stages / "same"
+    same.symlink_to("staging")
+    try:
+        line = world.scripts.refused("promote", name, "--to", "same")
+    finally:
+        same.unlink()
+    assert "staging and same both serve the alias 'staging' of one registry" in line
+
+
 def test_a_worse_version_is_refused_at_the_gate(world: World) -> None:
     name = world.adapter(versions=3)
     world.scripts.good("candidate", f"{name}@3")
