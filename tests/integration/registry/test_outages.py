@@ -122,6 +122,10 @@ def test_what_a_role_may_not_do_is_said(new_postgres, blobs, make_adapter):
             assert registry.find("spelling@1") == version
             with pytest.raises(DatabaseUnavailableError, match="the role needs"):
                 registry.set_alias("spelling", "production", version.number)
+            with admin.connect() as connection:
+                connection.exec_driver_sql("REVOKE USAGE ON SCHEMA public FROM PUBLIC")
+            with pytest.raises(DatabaseUnavailableError, match="has lost USAGE"):
+                registry.find("spelling@1")
         with pytest.raises(DatabaseUnavailableError, match="CREATE on the schema"):
             Registry.open(database=_as(sa.make_url(new_postgres()), "reader"), blobs=blobs)
     finally:
