@@ -228,8 +228,11 @@ def _as_interrupt(_number: int, _frame: object) -> None:
 def _work(actor: str | None, why: str, plan: bool) -> "Work":
     from deploy.stages.work import Work
     from manylora_registry.aliases import this_user
+    from manylora_registry.description import one_line
 
-    return Work(lambda line: print(f"· {line}", file=sys.stderr), actor or this_user(), why, plan)
+    # As the record will have it: approvals are held to who promotes by that.
+    who = one_line(actor or "") or this_user()
+    return Work(lambda line: print(f"· {line}", file=sys.stderr), who, why, plan)
 
 
 def _show(outcome: "Outcome", as_json: bool) -> None:

@@ -374,6 +374,7 @@ def test_a_version_needs_the_approval_of_another(world: World) -> None:
         assert "may not approve" in world.scripts.refused("approve", f"{name}@2", "--actor", "eve")
         world.scripts.good("approve", f"{name}@2", "--actor", "bob")
         assert "needs approval" in world.scripts.refused("promote", name, "--actor", "bob")
+        assert "needs approval" in world.scripts.refused("promote", name, "--actor", "bob ")
         world.scripts.good("approve", f"{name}@2", "--actor", "ann")
         world.scripts.good("approve", f"{name}@2", "--actor", "ann", "--withdraw")
         assert "needs approval" in world.scripts.refused("promote", name, "--actor", "bob")
