@@ -22,6 +22,7 @@ from deploy.stages.moves import moves_of, tell_moves
 from deploy.stages.operator import Operator
 from deploy.stages.settings import Stage
 from deploy.stages.work import Outcome, Work, audit
+from manylora_client.errors import UnreachableError
 from manylora_registry import Alias, Registry, Version
 from manylora_registry.errors import AliasNotFoundError, VersionNotFoundError
 
@@ -33,7 +34,7 @@ def rollback(stage: Stage, name: str, to: str | None, work: Work) -> Outcome:
 
     Raises:
         NothingBeforeError: the alias never meant another version, or not the one named.
-        NotRunningError: a rollout must end, and the gateway does not run.
+        NotRunningError: a rollout must end, and the gateway is away.
         BusyError: another rollback is under way.
         RegistryError: there is no such version, or it was withdrawn.
     """
@@ -45,24 +46,32 @@ def rollback(stage: Stage, name: str, to: str | None, work: Work) -> Outcome:
         # Before a promotion is ended for it.
         named = None if to is None else _named(registry, stage, name, to)
         if work.plan:
-            return _go_back(_Place(registry, stage, journal, name), alias, named, work)
+            return _go_back(_Place(registry, stage, journal, name, work), alias, named, work)
         with journal.alone("rollback", instead_of="promote"):
             # Whoever was ended may have moved it.
             alias = registry.aliases(name)[stage.alias]
-            return _go_back(_Place(registry, stage, journal, name), alias, named, work)
+            return _go_back(_Place(registry, stage, journal, name, work), alias, named, work)
 
 
 class _Place:
     """One adapter of one stage."""
 
-    def __init__(self, registry: Registry, stage: Stage, journal: Journal, name: str) -> None:
+    def __init__(
+        self, registry: Registry, stage: Stage, journal: Journal, name: str, work: Work
+    ) -> None:
         self.registry, self.stage, self.journal, self.name = registry, stage, journal, name
-        self.running = Hosting(stage).find()
-
-    @property
-    def serves(self) -> bool:
+        running = Hosting(stage).find()
+        self.serves = running is not None and running.ready and self._reached(work)
         """Whether there is a gateway to tell."""
-        return self.running is not None and self.running.ready
+
+    def _reached(self, work: Work) -> bool:
+        try:
+            with self.operator() as operator:
+                operator.listings()
+        except UnreachableError as error:
+            work.say(str(error))
+            return False
+        return True
 
     def operator(self) -> Operator:
         """To speak to the gateway.
@@ -137,7 +146,8 @@ def _go_back(place: _Place, alias: Alias, named: int | None, work: Work) -> Outc
     if not work.plan:
         _record(place, version, begun, work)
         place.journal.end()
-    would = "would serve" if work.plan else "serves"
+    serves = "serves" if place.serves else "will serve, once its gateway is back,"
+    would = "would serve" if work.plan else serves
     return Outcome(
         f"{stage.name} {would} {name}@{target} again",
         {"stage": stage.name, "version": target, "moved": begun.target is not None},
@@ -187,7 +197,8 @@ def _intention(
     if promotion is not None and not place.serves and not withdrawn:
         raise NotRunningError(
             f"version {promotion.version} may have a share of {place.name}@{place.stage.alias}, "
-            f"and the gateway of {place.stage.name} does not run: deploy/up {place.stage.name}"
+            f"and the gateway of {place.stage.name} is away: bring it back first, by deploy/up "
+            f"{place.stage.name} where that runs it"
         )
     target: int | None
     if named is not None:
