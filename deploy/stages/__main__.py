@@ -4,6 +4,7 @@ Each imports what it needs when it runs, so that `--help` answers at once.
 """
 
 import functools
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -228,8 +229,20 @@ def _as_interrupt(_number: int, _frame: object) -> None:
 def _work(actor: str | None, why: str, plan: bool) -> "Work":
     from deploy.stages.work import Work
     from manylora_registry.aliases import this_user
+    from manylora_registry.description import one_line
 
-    return Work(lambda line: print(f"· {line}", file=sys.stderr), actor or this_user(), why, plan)
+    # As the record will have it: approvals are held to who promotes by that.
+    who = one_line(actor or "") or this_user()
+    return Work(_say, who, why, plan)
+
+
+def _say(line: str) -> None:
+    try:
+        print(f"· {line}", file=sys.stderr)
+    except OSError:
+        # A terminal that was closed, a `tee` that Ctrl-C has ended too: what is to be done about
+        # the signal is not to fail on words that nobody hears.
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115, PTH123
 
 
 def _show(outcome: "Outcome", as_json: bool) -> None:

@@ -3,6 +3,7 @@
 from deploy.stages.checks import servable
 from deploy.stages.errors import SwapError
 from deploy.stages.hosting import Hosting
+from deploy.stages.journal import Journal
 from deploy.stages.moves import moves_of, tell_moves
 from deploy.stages.operator import Operator
 from deploy.stages.settings import Stage
@@ -34,7 +35,8 @@ def candidate(stage: Stage, reference: str, work: Work) -> Outcome:
             before = "nothing" if alias is None else f"version {alias.version}"
             if work.step(f"move {version.name}@{stage.alias} from {before} to {version.number}"):
                 if alias is not None:
-                    tell_moves(registry, stage, version.name, work)
+                    begun = Journal(stage, version.name).read()
+                    tell_moves(registry, stage, version.name, work, begun)
                 registry.set_alias(
                     version.name,
                     stage.alias,

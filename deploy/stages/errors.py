@@ -44,8 +44,9 @@ class DamagedError(StageError):
     """A file the scripts keep is not as they wrote it."""
 
     def __init__(self, file: Path) -> None:
+        self.what = f"{file} is damaged"
         super().__init__(
-            f"{file} is damaged: remove it, and see with deploy/status what the gateway serves"
+            f"{self.what}: remove it, and see with deploy/status what the gateway serves"
         )
 
 
@@ -53,10 +54,8 @@ class UnwritableError(StageError):
     """A file the scripts keep cannot be written."""
 
     def __init__(self, file: Path, error: OSError) -> None:
-        super().__init__(
-            f"{file} cannot be written ({error.strerror}): make room or mend the permissions, then "
-            "run it again"
-        )
+        self.what = f"{file} cannot be written ({error.strerror})"
+        super().__init__(f"{self.what}: make room or mend the permissions, then run it again")
 
 
 class StartError(StageError):

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, TypeAdapter, ValidationError
 
 from deploy.stages import files
-from deploy.stages.errors import BusyError, DamagedError
+from deploy.stages.errors import BusyError, DamagedError, UnwritableError
 from deploy.stages.operator import Figures
 from deploy.stages.settings import Stage
 
@@ -130,7 +130,13 @@ class Journal:
             with files.waited_for(self._file.with_suffix(".taking")):
                 if not files.try_lock(descriptor):
                     self._end_other(descriptor, instead_of)
-                files.write_json(self._holder, {"pid": os.getpid(), "action": action})
+                try:
+                    files.write_json(self._holder, {"pid": os.getpid(), "action": action})
+                except UnwritableError:
+                    if instead_of is None:
+                        raise
+                    # Who ends others waits for no room. Better nobody than the holder before.
+                    files.remove(self._holder)
             yield
         finally:
             os.close(descriptor)

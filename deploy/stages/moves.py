@@ -1,6 +1,6 @@
 """The moves of a stage's alias, and the record of those that nobody has told of."""
 
-from deploy.stages.journal import Entry, Journal, Promotion
+from deploy.stages.journal import Entry, Promotion
 from deploy.stages.settings import Stage
 from deploy.stages.work import Work, audit
 from manylora_registry import AliasMove, Registry
@@ -22,9 +22,10 @@ def has_moved(registry: Registry, stage: Stage, name: str, begun: Entry) -> bool
     return any(led_to(begun, move) for move in moves_of(registry, stage, name))
 
 
-def tell_moves(registry: Registry, stage: Stage, name: str, work: Work) -> None:
-    """Keeps the newest moves that have no record: of scripts that were killed, and by hand."""
-    begun = Journal(stage, name).read()
+def tell_moves(
+    registry: Registry, stage: Stage, name: str, work: Work, begun: Entry | None
+) -> None:
+    """Keeps the newest moves that have no record: of what was `begun` and killed, and by hand."""
     kept = registry.deployments(name, stage=stage.name)
     told = max((int(record.detail.get("generation", 0)) for record in kept), default=0)
     for move in moves_of(registry, stage, name):

@@ -41,6 +41,7 @@ def promote(name: str, source: Stage, target: Stage, work: Work) -> Outcome:
     """Has `target` serve the version of an adapter that `source` serves.
 
     Raises:
+        SettingsError: the stages have no registry in common, or their alias.
         GateError, CheckError: the gates are closed to it; nothing was changed.
         ApprovalError: they are open, and somebody must approve it.
         CanaryError: it broke a bound with its first share; everybody is back.
@@ -53,6 +54,9 @@ def promote(name: str, source: Stage, target: Stage, work: Work) -> Outcome:
         raise SettingsError(
             [f"{source.name} and {target.name} have different registries in their gateway.yaml"]
         )
+    if source.alias == target.alias:
+        same = f"{source.name} and {target.name} both serve the alias {source.alias!r}"
+        raise SettingsError([f"{same} of one registry"])
     if work.plan:
         with source.open_registry() as registry:
             return _Promoting(registry, name, source, target, work).plan()
@@ -121,7 +125,7 @@ class _Promoting:
         if begun is not None and begun.broken:
             self._take_back(begun, begun.broken)
         if present is not None:
-            tell_moves(self.registry, self.target, self.name, self.work)
+            tell_moves(self.registry, self.target, self.name, self.work, begun)
         # Whether it had come to its end, but for its own words about it.
         if begun is not None and has_moved(self.registry, self.target, self.name, begun):
             self.journal.end()

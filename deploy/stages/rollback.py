@@ -3,17 +3,26 @@
 A promotion under way ends, its version loses its share, and the alias stays. Otherwise the alias
 moves to the version that was there before the present one came, or to the one named by --to.
 Repeated, it says that this was done: it never swings back to what was rolled back.
+
+Where it goes is in the registry and at the gateway, so that neither a damaged journal nor a disk
+that takes none keeps it from going there.
 """
 
 import uuid
 
-from deploy.stages.errors import NothingBeforeError, NotRunningError
+from deploy.stages.errors import (
+    DamagedError,
+    NothingBeforeError,
+    NotRunningError,
+    UnwritableError,
+)
 from deploy.stages.hosting import Hosting
 from deploy.stages.journal import Journal, Promotion, Rollback
 from deploy.stages.moves import moves_of, tell_moves
 from deploy.stages.operator import Operator
 from deploy.stages.settings import Stage
 from deploy.stages.work import Outcome, Work, audit
+from manylora_client.errors import UnreachableError
 from manylora_registry import Alias, Registry, Version
 from manylora_registry.errors import AliasNotFoundError, VersionNotFoundError
 
@@ -25,7 +34,7 @@ def rollback(stage: Stage, name: str, to: str | None, work: Work) -> Outcome:
 
     Raises:
         NothingBeforeError: the alias never meant another version, or not the one named.
-        NotRunningError: a rollout must end, and the gateway does not run.
+        NotRunningError: a rollout must end, and the gateway is away.
         BusyError: another rollback is under way.
         RegistryError: there is no such version, or it was withdrawn.
     """
@@ -37,24 +46,32 @@ def rollback(stage: Stage, name: str, to: str | None, work: Work) -> Outcome:
         # Before a promotion is ended for it.
         named = None if to is None else _named(registry, stage, name, to)
         if work.plan:
-            return _go_back(_Place(registry, stage, journal, name), alias, named, work)
+            return _go_back(_Place(registry, stage, journal, name, work), alias, named, work)
         with journal.alone("rollback", instead_of="promote"):
             # Whoever was ended may have moved it.
             alias = registry.aliases(name)[stage.alias]
-            return _go_back(_Place(registry, stage, journal, name), alias, named, work)
+            return _go_back(_Place(registry, stage, journal, name, work), alias, named, work)
 
 
 class _Place:
     """One adapter of one stage."""
 
-    def __init__(self, registry: Registry, stage: Stage, journal: Journal, name: str) -> None:
+    def __init__(
+        self, registry: Registry, stage: Stage, journal: Journal, name: str, work: Work
+    ) -> None:
         self.registry, self.stage, self.journal, self.name = registry, stage, journal, name
-        self.running = Hosting(stage).find()
-
-    @property
-    def serves(self) -> bool:
+        running = Hosting(stage).find()
+        self.serves = running is not None and running.ready and self._reached(work)
         """Whether there is a gateway to tell."""
-        return self.running is not None and self.running.ready
+
+    def _reached(self, work: Work) -> bool:
+        try:
+            with self.operator() as operator:
+                operator.listings()
+        except UnreachableError as error:
+            work.say(str(error))
+            return False
+        return True
 
     def operator(self) -> Operator:
         """To speak to the gateway.
@@ -86,9 +103,9 @@ class _Place:
 
 def _go_back(place: _Place, alias: Alias, named: int | None, work: Work) -> Outcome:
     registry, stage, name = place.registry, place.stage, place.name
+    begun, fresh = _begun(place, work), False
     if not work.plan:
-        tell_moves(registry, stage, name, work)
-    begun, fresh = place.journal.read(), False
+        tell_moves(registry, stage, name, work, begun)
     if isinstance(begun, Rollback) and not _still_meant(place, begun, alias, named):
         if not work.plan:
             place.journal.end()
@@ -102,7 +119,10 @@ def _go_back(place: _Place, alias: Alias, named: int | None, work: Work) -> Outc
     version = registry.resolve(f"{name}@{target}")
     # What is not to be had is not under way: it would keep promotions waiting.
     if fresh:
-        place.journal.write(begun)
+        try:
+            place.journal.write(begun)
+        except UnwritableError as error:
+            work.say(f"{error.what}: going back all the same")
     told = place.serves and not place.withdrawn(alias.version)
     if told and work.step(f"end the rollout of {name}@{stage.alias}"):
         with place.operator() as operator:
@@ -126,11 +146,24 @@ def _go_back(place: _Place, alias: Alias, named: int | None, work: Work) -> Outc
     if not work.plan:
         _record(place, version, begun, work)
         place.journal.end()
-    would = "would serve" if work.plan else "serves"
+    serves = "serves" if place.serves else "will serve, once its gateway is back,"
+    would = "would serve" if work.plan else serves
     return Outcome(
         f"{stage.name} {would} {name}@{target} again",
         {"stage": stage.name, "version": target, "moved": begun.target is not None},
     )
+
+
+def _begun(place: _Place, work: Work) -> Promotion | Rollback | None:
+    """What is under way, as far as that can be told."""
+    try:
+        return place.journal.read()
+    except DamagedError as error:
+        # Nobody but a gateway can tell then whether a version has a share.
+        if not place.serves:
+            raise
+        work.say(f"{error.what}: going by what the gateway and the registry tell")
+        return None
 
 
 def _named(registry: Registry, stage: Stage, name: str, to: str) -> int:
@@ -164,7 +197,8 @@ def _intention(
     if promotion is not None and not place.serves and not withdrawn:
         raise NotRunningError(
             f"version {promotion.version} may have a share of {place.name}@{place.stage.alias}, "
-            f"and the gateway of {place.stage.name} does not run: deploy/up {place.stage.name}"
+            f"and the gateway of {place.stage.name} is away: bring it back first, by deploy/up "
+            f"{place.stage.name} where that runs it"
         )
     target: int | None
     if named is not None:

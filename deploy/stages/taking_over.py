@@ -124,9 +124,11 @@ class _Step:
         rollout = self._look()
         alias = place.registry.aliases(place.version.name)[place.stage.alias]
         if alias.generation != promotion.generation or rollout.division != self._division:
+            version = place.registry.find(f"{place.version.name}@{place.version.number}")
+            withdrawn = f", as {self._what} was withdrawn" if version.yanked else ""
             raise MovedError(
-                f"{self._alias} was moved or divided otherwise meanwhile ({_told(rollout)}); this "
-                "promotion is over"
+                f"{self._alias} was moved or divided otherwise meanwhile ({_told(rollout)})"
+                f"{withdrawn}; this promotion is over"
             )
         now, present_now = rollout.figures(place.version.number), rollout.figures(place.present)
         shared = place.present in rollout.division

@@ -5,14 +5,18 @@ One client asks production all the while, and nothing of it may fail.
 
 import json
 import logging
+import os
+import pty
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 
 import pytest
 
 from tests.integration.deploy.conftest import World
-from tests.integration.deploy.scripts import Ended
+from tests.integration.deploy.scripts import ROOT, Ended
 
 MOST_MOMENTS = 100
 
@@ -157,6 +161,22 @@ def test_a_rollback_of_a_canary_whose_script_was_killed(world: World) -> None:
     assert killed_everywhere(world, prepare, lambda name: ("rollback", name, *arguments), check) > 6
 
 
+def test_a_damaged_journal_keeps_no_rollback_from_going_back(world: World) -> None:
+    name, _ = killed_in_canary(world)
+    file = world.stages / f"production/state/promotions/{name}.json"
+    file.write_text("{")
+    ended = world.scripts.run("rollback", name, "--stage", "production")
+    assert (ended.status, ended.out) == (0, f"production serves {name}@1 again\n")
+    assert f"{file} is damaged: going by what the gateway and the registry tell" in ended.err
+    assert (world.serving(name), world.division(name)) == (1, {})
+
+    world.registry.set_alias(name, "production", 2)
+    for _ in range(2):
+        file.write_text("{")
+        world.scripts.good("rollback", name, "--stage", "production")
+        assert world.serving(name) == 1
+
+
 def candidate(world: World) -> str:
     """An adapter in its first version, and in the second before; staging has the second too."""
     name = quick(world)
@@ -207,6 +227,34 @@ def test_a_second_signal_does_not_keep_everybody_from_being_sent_back(world: Wor
         ended = world.scripts.run("promote", name, kill=moment, by=signal.SIGINT, times=3)
     assert ended.status == 1, ended.err
     assert "everybody is back on version 1. Run it again to go on" in ended.err
+    assert (world.serving(name), world.division(name)) == (1, {})
+
+
+@pytest.mark.parametrize("listener", ["tee", "terminal"])
+def test_a_listener_that_ends_with_a_canary_keeps_nobody_from_being_sent_back(
+    world: World, listener: str
+) -> None:
+    name = candidate(world)
+    canary = {"steps": [50, 100], "window_s": 60, "look_s": 0.01, "requests": 2}
+    world.gates(suites=[], smoke=None, canary=canary)
+    ours, its = pty.openpty() if listener == "terminal" else os.pipe()
+    command = [str(ROOT / "deploy/promote"), name]
+    promotion = subprocess.Popen(
+        ["setsid", "--ctty", *command] if listener == "terminal" else command,
+        stdin=its if listener == "terminal" else None,
+        stderr=its,
+        env={**os.environ, "MANYLORA_STAGES": str(world.stages), "MANYLORA_PYTHON": sys.executable},
+    )
+    os.close(its)
+    while 2 not in world.division(name):
+        time.sleep(0.005)
+
+    # The kernel sends SIGHUP for a terminal by itself.
+    os.close(ours)
+    if listener == "tee":
+        promotion.send_signal(signal.SIGINT)
+
+    assert promotion.wait(60) == 1
     assert (world.serving(name), world.division(name)) == (1, {})
 
 

@@ -90,6 +90,18 @@ def test_what_was_never_a_candidate_is_told_to_become_one(world: World) -> None:
     assert world.outcomes(name, "promote") == []
 
 
+def test_a_version_is_promoted_to_no_stage_of_the_same_alias(world: World) -> None:
+    name = world.adapter()
+    world.scripts.good("candidate", f"{name}@2")
+    same = world.stages / "same"
+    same.symlink_to("staging")
+    try:
+        line = world.scripts.refused("promote", name, "--to", "same")
+    finally:
+        same.unlink()
+    assert "staging and same both serve the alias 'staging' of one registry" in line
+
+
 def test_a_worse_version_is_refused_at_the_gate(world: World) -> None:
     name = world.adapter(versions=3)
     world.scripts.good("candidate", f"{name}@3")
@@ -362,6 +374,7 @@ def test_a_version_needs_the_approval_of_another(world: World) -> None:
         assert "may not approve" in world.scripts.refused("approve", f"{name}@2", "--actor", "eve")
         world.scripts.good("approve", f"{name}@2", "--actor", "bob")
         assert "needs approval" in world.scripts.refused("promote", name, "--actor", "bob")
+        assert "needs approval" in world.scripts.refused("promote", name, "--actor", "bob ")
         world.scripts.good("approve", f"{name}@2", "--actor", "ann")
         world.scripts.good("approve", f"{name}@2", "--actor", "ann", "--withdraw")
         assert "needs approval" in world.scripts.refused("promote", name, "--actor", "bob")
@@ -506,6 +519,19 @@ def test_a_version_that_was_withdrawn_can_be_rolled_back_and_replaced(world: Wor
     assert "production pointed at no version before 2 that can be served: deploy/promote" in line
 
 
+def test_a_version_that_is_withdrawn_in_its_canary_is_told(world: World) -> None:
+    name = world.adapter()
+    world.scripts.good("candidate", f"{name}@2")
+    world.gates(suites=[], smoke=None, canary={**GATES["canary"], "window_s": 60})
+    try:
+        with on_a_share(world, name, 2, lambda: world.registry.yank(f"{name}@2")):
+            line = world.scripts.refused("promote", name)
+    finally:
+        world.gates(canary=GATES["canary"], smoke=GATES["smoke"])
+    assert "(version 1 100 %), as version 2 was withdrawn; this promotion is over" in line
+    assert (world.serving(name), world.division(name)) == (1, {})
+
+
 def test_a_rollback_passes_over_versions_that_were_withdrawn(world: World) -> None:
     name = world.adapter(versions=4)
     for number in (2, 3, 4):
@@ -552,15 +578,14 @@ def test_status_and_history_tell_machines_too(world: World) -> None:
 
 def test_a_damaged_file_of_a_promotion_is_named(world: World) -> None:
     name = world.adapter()
-    world.scripts.good("candidate", f"{name}@2")
+    world.registry.set_alias(name, "production", 2)
+    world.scripts.good("candidate", f"{name}@1")
     for content in ("{", "{}"):
         file = world.stages / f"production/state/promotions/{name}.json"
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(content)
-        for arguments in (("promote", name), ("rollback", name, "--stage", "production")):
-            assert f"{file} is damaged: remove it" in world.scripts.refused(*arguments)
+        assert f"{file} is damaged: remove it" in world.scripts.refused("promote", name)
         assert f"{file} is damaged: remove it" in world.scripts.good("status", "production")
-    file.unlink()
 
 
 def test_wrong_usage_and_bad_references_are_told_apart(world: World) -> None:

@@ -1,10 +1,12 @@
 """A Postgres that goes away in the middle, or refuses: one line that says what to do."""
 
 import contextlib
+import os
 import socket
 import threading
 from collections.abc import Iterator
 
+import psutil
 import pytest
 import sqlalchemy as sa
 
@@ -108,6 +110,18 @@ def test_a_copy_names_the_database_that_went_away(severed, blobs, make_adapter, 
         assert copy_registry(registry, copy).ok
 
 
+def test_a_machine_that_vanished_with_a_question_is_given_a_minute(severed, blobs):
+    """What the kernel is told; without it, it asks for a quarter of an hour."""
+    port = sa.make_url(severed.url).port
+    with Registry.open(database=severed.url, blobs=blobs):
+        connections = psutil.Process().net_connections("tcp4")
+        handles = [one.fd for one in connections if one.raddr and one.raddr.port == port]
+        for handle in handles:
+            with socket.socket(fileno=os.dup(handle)) as ours:
+                assert ours.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 60_000
+    assert handles
+
+
 def test_what_a_role_may_not_do_is_said(new_postgres, blobs, make_adapter):
     url = sa.make_url(new_postgres())
     with Registry.open(database=url.render_as_string(hide_password=False), blobs=blobs) as registry:
@@ -122,6 +136,10 @@ def test_what_a_role_may_not_do_is_said(new_postgres, blobs, make_adapter):
             assert registry.find("spelling@1") == version
             with pytest.raises(DatabaseUnavailableError, match="the role needs"):
                 registry.set_alias("spelling", "production", version.number)
+            with admin.connect() as connection:
+                connection.exec_driver_sql("REVOKE USAGE ON SCHEMA public FROM PUBLIC")
+            with pytest.raises(DatabaseUnavailableError, match="has lost USAGE"):
+                registry.find("spelling@1")
         with pytest.raises(DatabaseUnavailableError, match="CREATE on the schema"):
             Registry.open(database=_as(sa.make_url(new_postgres()), "reader"), blobs=blobs)
     finally:

@@ -58,6 +58,9 @@ def test_the_server_is_taken_from_the_environment(
     [
         ("http://127.0.0.1:50051", "HOST:PORT of gRPC, not a URL"),
         ("127.0.0.1:99999", "at most 65535: 127.0.0.1:99999"),
+        ("localhost", "its port is missing: localhost"),
+        ("localhost:", "its port is missing: localhost:"),
+        ("[::1]", "its port is missing: "),
     ],
 )
 def test_what_is_no_address_is_told_before_anything_is_sent(target: str, told: str) -> None:

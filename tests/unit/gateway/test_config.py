@@ -58,6 +58,14 @@ def test_a_port_has_sixteen_bits(tmp_path: Path) -> None:
     assert [problem.path for problem in caught.value.problems] == ["listen.http"]
 
 
+@pytest.mark.parametrize("address", ["localhost", "localhost:", ":50051", "::1:50051", "a b:1"])
+def test_what_is_no_address_is_told_what_one_looks_like(tmp_path: Path, address: str) -> None:
+    path = write(tmp_path, f'{{base: model, listen: {{inference: "{address}"}}}}')
+    with pytest.raises(ConfigError, match="is no HOST:PORT, such as") as caught:
+        load_config(path, GatewayConfig)
+    assert [problem.path for problem in caught.value.problems] == ["listen.inference"]
+
+
 def test_an_application_needs_the_cluster_it_is_in(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="ray_address"):
         load_config(write(tmp_path, "{base: model, ray_application: manylora}"), GatewayConfig)

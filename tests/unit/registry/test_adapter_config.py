@@ -3,6 +3,7 @@ import json
 import pytest
 
 from manylora_registry.adapter_config import read_config
+from manylora_registry.errors import InvalidAdapterError
 
 PLAIN = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": ["q_proj"]}
 
@@ -100,6 +101,21 @@ def test_all_mistakes_come_at_once():
     _, problems = read(r=0, bias="all", use_dora=True, init_lora_weights="olora")
 
     assert len(problems) == 4
+
+
+def test_an_adapter_whose_config_has_a_key_twice_is_refused(registry, base, make_adapter):
+    directory = make_adapter(config={"rank_pattern": {"q_proj": 2}})
+    config = directory / "adapter_config.json"
+    text = config.read_text().replace('{"q_proj": 2}', '{"q_proj": 4, "q_proj": 2}')
+    config.write_text(text.replace('"r": 2', '"r": 4, "r": 2'))
+
+    with pytest.raises(InvalidAdapterError) as refused:
+        registry.publish("spelling", directory, base=base)
+
+    assert [problem.message for problem in refused.value.problems] == [
+        "has the key 'q_proj' 2 times",
+        "has the key 'r' 2 times",
+    ]
 
 
 @pytest.mark.parametrize("content", [b"", b"\x80\x04K\x01.", b"[]", b"{", b"[" * 100_000])

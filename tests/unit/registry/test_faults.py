@@ -142,6 +142,17 @@ def test_what_is_no_file_in_the_place_of_a_blob_is_damage_and_can_be_repaired(
         no_file()
 
 
+def test_a_directory_in_the_place_of_a_new_blob_is_named(
+    registry, version, base, make_adapter, tmp_path
+):
+    path = blob_of(tmp_path, version.digest)
+    path.unlink()
+    path.mkdir()
+
+    with pytest.raises(BlobStoreError, match=f"{path.name} is a directory where a blob belongs"):
+        registry.publish("spelling", make_adapter(), base=base)
+
+
 def test_what_is_no_file_in_the_place_of_a_blob_is_collected(registry, version, no_file):
     registry.delete(version)
 

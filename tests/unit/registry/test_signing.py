@@ -127,6 +127,15 @@ def test_a_key_that_cannot_sign_publishes_nothing(registry, base, make_adapter, 
     assert registry.adapters() == []
 
 
+@pytest.mark.timeout(30)
+def test_a_pipe_for_a_trusted_key_is_refused_and_not_waited_for(registry, version, tmp_path):
+    pipe = tmp_path / "trusted"
+    os.mkfifo(pipe)
+
+    with pytest.raises(SigningKeyError, match="trusted is no file"):
+        registry.signatures.verify(version, [pipe])
+
+
 @pytest.mark.parametrize("kind", ["RSA", "Ed25519", "another curve"])
 def test_a_key_of_another_kind_is_refused_and_not_taken_for_a_missing_signature(
     registry, version, ours, make_key, kind

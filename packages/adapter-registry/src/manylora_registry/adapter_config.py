@@ -4,9 +4,12 @@ The engine reads a few keys and ignores the others, so an adapter that needs an 
 load and answer wrongly. Whatever changes the mathematics beyond plain LoRA is refused here.
 """
 
+import json
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
@@ -170,15 +173,31 @@ def _matching(patterns: Mapping[str, Number], module: str, default: Number) -> N
 
 
 def read_config(content: bytes) -> tuple[AdapterConfig | None, list[Problem]]:
-    """The config, or everything that is wrong with it."""
+    """The config, if one can be made of it, and everything that is wrong with it."""
+    twins = _twins(content)
     try:
-        return AdapterConfig.model_validate_json(content), []
+        return AdapterConfig.model_validate_json(content), twins
     except ValidationError as error:
         problems = [
             Problem(_where(entry["loc"]), entry["msg"].removeprefix("Value error, "))
             for entry in error.errors(include_url=False)
         ]
-        return None, problems
+        return None, twins + problems
+
+
+def _twins(content: bytes) -> list[Problem]:
+    """The keys that an object has twice, of which every reader takes the last one in silence."""
+    problems: list[Problem] = []
+
+    def look(pairs: list[tuple[str, Any]]) -> None:
+        for key, count in Counter(key for key, _ in pairs).items():
+            if count > 1:
+                problems.append(Problem(CONFIG_FILE, f"has the key {key[:80]!r} {count} times"))
+
+    # What is no JSON at all is told by who makes a config of it.
+    with suppress(ValueError, RecursionError):
+        json.loads(content, object_pairs_hook=look)
+    return problems
 
 
 def _where(location: tuple[int | str, ...]) -> str:

@@ -31,6 +31,7 @@ _ADVICE = {
 _STATES = {
     "42501": "the role needs SELECT, INSERT, UPDATE, DELETE on the tables and USAGE on the "
     "sequences, and CREATE on the schema where tables are to be made or migrated",
+    "42P01": "its tables are gone, or the role has lost USAGE on their schema",
     "25006": _READ_ONLY,
     "0A000": _READ_ONLY,
     "25P03": "this process stood still for too long in the middle; repeat",

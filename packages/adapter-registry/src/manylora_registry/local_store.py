@@ -46,6 +46,11 @@ class LocalBlobStore:
     def _writing(self) -> Generator[None]:
         try:
             yield
+        except IsADirectoryError as error:
+            raise BlobStoreError(
+                f"{error.filename2 or error.filename} is a directory where a blob belongs: move it "
+                "away, then repeat"
+            ) from error
         except OSError as error:
             raise BlobStoreError(
                 f"the blobs in {self._incoming.parent} cannot be written: {error.strerror}; "

@@ -45,9 +45,12 @@ class Postgres:
             connect_args={
                 "connect_timeout": CONNECT_SECONDS,
                 "application_name": "manylora",
+                # A server whose machine is gone answers nothing: told in a minute, by the first
+                # three where it was silent already and by the last where it owes an answer.
                 "keepalives_idle": 30,
                 "keepalives_interval": 10,
                 "keepalives_count": 3,
+                "tcp_user_timeout": 60_000,
             },
         )
         event.listen(self.engine, "connect", _on_connect)

@@ -127,6 +127,9 @@ def _is_good(directory: Path, signature: Path, verifier: Any) -> bool:
 
 def _readable(public_key: Path) -> bytes:
     try:
+        # It is read again at every use: a pipe would give it once, or be waited for without end.
+        if public_key.is_fifo() or public_key.is_char_device():
+            raise SigningKeyError(f"{public_key} is no file: a trusted key stays to be read again")
         content = public_key.read_bytes()
     except OSError as error:
         raise SigningKeyError(f"{public_key} cannot be read: {error.strerror}") from error

@@ -137,7 +137,10 @@ def _check_tensors(
     for tensor in tensors:
         module = module_of(tensor.name)
         weight = base.tensors.get(f"{module}.weight") if module else None
-        if module is None:
+        if tensor.name.endswith(".base_layer.weight"):
+            # PEFT adds it where an embedding or the head is adapted.
+            what = "is the base's own: save_embedding_layers=False has PEFT leave it out"
+        elif module is None:
             what = f"is not named {_PREFIX}MODULE{_A} or {_B}"
         elif weight is None:
             what = "adapts what the base does not have, or what shares the weight of another layer"

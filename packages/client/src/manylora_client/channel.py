@@ -32,12 +32,15 @@ def resolve_target(target: str | None) -> str:
     """`target`, or the address in MANYLORA_SERVER, or the default one.
 
     Raises:
-        InvalidInputError: it is a URL, or its port is none.
+        InvalidInputError: it is a URL, or has no port, or one that is none.
     """
     found = target or os.environ.get(TARGET_VARIABLE) or DEFAULT_TARGET
-    port = found.rpartition(":")[2]
+    _, colon, port = found.rpartition("]")[2].rpartition(":")
     if found.startswith(("http://", "https://")):
         raise InvalidInputError(f"the server is HOST:PORT of gRPC, not a URL: {found}")
+    if not colon or not port:
+        # gRPC would take that of https.
+        raise InvalidInputError(f"the server is HOST:PORT, and its port is missing: {found}")
     if port.isdecimal() and int(port) > MAX_PORT:
         # gRPC would connect to what is left of it in 16 bits.
         raise InvalidInputError(f"the port of the server must be at most {MAX_PORT}: {found}")

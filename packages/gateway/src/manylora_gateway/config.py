@@ -1,6 +1,7 @@
 """What a gateway is configured with: pure data, checked before anything heavy is imported."""
 
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Literal, Self, get_args
 
@@ -11,18 +12,19 @@ from manylora_registry.config import ConfigModel
 MAX_PORT = 65_535
 
 
+_ADDRESS = re.compile(r"(?:[^\s:]+|\[[0-9a-fA-F:]+\]):[0-9]{1,5}")
+
+
 def _with_a_port(address: str) -> str:
+    if not _ADDRESS.fullmatch(address):
+        raise ValueError(f"{address!r} is no HOST:PORT, such as 127.0.0.1:50051 or [::1]:50051")
     # gRPC would listen on what is left of it in 16 bits.
     if int(address.rpartition(":")[2]) > MAX_PORT:
         raise ValueError(f"the port must be at most {MAX_PORT}")
     return address
 
 
-Address = Annotated[
-    str,
-    StringConstraints(pattern=r"^[^\s:]+:\d{1,5}$|^\[[0-9a-fA-F:]+\]:\d{1,5}$"),
-    AfterValidator(_with_a_port),
-]
+Address = Annotated[str, AfterValidator(_with_a_port)]
 ConstraintKind = Literal["json_schema", "json_object", "regex", "choice", "grammar"]
 AliasName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
 
