@@ -75,6 +75,7 @@ def evaluate(
         ResultsError: `out` cannot be written, or another evaluation writes into it; seen before
             anything is asked.
         JudgeError: a judge lacks its key, or cannot write its cache.
+        JudgeRefusesError: its key or address is wrong, as its first answers say.
         StatusError: the server is away or cannot serve an adapter; seen before any row is asked.
         EvaluationFailedError: requests failed. The result, which it carries, is written.
         ReportError: the result, which it carries, could not be written.
