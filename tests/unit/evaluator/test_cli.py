@@ -11,6 +11,7 @@ import grpc
 
 import manylora.inference.v1.inference_pb2 as pb
 from tests.unit.client.scripted import Answer, Failure, Reply, ScriptedServer
+from tests.unit.evaluator.scripted_judge import ScriptedJudge, Status
 
 Serve = Callable[..., ScriptedServer]
 WriteSuite = Callable[..., Path]
@@ -51,6 +52,30 @@ def test_it_prints_the_table_and_writes_the_report(
     assert "b@2 · v1" in done.stdout
     assert (out / "report.html").is_file()
     assert (out / "results.json").is_file()
+
+
+def test_a_judge_with_a_wrong_key_is_one_line(
+    serve: Serve, write_suite: WriteSuite, tmp_path: Path
+) -> None:
+    suite, out = (
+        write_suite([("a", "yes")], scorers="[{kind: judge, by: j, criteria: {right: is right}}]"),
+        tmp_path / "out",
+    )
+    with ScriptedJudge(lambda _: Status(401)) as judge:
+        suite.write_text(
+            f"{suite.read_text()}judges: {{j: {{kind: openai, url: {judge.url}, model: m}}}}\n"
+        )
+        done = manylora(
+            "evaluate", suite, "--server", serve(lambda _: Answer()).target, "--out", out
+        )
+
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == (
+        f"manylora: the judge {judge.url}/chat/completions m answers nothing: HTTP 401: "
+        f'{{"error": "scripted"}}; the answers to judge are kept in {out}: the same command with '
+        "--resume goes on"
+    )
+    assert sorted(path.name for path in out.iterdir()) == ["answers.jsonl", "verdicts"]
 
 
 def test_a_pipe_gets_every_figure_and_name_whole(serve: Serve, write_suite: WriteSuite) -> None:

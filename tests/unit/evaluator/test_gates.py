@@ -209,6 +209,20 @@ def test_versions_evaluated_apart_are_paired_by_row(evaluated: Evaluate) -> None
     )
 
 
+def test_answers_of_another_length_are_no_fair_comparison(evaluated: Evaluate) -> None:
+    first = evaluated({"spelling@1": 60}, task="max_tokens: 24")
+    alike = evaluated({"spelling@1": 60, "spelling@2": 90}, task="max_tokens: 24")
+    longer = evaluated({"spelling@1": 60, "spelling@2": 90}, task="max_tokens: 64")
+
+    (fair,) = compare([alike, first], "spelling@2", "spelling@1").scores
+    (told,) = compare([longer, first], "spelling@2", "spelling@1").scores
+
+    assert told.reason == (
+        f"{fair.reason}; but they were not asked alike: at most 64 tokens an answer, and the "
+        "baseline 24"
+    )
+
+
 def test_versions_without_a_row_in_common_are_refused(evaluated: Evaluate) -> None:
     with pytest.raises(ResultsError, match="no task has answers of both spelling@3 and spelling@1"):
         compare(evaluated({"spelling@1": 60}), "spelling@3", "spelling@1")

@@ -19,6 +19,7 @@ from manylora_evaluator import (
     EvaluationFailedError,
     EvaluationResult,
     JudgeError,
+    JudgeRefusesError,
     RowsError,
     SuiteError,
     evaluate,
@@ -254,8 +255,7 @@ def test_an_endpoint_need_not_count_tokens(
     ("trouble", "attempts", "complaint"),
     [
         (Status(500), 3, "HTTP 500"),
-        (Status(401), 1, "HTTP 401"),
-        (Status(308, location="https://other/v1"), 1, "HTTP 308: it has moved to https://other/v1"),
+        (Status(400), 1, "HTTP 400"),
         (Raw(b"<html>"), 1, "no chat completion"),
         (Raw(b"{}"), 1, "no chat completion"),
         (Raw(b"x" * 5_000_000), 1, "too large"),
@@ -277,6 +277,42 @@ def test_trouble_that_stays_fails_the_evaluation(
     assert it.value.result.judges[0].retries == 4 * (attempts - 1)
     assert it.value.result.score("spelling", "spelling", "judge").mean == 0
     assert all(complaint in str(one.error) for one in judgements(it.value.result, 1))
+
+
+def test_a_judge_with_a_wrong_key_or_address_ends_the_evaluation_at_once(
+    judge: Callable[..., ScriptedJudge],
+    serve: Callable[..., ScriptedServer],
+    write_suite: Callable[..., Path],
+    tmp_path: Path,
+) -> None:
+    """Nothing is asked twice for that."""
+    trouble = [
+        *(Status(code) for code in (401, 403, 404)),
+        Status(308, location="https://other/v1"),
+    ]
+    server = judge(lambda body: trouble[0] if trouble else by_reference(body))
+    gateway, out = serve(arithmetic), tmp_path / "out"
+
+    def suite(url: str) -> Path:
+        path = write_suite(ROWS, scorers=f"[{{kind: judge, by: j, criteria: {CORRECT}}}]")
+        model = f"{{kind: openai, url: {url}, model: m, concurrency: 1, backoff_s: 0.01}}"
+        path.write_text(f"{path.read_text()}judges: {{j: {model}}}\n")
+        return path
+
+    with pytest.raises(JudgeRefusesError, match="m answers nothing: ConnectError"):
+        evaluate(suite("http://127.0.0.1:1/v1"), gateway.target, out=out)
+    asked = len(gateway.service.received)
+    while trouble:
+        server.asked.clear()
+        with pytest.raises(JudgeRefusesError, match=rf"answers nothing: HTTP {trouble[0].code}"):
+            evaluate(suite(server.url), gateway.target, out=out, resume=True)
+        assert len(server.asked) == 1
+        trouble.pop(0)
+    result = evaluate(suite(server.url), gateway.target, out=out, resume=True)
+
+    assert result.score("spelling", "spelling", "judge").mean == 1
+    each_time_who_is_asked = 2
+    assert len(gateway.service.received) == asked + 5 * each_time_who_is_asked
 
 
 def test_no_more_requests_than_allowed_are_under_way(

@@ -39,11 +39,8 @@ class Moody:
         return self.trouble if hit and self.trouble is not None else Answer("yes")
 
 
-def test_an_interrupted_evaluation_goes_on_where_it_was(
-    serve: Serve, write_suite: WriteSuite, tmp_path: Path
-) -> None:
-    script = Moody(Answer(hold_after=0))
-    suite, target, out = write_suite(ROWS), serve(script).target, tmp_path / "out"
+def begin(suite: Path, target: str, out: Path) -> subprocess.Popen[str]:
+    """An evaluation that has kept ten answers and waits for the other two."""
     command = [sys.executable, "-m", "manylora_cli", "evaluate", str(suite), "--server", target]
     process = subprocess.Popen(
         [*command, "--out", str(out)],
@@ -55,6 +52,15 @@ def test_an_interrupted_evaluation_goes_on_where_it_was(
     while not (kept.exists() and kept.read_bytes().count(b"\n") == 10):
         assert process.poll() is None, process.stderr and process.stderr.read()
         time.sleep(0.05)
+    return process
+
+
+def test_an_interrupted_evaluation_goes_on_where_it_was(
+    serve: Serve, write_suite: WriteSuite, tmp_path: Path
+) -> None:
+    script = Moody(Answer(hold_after=0))
+    suite, target, out = write_suite(ROWS), serve(script).target, tmp_path / "out"
+    process = begin(suite, target, out)
 
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=60)
@@ -73,6 +79,27 @@ def test_an_interrupted_evaluation_goes_on_where_it_was(
     assert result.score("spelling", "spelling", "exact_match").mean == 1
     assert [column.completion_tokens for column in result.tasks[0].columns] == [6, 6]
     assert sorted(path.name for path in out.iterdir()) == ["report.html", "results.json"]
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_second_evaluation_costs_the_first_no_answer(
+    serve: Serve, write_suite: WriteSuite, tmp_path: Path, resume: bool
+) -> None:
+    script = Moody(Answer(hold_after=0))
+    suite, target, out = write_suite(ROWS), serve(script).target, tmp_path / "out"
+    first = begin(suite, target, out)
+    script.trouble = None
+    script.rows.clear()
+    kept = (out / "answers.jsonl").read_bytes()
+
+    with pytest.raises(ResultsError, match=f"another evaluation writes into {out}"):
+        evaluate(suite, target, out=out, resume=resume)
+
+    assert (script.rows, (out / "answers.jsonl").read_bytes()) == ([], kept)
+    first.kill()
+    first.communicate(timeout=60)
+    evaluate(suite, target, out=out, resume=True)
+    assert sorted(script.rows) == [("spelling", "q4"), ("spelling", "q5")]
 
 
 def test_failed_requests_alone_are_asked_again(

@@ -361,6 +361,22 @@ def test_a_row_the_template_does_not_take_is_malformed(tiny_base, tmp_path, temp
         preparation.render(Row(7, {"messages": turns}))
 
 
+def test_a_row_whose_content_the_template_refuses_is_malformed(tiny_base, tmp_path):
+    base = tmp_path / "strict"
+    shutil.copytree(tiny_base, base)
+    file = base / "chat_template.jinja"
+    refusal = "{% if 'secret' in messages[0].content %}{{ raise_exception('hush') }}{% endif %}"
+    file.write_text(refusal + file.read_text())
+    preparation = ChatPreparation(
+        PromptCompletionFormat(kind="prompt_completion"), ChatTokenizer(base)
+    )
+    preparation.render(Row(6, {"prompt": "a question", "completion": "an answer"}, "a.jsonl"))
+    with pytest.raises(
+        RowError, match=r"a\.jsonl, row 7: .* refuses a conversation of user .*: hush"
+    ):
+        preparation.render(Row(7, {"prompt": "a secret", "completion": "an answer"}, "a.jsonl"))
+
+
 def test_a_base_without_a_chat_template_is_refused(tiny_base, tmp_path):
     plain = tmp_path / "plain"
     shutil.copytree(tiny_base, plain)

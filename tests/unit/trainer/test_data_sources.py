@@ -150,6 +150,32 @@ def test_a_reading_goes_on_exactly_from_any_place(make, tmp_path):
         assert list(source.rows(place)) == whole[index + 1 :]
 
 
+def zstd(content):
+    return pyarrow.compress(content, codec="zstd", asbytes=True)
+
+
+@pytest.mark.parametrize(("end", "pack"), [("", bytes), (".gz", gzip.compress), (".zst", zstd)])
+def test_a_reading_never_goes_on_within_a_line(tmp_path, end, pack):
+    path = tmp_path / f"a.jsonl{end}"
+    source = opened({"kind": "jsonl", "path": str(path)})
+    path.write_bytes(pack(lines(ROWS)))
+    place = list(source.rows())[4].after
+    path.write_bytes(pack(lines([{"id": 23}, *ROWS])))
+    with pytest.raises(SourceError, match=rf"a\.jsonl{end} is not as it was: behind row 5, where"):
+        next(iter(source.rows(place)))
+
+
+@pytest.mark.parametrize("more", ["", "\n", "\r\n", '\n{"id": 23}'])
+def test_a_reading_goes_on_behind_a_last_line_without_end(tmp_path, more):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(lines(ROWS).strip())
+    source = opened({"kind": "jsonl", "path": str(path)})
+    *_, last = source.rows()
+    with path.open("a") as file:
+        file.write(more)
+    assert [row.columns for row in source.rows(last.after)] == [{"id": 23}] * ("id" in more)
+
+
 def test_a_long_file_is_not_held_in_memory(tmp_path):
     """A file three times as large as what the process may have."""
     script = """

@@ -177,6 +177,32 @@ def test_a_place_for_files_that_takes_none_is_told(run, tmp_path):
         export_run(run, "mlflow", store)
 
 
+def test_an_export_that_fails_leaves_the_earlier_one(run, tmp_path):
+    from mlflow import MlflowClient
+
+    store, files = f"sqlite:///{tmp_path / 'mlflow.db'}", tmp_path / "files"
+    client = MlflowClient(tracking_uri=store)
+    experiment = client.create_experiment("manylora", artifact_location=f"file://{files}")
+
+    def held():
+        found = client.search_runs([experiment])
+        return {entry.info.run_id for entry in found if entry.info.status == "FINISHED"}
+
+    export_run(run, "mlflow", store)
+    first = held()
+    files.rename(tmp_path / "away")
+    files.write_bytes(b"")
+
+    with pytest.raises(ExportError):
+        export_run(run, "mlflow", store)
+
+    assert held() == first
+    files.unlink()
+    export_run(run, "mlflow", store)
+    assert len(client.search_runs([experiment])) == 2
+    assert not held() & first
+
+
 def test_a_server_that_fails_is_told_after_few_attempts(run, monkeypatch):
     from mlflow.environment_variables import MLFLOW_HTTP_REQUEST_TIMEOUT
 

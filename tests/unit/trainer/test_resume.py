@@ -23,6 +23,7 @@ from manylora_trainer.errors import (
     RunDirectoryError,
     RunExistsError,
     RunInterruptedError,
+    SourceError,
     StorageError,
 )
 from manylora_trainer.progress import Progress
@@ -711,6 +712,25 @@ def test_resume_tells_of_files_with_other_rows_behind_those_looked_through(
         rows.write('{"wrong": "nwe", "right": "new"}\n')
     manylora_trainer.train(recipe, tmp_path / "run", resume=True)
     assert "a: its files have changed since the run began. The first 20 " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("on_bad_row", ["fail", "skip"])
+def test_a_run_never_goes_on_within_a_line(make_task, write_recipe, tmp_path, on_bad_row):
+    split = {"validation": 0.1, "held_out": 0.1, "scan_rows": 10}
+    task = make_task("a", split=split, shuffle_buffer=5, steps=9, on_bad_row=on_bad_row)
+    recipe = write_recipe(task)
+    with pytest.raises(RunInterruptedError):
+        manylora_trainer.train(recipe, tmp_path / "run", progress=StopAt(6, signal.SIGTERM))
+    rows = tmp_path / "a.jsonl"
+    whole = rows.read_bytes()
+    seen, behind = whole.split(b"\n")[:14], whole.split(b"\n")[14:]
+    rows.write_bytes(b"\n".join([*seen, b'{"wrong": "one that is longer", "right": "r"}', *behind]))
+
+    with pytest.raises(SourceError, match=r"a\.jsonl is not as it was: behind row \d+, where"):
+        manylora_trainer.train(recipe, tmp_path / "run", resume=True)
+
+    rows.write_bytes(whole)
+    manylora_trainer.train(recipe, tmp_path / "run", resume=True)
 
 
 def test_a_directory_that_is_no_run_is_not_touched(recipe, tmp_path):

@@ -79,7 +79,12 @@ def evaluate(
     if resume and out is None:
         raise typer.BadParameter("--resume goes on with the answers in --out, which is not given")
 
-    from manylora_evaluator.errors import EvaluationFailedError, GateError, ReportError
+    from manylora_evaluator.errors import (
+        EvaluationFailedError,
+        GateError,
+        JudgeRefusesError,
+        ReportError,
+    )
     from manylora_evaluator.results import EvaluationResult
     from manylora_evaluator.run import evaluate as run
     from manylora_evaluator.table import summary
@@ -119,6 +124,11 @@ def evaluate(
             raise
         go_on = "the same command with --resume asks what failed again"
         raise EvaluationFailedError(f"{error}; {go_on}", error.result) from error
+    except JudgeRefusesError as error:
+        if out is None:
+            raise
+        go_on = f"the answers to judge are kept in {out}: the same command with --resume goes on"
+        raise JudgeRefusesError(f"{error}; {go_on}") from error
     except KeyboardInterrupt:
         kept = "no answers are kept without --out" if out is None else f"answers are kept in {out}"
         go_on = "" if out is None else "; the same command with --resume asks the others"

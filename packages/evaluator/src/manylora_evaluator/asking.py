@@ -139,7 +139,10 @@ def _as_generated(answer: KeptAnswer, version: AdapterVersion | None) -> Generat
 async def in_parallel(
     items: Sequence[Item], work: Callable[[Item], Awaitable[Outcome]], workers: int
 ) -> list[Outcome]:
-    """The outcomes of `work` on `items`, in their order, with so many `workers` at a time."""
+    """The outcomes of `work` on `items`, in their order, with so many `workers` at a time.
+
+    What one of them raises ends the others.
+    """
     outcomes: dict[int, Outcome] = {}
     remaining = iter(enumerate(items))
 
@@ -147,9 +150,12 @@ async def in_parallel(
         for index, item in remaining:
             outcomes[index] = await work(item)
 
-    async with asyncio.TaskGroup() as group:
-        for _ in range(min(workers, len(items))):
-            group.create_task(worker())
+    try:
+        async with asyncio.TaskGroup() as group:
+            for _ in range(min(workers, len(items))):
+                group.create_task(worker())
+    except ExceptionGroup as failures:
+        raise failures.exceptions[0] from None
     return [outcomes[index] for index in range(len(items))]
 
 

@@ -6,6 +6,7 @@ EvaluatorError
 ├── SuiteError                a suite that reads well asks for what its scorers or rows lack
 ├── JudgeError                a judge cannot be asked at all
 │   ├── AttemptError          one attempt to ask it failed; a caller sees NoVerdictError
+│   ├── JudgeRefusesError     it answers nobody: a wrong key or address
 │   └── NoVerdictError        it never answered; counted, and what it was asked about fails
 ├── UnknownTaskError          the suite has no task of that name
 ├── ResultsError              results cannot be read, kept or recorded, or hold no such score
@@ -70,12 +71,22 @@ class AttemptError(JudgeError):
 
     reason = "JUDGE_ATTEMPT_FAILED"
 
-    def __init__(self, message: str, *, again: bool, after: float | None = None) -> None:
+    def __init__(
+        self, message: str, *, again: bool, after: float | None = None, refused: bool = False
+    ) -> None:
         self.again = again
         """Whether another attempt may help."""
+        self.refused = refused
+        """Whether it is the key or the address and not the question that is wrong."""
         self.after = after
         """Seconds the server asks to wait before it."""
         super().__init__(" ".join(message.split()))
+
+
+class JudgeRefusesError(JudgeError):
+    """A judge that has answered nothing yet refuses, whatever it would be asked."""
+
+    reason = "JUDGE_REFUSES"
 
 
 class NoVerdictError(JudgeError):

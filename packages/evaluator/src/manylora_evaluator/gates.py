@@ -57,7 +57,8 @@ def compare(
 ) -> Comparison:
     """Compares two versions on the rows both were asked, by each task's `compare` scores.
 
-    Rows that ask the same are one in the tests, whatever they expect.
+    Rows that ask the same are one in the tests, whatever they expect. Where the two were asked
+    for answers of other lengths, the reason of each score says so.
 
     A score whose paired test is significant at `decision.alpha` (Holm's correction over all
     scores compared) is better or worse. One that is not is only called not distinguishable when
@@ -98,7 +99,8 @@ def compare(
                 task=task,
                 score=score,
                 verdict=verdict,
-                reason=_reason(task, score, verdict, test, p_value, needed),
+                reason=_reason(task, score, verdict, test, p_value, needed)
+                + _asked_otherwise(new[task].task, old[task].task),
                 test=test,
                 adjusted_p=p_value,
                 needed_rows=needed,
@@ -235,6 +237,17 @@ def _reason(
         "too_few_rows": f"cannot be decided: not enough rows, {needed} are needed",
     }
     return f"{task}: {score} {said[verdict]}: {moved}"
+
+
+def _asked_otherwise(new: TaskResult, old: TaskResult) -> str:
+    """What beside the version made answers differ, of two evaluations."""
+    limits = new.max_tokens, old.max_tokens
+    if None in limits or limits[0] == limits[1]:
+        return ""
+    return (
+        f"; but they were not asked alike: at most {limits[0]} tokens an answer, and the baseline "
+        f"{limits[1]}"
+    )
 
 
 def _overall(scores: Sequence[ScoreComparison]) -> Verdict:

@@ -1,7 +1,10 @@
 """Answers on disk as they come, so that an evaluation that was broken off can go on."""
 
+import fcntl
 import logging
+import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
 
@@ -30,7 +33,8 @@ class KeptAnswers:
     """The answers in `directory/answers.jsonl`, a line each.
 
     Each is written when it comes, so that whatever ends the evaluation costs no more than the
-    requests under way.
+    requests under way. A lock on the file, which the kernel drops with the process, keeps other
+    evaluations out of the directory until this is closed.
     """
 
     verdicts: Path
@@ -44,21 +48,30 @@ class KeptAnswers:
             resume: whether answers that are there already are used; else they are dropped.
 
         Raises:
-            ResultsError: the directory cannot be written.
+            ResultsError: the directory cannot be written, or another evaluation writes into it.
         """
         self.path = directory / NAME
         self.verdicts = directory / "verdicts"
         self._answers: dict[str, KeptAnswer] = {}
+        self._keeps = True
         try:
             directory.mkdir(parents=True, exist_ok=True)
-            if resume and self.path.exists():
+            # Nothing is cut off before the file is this one's.
+            self._file = self.path.open("a", encoding="utf-8")
+            if not _is_ours(self._file):
+                raise ResultsError(
+                    f"another evaluation writes into {directory}: wait for its end, or give this "
+                    "one another directory"
+                )
+            if resume:
                 self._read(self.path.read_bytes())
-            if not resume and self.verdicts.exists():
+            elif self.verdicts.exists():
                 shutil.rmtree(self.verdicts)
-            # What follows a line that was cut off begins a line of its own.
-            mode = "a" if self._answers else "w"
-            self._file: TextIO | None = self.path.open(mode, encoding="utf-8")
-            self._file.write("\n" if self._answers else "")
+            if self._answers:
+                # What follows a line that was cut off begins a line of its own.
+                self._file.write("\n")
+            elif os.fstat(self._file.fileno()).st_size:
+                self._file.truncate(0)
         except OSError as error:
             raise ResultsError(f"{directory} cannot be written: {error.strerror}") from error
 
@@ -68,19 +81,25 @@ class KeptAnswers:
 
     def put(self, answer: KeptAnswer) -> None:
         """Keeps `answer`; on a full disk the evaluation goes on without."""
-        if self._file is None:
+        if not self._keeps:
             return
         try:
             self._file.write(answer.model_dump_json() + "\n")
             self._file.flush()
         except OSError as error:
             LOG.warning("answers are no longer kept in %s: %s", self.path, error.strerror)
-            self._file = None
+            self._keeps = False
 
     def discard(self) -> None:
         """Deletes what was kept: the results have it all."""
-        self.path.unlink(missing_ok=True)
         shutil.rmtree(self.verdicts, ignore_errors=True)
+        self.path.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Closes the file, and lets other evaluations have the directory."""
+        # Each line was flushed; one that could not be has been told of.
+        with suppress(OSError):
+            self._file.close()
 
     def _read(self, content: bytes) -> None:
         for line in content.splitlines():
@@ -90,3 +109,12 @@ class KeptAnswers:
                 # Cut off by a full disk or a signal; asked again.
                 continue
             self._answers[answer.key] = answer
+
+
+def _is_ours(file: TextIO) -> bool:
+    """Locks `file`, unless another evaluation has it, or had and deleted it."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return os.fstat(file.fileno()).st_nlink > 0

@@ -119,6 +119,8 @@ class TaskResult:
     compare: tuple[str, ...]
     """Scores by which versions are compared, the chief one first."""
     slices: tuple[Slice, ...]
+    max_tokens: int | None = None
+    """Most tokens of one answer; None: written by a version that did not say."""
     agreements: tuple[Agreement, ...] = ()
     """Of its judges with labels and with scorers that need no model."""
 

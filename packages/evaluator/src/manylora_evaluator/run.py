@@ -4,7 +4,7 @@ import asyncio
 import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, closing, nullcontext
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -72,8 +72,10 @@ def evaluate(
         RowsError, FixtureError, SuiteError: so are its rows, or they do not fit its scorers;
             nothing was asked.
         UnknownTaskError: the suite has no task of a name in `tasks`.
-        ResultsError: `out` cannot be written; seen before anything is asked.
+        ResultsError: `out` cannot be written, or another evaluation writes into it; seen before
+            anything is asked.
         JudgeError: a judge lacks its key, or cannot write its cache.
+        JudgeRefusesError: its key or address is wrong, as its first answers say.
         StatusError: the server is away or cannot serve an adapter; seen before any row is asked.
         EvaluationFailedError: requests failed. The result, which it carries, is written.
         ReportError: the result, which it carries, could not be written.
@@ -83,16 +85,17 @@ def evaluate(
     if not only:
         _check_opponents(prepared, adapters, baseline)
     asked = {task.settings.name: _asked(task, adapters, baseline, only) for task in prepared}
-    kept = None if out is None else KeptAnswers(out, resume=resume)
-    result = asyncio.run(_evaluate(suite, prepared, server, token, asked, kept, console))
-    result = replace(result, gates=_gates(result, adapters, baseline))
-    if out is not None:
-        write_report(result, out)
-    if result.failures or result.judge_failures:
-        raise EvaluationFailedError(_failure(result), result)
-    if kept is not None:
-        kept.discard()
-    return result
+    keeping = nullcontext() if out is None else closing(KeptAnswers(out, resume=resume))
+    with keeping as kept:
+        result = asyncio.run(_evaluate(suite, prepared, server, token, asked, kept, console))
+        result = replace(result, gates=_gates(result, adapters, baseline))
+        if out is not None:
+            write_report(result, out)
+        if result.failures or result.judge_failures:
+            raise EvaluationFailedError(_failure(result), result)
+        if kept is not None:
+            kept.discard()
+        return result
 
 
 def _chosen(suite: Suite, names: Sequence[str]) -> list[Task]:

@@ -188,6 +188,7 @@ async def task_result(
         ),
         compare=tuple(task.settings.compare) or (task.scores[0],),
         slices=_slices(task, tallied, seed),
+        max_tokens=task.settings.max_tokens,
         agreements=(*labelled, *_beside_scorers(task, judges, tallied, seed)),
     )
 

@@ -83,8 +83,7 @@ def _to_mlflow(run: SavedRun, uri: str | None, project: str) -> list[Exported]:
         for task in run.tasks:
             tags = _tags(run, task)
             same = f"tags.`manylora.export` = '{tags['manylora.export']}'"
-            for before in client.search_runs([experiment], same):
-                client.delete_run(before.info.run_id)
+            earlier = client.search_runs([experiment], same)
             entries = [entry for entry in run.entries if entry["task"] == task]
             name = _name(run, task)
             begun, ended = _span(entries)
@@ -107,6 +106,9 @@ def _to_mlflow(run: SavedRun, uri: str | None, project: str) -> list[Exported]:
             # Left alone it is running, and has no end.
             if state != "RUNNING":
                 client.set_terminated(there, state, ended)
+            # Only now: what fails on the way costs nobody the export there is.
+            for before in earlier:
+                client.delete_run(before.info.run_id)
             exported.append(Exported(task, name, len(metrics)))
     except MlflowException as error:
         raise ExportError(f"MLflow at {uri or 'its default place'}: {error.message}") from error

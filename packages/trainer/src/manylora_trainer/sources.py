@@ -226,8 +226,14 @@ def _file_place(after: Place | None, within: str) -> tuple[int, int, int]:
 
 def _lines(file: str, index: int, offset: int, number: int) -> Iterator[Row]:
     """Streams one file from `offset` on, which is the place after line `number`."""
+    before = max(offset - 1, 0)
     try:
-        with open_file(file, offset=offset) as raw, io.BufferedReader(raw, 1 << 20) as lines:
+        with open_file(file, offset=before) as raw, io.BufferedReader(raw, 1 << 20) as lines:
+            if offset and not _stands_behind_a_line(lines):
+                raise SourceError(
+                    f"{file} is not as it was: behind row {number}, where this run goes on, no "
+                    "line ends; put the file back, or begin a new run"
+                )
             while line := lines.readline(MAX_LINE_BYTES + 1):
                 number += 1
                 offset += len(line)
@@ -247,6 +253,13 @@ def _lines(file: str, index: int, offset: int, number: int) -> Iterator[Row]:
     except OSError as error:
         where = "" if number == 0 else f" behind row {number}"
         raise SourceError(f"{file} cannot be read{where}: {why(error)}") from error
+
+
+def _stands_behind_a_line(lines: io.BufferedReader) -> bool:
+    """Passes over one byte, which ends a line as long as the file is what it was."""
+    last = lines.read(1)
+    # The last line of all may have no end, or have got one since.
+    return last in (b"\n", b"") or lines.peek(1)[:1] in (b"\r", b"\n", b"")
 
 
 def _parse(file: str, number: int, line: bytes, after: Place) -> Row:

@@ -108,18 +108,19 @@ class ChatTokenizer:
     def check(self, rendered: Rendered, row: Row, column: str | None = None) -> None:
         """Refuses a row of which the chat template makes nothing that can be learned.
 
-        Templates refuse conversations by their roles, so the first of each kind is tried, and one
-        with earlier answers to learn each time: templates cut white space and reasoning from them.
+        Each prompt is tried, as some templates refuse by content. With its answer the first
+        conversation of each sequence of roles is, and one with earlier answers to learn each time:
+        templates cut white space and reasoning from them.
 
         Raises:
             RowError: it does.
         """
         turns = (*rendered.messages, Message("assistant", rendered.completion))
         roles = tuple(turn.role for turn in turns)
-        if roles in self._accepted and not rendered.also_trained:
-            return
         try:
             self.render_prompt(rendered.messages)
+            if roles in self._accepted and not rendered.also_trained:
+                return
             whole = self._render(turns, add_generation_prompt=False)
         except DataError as error:
             raise RowError(row.source, row.number, column, str(error)) from error

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from manylora_evaluator.errors import AttemptError, NoVerdictError
+from manylora_evaluator.errors import AttemptError, JudgeRefusesError, NoVerdictError
 from manylora_evaluator.judge.cache import Cache, content_key
 from manylora_evaluator.judge.model import Chat, Completion, Model
 from manylora_evaluator.judge.settings import JudgeModel
@@ -68,6 +68,7 @@ class Caller:
 
         Raises:
             NoVerdictError: there are none.
+            JudgeRefusesError: nor will there be any; nothing was answered before.
         """
         key = content_key(
             {
@@ -126,6 +127,10 @@ class Caller:
                 completion = await self._model.complete(chat, schema, sample)
             except AttemptError as error:
                 if not error.again or left == 0:
+                    if error.refused and not self.counts.seconds:
+                        raise JudgeRefusesError(
+                            f"the judge {self._model.identity} answers nothing: {error}"
+                        ) from error
                     self.counts.failures += 1
                     raise NoVerdictError(str(error)) from error
                 self.counts.retries += 1

@@ -26,6 +26,8 @@ from manylora_evaluator.judge.settings import GatewayModel, JudgeModel, OpenAIMo
 
 Chat: TypeAlias = Sequence[Mapping[str, str]]
 
+REFUSALS = {301, 302, 307, 308, 401, 403, 404, 405}
+"""HTTP statuses that tell of the key or the address."""
 LARGEST_ANSWER = 4 * 1024 * 1024
 """Bytes of an HTTP answer that are read."""
 
@@ -151,7 +153,9 @@ class _OpenAI:
             message = f"no answer within {self._settings.timeout_s:g} s"
             raise AttemptError(message, again=True) from error
         except httpx.HTTPError as error:
-            raise AttemptError(f"{type(error).__name__}: {error}", again=True) from error
+            nobody = isinstance(error, httpx.ConnectError)
+            message = f"{type(error).__name__}: {error}"
+            raise AttemptError(message, again=True, refused=nobody) from error
         if status != 200:
             said = content[:300].decode("utf-8", "replace")
             if "location" in headers:
@@ -160,6 +164,7 @@ class _OpenAI:
                 f"HTTP {status}: {said}",
                 again=status in (408, 409, 429) or status >= 500,
                 after=_seconds(headers.get("retry-after")),
+                refused=status in REFUSALS,
             )
         return _completion(content)
 
