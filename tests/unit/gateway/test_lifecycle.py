@@ -135,6 +135,18 @@ async def test_what_outlasts_the_drain_is_told_so(gateway: RunningGateway) -> No
     await gateway.engine.until_running(0)
 
 
+async def test_what_operators_wait_for_is_told_of_the_end(
+    gateway: RunningGateway, published: Publish
+) -> None:
+    published("blue", 5)
+    gateway.engine.hold_loads()
+    loaded = len(gateway.engine.loads)
+    load = gateway.admin.Load(admin_pb2.LoadRequest(adapter="blue@1"))
+    await gateway.engine.until_loads(loaded + 1)
+    gateway.admission.answering.end()
+    assert told(await refused(load)) == ("UNAVAILABLE", "DRAINING")
+
+
 LOUD = 10_000
 """Repeats of a word that make an answer more than any window or socket takes."""
 
