@@ -4,6 +4,7 @@ import asyncio
 import json
 import logging
 import socket
+import time
 from collections import Counter
 from typing import Any, cast
 
@@ -259,6 +260,29 @@ async def test_a_long_prompt_is_read_beside_the_others(
     assert not reading.done()
     gateway.engine.let_read()
     assert told(await reading)[0] == "INVALID_ARGUMENT"
+
+
+async def test_others_go_on_between_the_requests_of_a_batch(gateway: RunningGateway) -> None:
+    """Sixty requests of a mebibyte each held the front up for a minute."""
+    turns = [*[pb.Message(role="user")] * 20_000, pb.Message(role="wizard")]
+    long = pb.GenerateRequest(chat=pb.Chat(messages=turns))
+    gaps: list[float] = []
+
+    async def others() -> None:
+        before = time.thread_time()
+        while True:
+            await asyncio.sleep(0)
+            gaps.append(time.thread_time() - before)
+            before += gaps[-1]
+
+    going_on = asyncio.create_task(others())
+    batch = gateway.inference.BatchGenerate(pb.BatchGenerateRequest(requests=[long] * 20))
+    replies = [reply async for reply in batch]
+    going_on.cancel()
+    assert [reply.error.code for reply in replies] == [
+        grpc.StatusCode.INVALID_ARGUMENT.value[0]
+    ] * 20
+    assert max(gaps) < sum(gaps) / 4
 
 
 async def test_a_load_outlives_the_client_who_asked_for_it(

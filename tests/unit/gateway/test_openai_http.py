@@ -418,7 +418,7 @@ async def test_a_wrong_form_is_told_in_words_of_json(
         (
             "chat/completions",
             {"messages": [{"role": "wizard", "content": ""}] * 20_000},
-            " more",
+            "messages[0].role: must be",
         ),
     ],
     ids=["messages", "prompts", "parameters", "parts", "roles"],

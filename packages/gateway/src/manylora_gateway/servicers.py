@@ -113,11 +113,13 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         async with _answering(context, self._inference) as request_id:
             with self._inference.metrics.refusals(request_id, caller().name):
                 batch = self._requests.batch(request)
-            tasks = [
-                asyncio.create_task(self._one_of_batch(index, message, f"{request_id}/{index}"))
-                for index, message in enumerate(batch)
-            ]
+            tasks: list[asyncio.Task[pb.BatchGenerateResponse]] = []
             try:
+                for index, message in enumerate(batch):
+                    one = self._one_of_batch(index, message, f"{request_id}/{index}")
+                    tasks.append(asyncio.create_task(one))
+                    # Each is read now, and others go on before the next.
+                    await asyncio.sleep(0)
                 for finished in asyncio.as_completed(tasks):
                     reply = await finished
                     async with patience(self._stall_s):
