@@ -7,9 +7,10 @@ from pathlib import Path
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.x509.oid import NameOID
 
+PrivateKey = rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey | ed25519.Ed25519PrivateKey
 HOUR = datetime.timedelta(hours=1)
 SIGNS_CERTIFICATES = x509.KeyUsage(
     digital_signature=False,
@@ -47,7 +48,7 @@ class Authority:
         self,
         name: str,
         *names: x509.GeneralName,
-        key: rsa.RSAPrivateKey | None = None,
+        key: PrivateKey | None = None,
         begins: datetime.timedelta = -HOUR,
     ) -> Pair:
         """A certificate for `name`, with alternative names beside it, valid for two hours."""
@@ -73,7 +74,7 @@ class Authority:
     def _sign(
         self,
         subject: x509.Name,
-        key: ec.EllipticCurvePublicKey | rsa.RSAPublicKey,
+        key: rsa.RSAPublicKey | ec.EllipticCurvePublicKey | ed25519.Ed25519PublicKey,
         *,
         names: tuple[x509.GeneralName, ...] = (),
         authority: bool = False,

@@ -70,6 +70,28 @@ def test_a_token_rate_is_a_bucket_that_says_when_to_come_back() -> None:
         pass
 
 
+def test_a_rate_that_changes_forgives_nothing() -> None:
+    clock = Clock()
+    admission = Admission(LimitsConfig(), clock)
+
+    def metered(rate: float) -> Tenant:
+        return Tenant("metered", limits=TenantLimits(tokens_per_second=rate))
+
+    with admission.enter(metered(10), tokens=300) as ticket:
+        ticket.used = 300
+    clock.now += 10
+    # 100 a burst and as many since, of 300 that were spent.
+    with pytest.raises(TokenRateError) as caught, admission.enter(metered(20), tokens=1):
+        pass
+    assert caught.value.retry_after_s == pytest.approx(101 / 20)
+    clock.now += 60
+    # What piled up at the higher rate is cut to a burst of the lower.
+    with admission.enter(metered(1), tokens=10) as ticket:
+        ticket.used = 10
+    with pytest.raises(TokenRateError), admission.enter(metered(1), tokens=1):
+        pass
+
+
 def test_a_request_has_the_weights_of_its_tenant_and_its_adapter() -> None:
     admission = Admission(LimitsConfig(adapters={"red": AdapterLimits(weight=3)}))
     tenant = Tenant("heavy", limits=TenantLimits(weight=2))

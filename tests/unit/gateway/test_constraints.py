@@ -33,7 +33,7 @@ def test_repetitions_in_one_another_are_counted(pattern: str, depth: int) -> Non
     assert nested_counts(pattern) == depth
 
 
-LIMITS = LimitsConfig(max_constraint_bytes=200)
+LIMITS = LimitsConfig()
 EXPLOSIVE = "(((a{1,100}){1,100}){1,100}){1,100}"
 
 
@@ -44,9 +44,9 @@ EXPLOSIVE = "(((a{1,100}){1,100}){1,100}){1,100}"
         (JsonSchema(f'{{"items": {{"pattern": "{EXPLOSIVE}"}}}}'), "in one another"),
         (JsonSchema(f'{{"patternProperties": {{"{EXPLOSIVE}": {{}}}}}}'), "in one another"),
         (JsonSchema('{"items":' * 70 + "{}" + "}" * 70), "nested deeper"),
-        (JsonSchema("[" * 100_000), "is not JSON"),
+        (JsonSchema("[" * 60_000), "is not JSON"),
         (JsonSchema("3"), "must be a JSON object"),
-        (JsonSchema("{" + " " * 200 + "}"), "202 bytes"),
+        (JsonSchema("{" + " " * 65_536 + "}"), "65538 bytes"),
         (Regex(" "), "must not be empty"),
         (Grammar("a\0"), "NUL"),
         (OneOf(()), "nothing to choose"),
@@ -67,6 +67,21 @@ EXPLOSIVE = "(((a{1,100}){1,100}){1,100}){1,100}"
 )
 def test_what_is_wrong_is_said(constraint: Constraint, complaint: str) -> None:
     assert complaint in "; ".join(problems(constraint, LIMITS))
+
+
+@pytest.mark.parametrize(
+    "constraint",
+    [
+        Regex(EXPLOSIVE * 3000),
+        JsonSchema(json.dumps({"properties": {}, "required": ["é"] * 10_000})),
+        Grammar("\0" * 100_000),
+        OneOf(("",) * 2 + ("a" * 100_000,)),
+    ],
+)
+def test_what_is_too_long_is_not_looked_at(constraint: Constraint) -> None:
+    """A mebibyte takes half a second, while every other request waits."""
+    (problem,) = problems(constraint, LIMITS)
+    assert problem.endswith("bytes; the most is 65536")
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """What goes wrong is said with the right code, one reason, and the fields."""
 
 import asyncio
+import json
 import math
 import traceback
 from collections.abc import Awaitable
@@ -138,14 +139,28 @@ async def test_all_wrong_fields_come_at_once(gateway: RunningGateway) -> None:
 
 async def test_mistakes_beyond_count_still_fit_into_a_status(gateway: RunningGateway) -> None:
     """More than clients take in trailers would be RESOURCE_EXHAUSTED, which they try again."""
-    wrong = pb.Message(role="wizard", content="é")
-    request = pb.GenerateRequest(chat=pb.Chat(messages=[wrong] * 2000))
+    schema = json.dumps({"properties": {}, "required": [f"é{index}" for index in range(2000)]})
+    form = pb.StructuredOutput(json_schema=schema)
+    request = pb.GenerateRequest(text="hi", sampling=pb.Sampling(structured_output=form))
     status = await refused(gateway.inference.Generate(request))
     assert told(status)[0] == "INVALID_ARGUMENT"
     *first, last = detail(status, error_details_pb2.BadRequest).field_violations
-    assert first[0].field == "chat.messages[0].role"
+    assert first[0].field == "sampling.structured_output.json_schema"
     assert last.description == f"and {2000 - len(first)} more"
     assert len(status.message.encode()) + status.ByteSize() * 4 / 3 < 8192
+
+
+async def test_of_what_is_too_many_no_more_than_allowed_is_looked_at(
+    gateway: RunningGateway,
+) -> None:
+    """Half a million mistakes, which a mebibyte has room for, would hold everybody up."""
+    roles = pb.Chat(messages=[pb.Message(role="wizard")] * 100)
+    request = pb.GenerateRequest(chat=roles, sampling=pb.Sampling(stop=[""] * 100))
+    status = await refused(gateway.inference.Generate(request))
+    fields = [each.field for each in detail(status, error_details_pb2.BadRequest).field_violations]
+    most = LimitsConfig().max_stop_strings
+    stops = [f"sampling.stop[{index}]" for index in range(most)]
+    assert fields == ["chat.messages[0].role", "sampling.stop", *stops]
 
 
 async def test_a_prompt_beyond_the_context_is_refused(gateway: RunningGateway) -> None:

@@ -4,6 +4,7 @@ import asyncio
 import json
 import logging
 import socket
+import time
 from collections import Counter
 from typing import Any, cast
 
@@ -135,6 +136,18 @@ async def test_what_outlasts_the_drain_is_told_so(gateway: RunningGateway) -> No
     await gateway.engine.until_running(0)
 
 
+async def test_what_operators_wait_for_is_told_of_the_end(
+    gateway: RunningGateway, published: Publish
+) -> None:
+    published("blue", 5)
+    gateway.engine.hold_loads()
+    loaded = len(gateway.engine.loads)
+    load = gateway.admin.Load(admin_pb2.LoadRequest(adapter="blue@1"))
+    await gateway.engine.until_loads(loaded + 1)
+    gateway.admission.answering.end()
+    assert told(await refused(load)) == ("UNAVAILABLE", "DRAINING")
+
+
 LOUD = 10_000
 """Repeats of a word that make an answer more than any window or socket takes."""
 
@@ -247,6 +260,29 @@ async def test_a_long_prompt_is_read_beside_the_others(
     assert not reading.done()
     gateway.engine.let_read()
     assert told(await reading)[0] == "INVALID_ARGUMENT"
+
+
+async def test_others_go_on_between_the_requests_of_a_batch(gateway: RunningGateway) -> None:
+    """Sixty requests of a mebibyte each held the front up for a minute."""
+    turns = [*[pb.Message(role="user")] * 20_000, pb.Message(role="wizard")]
+    long = pb.GenerateRequest(chat=pb.Chat(messages=turns))
+    gaps: list[float] = []
+
+    async def others() -> None:
+        before = time.thread_time()
+        while True:
+            await asyncio.sleep(0)
+            gaps.append(time.thread_time() - before)
+            before += gaps[-1]
+
+    going_on = asyncio.create_task(others())
+    batch = gateway.inference.BatchGenerate(pb.BatchGenerateRequest(requests=[long] * 20))
+    replies = [reply async for reply in batch]
+    going_on.cancel()
+    assert [reply.error.code for reply in replies] == [
+        grpc.StatusCode.INVALID_ARGUMENT.value[0]
+    ] * 20
+    assert max(gaps) < sum(gaps) / 4
 
 
 async def test_a_load_outlives_the_client_who_asked_for_it(

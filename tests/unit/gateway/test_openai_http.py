@@ -3,6 +3,7 @@
 import asyncio
 import gzip
 import json
+import re
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -27,6 +28,7 @@ from manylora_registry import Registry, Version
 from tests.unit.gateway.conftest import Publish, Start
 from tests.unit.gateway.fake_engine import IMPOSSIBLE, scores
 from tests.unit.gateway.in_process import BASE_NAME, OTHER_BASE, RunningGateway
+from tests.unit.gateway.test_observing import scraped, until
 
 ASK: Any = [{"role": "user", "content": "hi"}]
 
@@ -418,7 +420,7 @@ async def test_a_wrong_form_is_told_in_words_of_json(
         (
             "chat/completions",
             {"messages": [{"role": "wizard", "content": ""}] * 20_000},
-            " more",
+            "messages[0].role: must be",
         ),
     ],
     ids=["messages", "prompts", "parameters", "parts", "roles"],
@@ -582,7 +584,12 @@ async def test_a_path_may_end_with_a_slash(gateway: RunningGateway) -> None:
 async def test_a_target_may_be_a_whole_url(gateway: RunningGateway) -> None:
     host, _, port = gateway.front.addresses["http"].rpartition(":")
     reader, writer = await asyncio.open_connection(host, int(port))
-    for target in ("http://somewhere/v1/models/red?x=1", "https://somewhere:1/v1/models/red"):
+    for target in (
+        "http://somewhere/v1/models/red?x=1",
+        "https://somewhere:1/v1/models/red",
+        # Whatever its host is called.
+        "http://[/v1/models/red",
+    ):
         writer.write(f"GET {target} HTTP/1.1\r\nhost: somewhere\r\n\r\n".encode())
         head = await reader.readuntil(b"\r\n\r\n")
         assert head.startswith(b"HTTP/1.1 200")
@@ -616,6 +623,21 @@ async def test_a_client_that_leaves_frees_its_seat(gateway: RunningGateway, stre
             asking.cancel()
         async with asyncio.timeout(60):
             await gateway.engine.until_running(0)
+
+
+async def test_a_client_that_leaves_within_its_body_is_no_error_of_ours(
+    gateway: RunningGateway,
+) -> None:
+    host, _, port = gateway.front.addresses["http"].rpartition(":")
+    _, writer = await asyncio.open_connection(host, int(port))
+    writer.write(b"POST /v1/completions HTTP/1.1\r\nhost: here\r\ncontent-length: 9\r\n\r\n{")
+    writer.close()
+
+    def rejected() -> list[str]:
+        return re.findall(r'rejections_total{reason="(\w+)"} 1.0', scraped(gateway.metrics))
+
+    await until(lambda: bool(rejected()))
+    assert rejected() == ["CANCELLED"]
 
 
 async def test_a_request_bears_its_clients_name(client: AsyncOpenAI) -> None:

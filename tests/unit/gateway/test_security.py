@@ -19,7 +19,7 @@ import openai
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
-from cryptography.hazmat.primitives.asymmetric import rsa
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
@@ -38,7 +38,7 @@ from manylora_gateway.errors import StartError
 from manylora_gateway.logs import FIELDS
 from manylora_gateway.tls import ServerTls
 from manylora_registry import Version
-from tests.unit.gateway.certificates import HOUR, Authority
+from tests.unit.gateway.certificates import HOUR, Authority, PrivateKey
 from tests.unit.gateway.conftest import Start
 from tests.unit.gateway.in_process import BASE_NAME, RunningGateway
 from tests.unit.gateway.test_errors import SAY, refused, told
@@ -490,6 +490,37 @@ def test_tls_files_that_cannot_be_used_are_named(tmp_path: Path) -> None:
             ServerTls(TlsConfig(certificate=certificate, key=key, client_ca=ca))
         with pytest.raises(InvalidInputError, match=said):
             tls_credentials(ca, certificate, key)
+
+
+@pytest.mark.parametrize(
+    "key", [ed25519.Ed25519PrivateKey.generate(), ec.generate_private_key(ec.SECP256K1())]
+)
+def test_a_key_that_grpc_cannot_use_is_refused(tmp_path: Path, key: PrivateKey) -> None:
+    """HTTPS may take it, and while every gRPC client was refused nothing said why."""
+    authority = Authority(tmp_path)
+    good, odd = authority.server(), authority.issue("odd", key=key)
+    with pytest.raises(StartError, match=r"odd.pem cannot be used for gRPC: make its key an RSA"):
+        ServerTls(TlsConfig(certificate=odd.certificate, key=odd.key))
+    server = ServerTls(TlsConfig(certificate=good.certificate, key=good.key))
+    ends = server.end()
+    odd.key.replace(good.key)
+    odd.certificate.replace(good.certificate)
+    assert server.end() == ends
+
+
+@pytest.mark.parametrize(
+    "key", [rsa.generate_private_key(65537, 2048), ec.generate_private_key(ec.SECP384R1())]
+)
+async def test_keys_beside_those_on_p_256_serve_grpc(
+    served: dict[str, Version], start: Start, tmp_path: Path, key: PrivateKey
+) -> None:
+    authority = Authority(tmp_path)
+    pair = authority.issue("localhost", x509.DNSName("localhost"), key=key)
+    async with start(tls=TlsConfig(certificate=pair.certificate, key=pair.key)) as gateway:
+        target = gateway.front.inference_address.replace("127.0.0.1", "localhost")
+        trusting = tls_credentials(authority.certificate)
+        async with AsyncClient(target, credentials=trusting) as client:
+            assert (await client.generate("hi", "red")).adapter is not None
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import pytest
 
 from manylora.admin.v1 import admin_pb2
 from manylora.inference.v1 import inference_pb2 as pb
+from manylora_gateway.config import EngineConfig
 from manylora_gateway.errors import YankedAdapterError
 from manylora_registry import Adapter, AdapterReference, Registry, Version
 from tests.unit.gateway.conftest import Publish, Start
@@ -498,3 +499,29 @@ async def test_a_broken_version_at_the_start_does_not_hold_up_the_others(
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await stream(gateway, "alien")
         assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+
+
+async def test_aliases_that_move_together_leave_room_for_clients(
+    registry: Registry, published: Publish, start: Start
+) -> None:
+    """Five hundred that moved kept a client waiting until each was loaded."""
+    names = [f"moving{index}" for index in range(6)]
+    for index, name in enumerate([*names, "other"]):
+        published(name, 10 * index)
+        registry.set_alias(name, "production", 1)
+    config = EngineConfig(slots=3, host_adapters=6, max_concurrent=8, turn_s=0)
+    async with start(engine=config) as gateway:
+        engine = gateway.engine
+        engine.hold_loads()
+        before = len(engine.loads)
+        for index, name in enumerate(names):
+            registry.set_alias(name, "production", published(name, 10 * index + 1).number)
+        await engine.until_loads(before + 2)
+        asking = asyncio.ensure_future(stream(gateway, "other"))
+        # Of the four places for loads those that moved would take all.
+        await engine.until_loads(before + 3)
+        assert engine.loads[-1].startswith("other@1")
+        engine.let_load()
+        assert (await asking)[0] == 1
+        for name in names:
+            await gateway.until_serving(f"{name}@production", 2)

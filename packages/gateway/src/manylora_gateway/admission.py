@@ -55,12 +55,17 @@ class TokenBucket:
         self._level = rate * BURST_S
         self._at = clock()
 
-    def retry_after_s(self) -> float:
-        """Seconds until a request may come in; 0 where one may now."""
+    def retry_after_s(self, rate: float) -> float:
+        """Seconds until a request may come in; 0 where one may now.
+
+        Args:
+            rate: at which it refills from here on; what was spent at another stays spent.
+        """
         now = self._clock()
-        self._level = min(self._rate * BURST_S, self._level + (now - self._at) * self._rate)
-        self._at = now
-        return 0.0 if self._level > 0 else (1 - self._level) / self._rate
+        refilled = min(self._rate * BURST_S, self._level + (now - self._at) * self._rate)
+        self._rate, self._at = rate, now
+        self._level = min(rate * BURST_S, refilled)
+        return 0.0 if self._level > 0 else (1 - self._level) / rate
 
     @property
     def full(self) -> bool:
@@ -80,7 +85,7 @@ class Admission:
         self._clock = clock
         self._inside = 0
         self._counts: Counter[Flow] = Counter()
-        self._buckets: dict[tuple[str, str, float], TokenBucket] = {}
+        self._buckets: dict[tuple[str, str], TokenBucket] = {}
         self.lost: ReplicaLostError | None = None
         """Why nobody can be served now, if so."""
         self._draining = False
@@ -182,12 +187,12 @@ class Admission:
         ):
             if rate is None:
                 continue
-            key = (kind, name, rate)
+            key = (kind, name)
             bucket = self._buckets.get(key)
             if bucket is None:
                 self._forget_full_buckets()
                 bucket = self._buckets[key] = TokenBucket(rate, self._clock)
-            if wait_s := bucket.retry_after_s():
+            if wait_s := bucket.retry_after_s(rate):
                 raise TokenRateError(
                     f"{kind} {name or 'base'} used its {rate:g} tokens/s; "
                     f"{wait_s:.1f} s from now there are some again.",

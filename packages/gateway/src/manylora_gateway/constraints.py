@@ -36,31 +36,44 @@ def problems(constraint: Constraint, limits: LimitsConfig) -> Iterator[str]:
         allowed = ", ".join(limits.constraints) or "none"
         yield f"is not allowed here; structured output may be: {allowed}"
         return
+    text = _text_of(constraint)
+    try:
+        size = len(text.encode())
+    except UnicodeEncodeError:
+        yield "is not Unicode text: it has a lone surrogate"
+        return
+    if size > limits.max_constraint_bytes:
+        # Nor is more of it looked at, which takes its time while everybody waits.
+        yield f"has {size} bytes; the most is {limits.max_constraint_bytes}"
+        return
     match constraint:
-        case JsonObject():
-            return
-        case JsonSchema(text):
+        case JsonSchema():
             yield from _schema_problems(text, may_match="regex" in limits.constraints)
-        case Regex(text):
+        case Regex():
             yield from _text_problems(text)
             yield from _regex_problems(text)
-        case Grammar(text):
+        case Grammar():
             yield from _text_problems(text)
         case OneOf(values):
-            text = "".join(values)
             if not values:
                 yield "has nothing to choose"
             elif not all(values):
                 yield "has an empty string to choose"
             if len(values) != len(set(values)):
                 yield "has the same string twice"
-    try:
-        size = len(text.encode())
-    except UnicodeEncodeError:
-        yield "is not Unicode text: it has a lone surrogate"
-    else:
-        if size > limits.max_constraint_bytes:
-            yield f"has {size} bytes; the most is {limits.max_constraint_bytes}"
+        case JsonObject():
+            pass
+
+
+def _text_of(constraint: Constraint) -> str:
+    """All of it that a client wrote."""
+    match constraint:
+        case JsonSchema(text) | Regex(text) | Grammar(text):
+            return text
+        case OneOf(values):
+            return "".join(values)
+        case JsonObject():
+            return ""
 
 
 def _text_problems(text: str) -> Iterator[str]:

@@ -54,7 +54,7 @@ class Limits:
             say("n", "must be 1 where temperature is 0: greedy answers are all the same")
         if len(sampling.stop) > limits.max_stop_strings:
             say("stop", f"has {len(sampling.stop)} strings; the most is {limits.max_stop_strings}")
-        for index, stop in enumerate(sampling.stop):
+        for index, stop in enumerate(sampling.stop[: limits.max_stop_strings]):
             if not 1 <= len(stop) <= limits.max_stop_characters:
                 say(f"stop[{index}]", f"must have 1 to {limits.max_stop_characters} characters")
             _unicode(say, f"stop[{index}]", stop)
@@ -69,13 +69,17 @@ class Limits:
                 say("constraint", problem)
 
     def check_prompt(self, prompt: Prompt, say: Say) -> None:
-        """Says what of `prompt` is wrong, as far as can be told without a tokenizer."""
+        """Says what of `prompt` is wrong, as far as can be told without a tokenizer.
+
+        Of its messages the first mistake: a body holds a quarter of a million of them.
+        """
         if isinstance(prompt, ChatPrompt):
             if not prompt.messages:
                 say("messages", "must not be empty")
             for index, turn in enumerate(prompt.messages):
                 if turn.role not in ROLES:
                     say(f"messages[{index}].role", f"must be one of {', '.join(ROLES)}")
+                    return
                 _unicode(say, f"messages[{index}].content", turn.content)
         elif isinstance(prompt, TextPrompt):
             if not prompt.text:

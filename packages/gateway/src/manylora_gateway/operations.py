@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,6 +72,10 @@ class Operations:
         # Why saved rollouts could not be set again, as far as the log says.
         self._told: set[str] = set()
         self._restoring: asyncio.Task[None] | None = None
+
+    def until_cut_off(self) -> AbstractAsyncContextManager[None]:
+        """Around what answers an operator, which the gateway's end ends in our words."""
+        return self._admission.answering.around()
 
     async def states(self) -> list[ReplicaState]:
         """Every replica and what it holds."""

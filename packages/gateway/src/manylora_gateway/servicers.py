@@ -54,9 +54,9 @@ UnloadContext = grpc.aio.ServicerContext[admin_pb2.UnloadRequest, admin_pb2.Unlo
 
 @asynccontextmanager
 async def _answering(
-    context: "grpc.aio.ServicerContext[Any, Any]",
+    context: "grpc.aio.ServicerContext[Any, Any]", core: Inference | Operations
 ) -> AsyncGenerator[str, None]:
-    """Bounds a call by its deadline and ends it with the status of whatever goes wrong.
+    """Bounds a call by its deadline and the gateway's end, and has it end with what goes wrong.
 
     Yields the request's id: the client's, or one that is made here. It goes with every answer,
     failures included. A client that vanishes cancels the call's task; there is nobody left to tell.
@@ -69,7 +69,7 @@ async def _answering(
         set_call(replace(current_call(), deadline=time.monotonic() + remaining_s))
     deadline = asyncio.timeout(remaining_s)
     try:
-        async with deadline:
+        async with deadline, core.until_cut_off():
             context.set_trailing_metadata(((REQUEST_ID_KEY, request_id),))
             yield request_id
     except grpc.aio.InternalError:
@@ -92,13 +92,13 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         self, request: pb.GenerateRequest, context: InferenceContext
     ) -> pb.GenerateResponse:
         """Answers once, when the whole text is there."""
-        async with _answering(context) as request_id, self._inference.until_cut_off():
+        async with _answering(context, self._inference) as request_id:
             asked = self._read(request, request_id)
             return messages.generate_response(await self._inference.generate(asked, caller()))
 
     async def GenerateStream(self, request: pb.GenerateRequest, context: StreamContext) -> None:
         """Answers while the text is made."""
-        async with _answering(context) as request_id, self._inference.until_cut_off():
+        async with _answering(context, self._inference) as request_id:
             asked = self._read(request, request_id)
             replies = messages.StreamMessages(asked.sampling.n)
             async with aclosing(self._inference.stream(asked, caller())) as events:
@@ -110,14 +110,16 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
 
     async def BatchGenerate(self, request: pb.BatchGenerateRequest, context: BatchContext) -> None:
         """Answers many requests, each as soon as it is there."""
-        async with _answering(context) as request_id, self._inference.until_cut_off():
+        async with _answering(context, self._inference) as request_id:
             with self._inference.metrics.refusals(request_id, caller().name):
                 batch = self._requests.batch(request)
-            tasks = [
-                asyncio.create_task(self._one_of_batch(index, message, f"{request_id}/{index}"))
-                for index, message in enumerate(batch)
-            ]
+            tasks: list[asyncio.Task[pb.BatchGenerateResponse]] = []
             try:
+                for index, message in enumerate(batch):
+                    one = self._one_of_batch(index, message, f"{request_id}/{index}")
+                    tasks.append(asyncio.create_task(one))
+                    # Each is read now, and others go on before the next.
+                    await asyncio.sleep(0)
                 for finished in asyncio.as_completed(tasks):
                     reply = await finished
                     async with patience(self._stall_s):
@@ -131,7 +133,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         self, request: pb.CountTokensRequest, context: CountContext
     ) -> pb.CountTokensResponse:
         """Counts prompt tokens."""
-        async with _answering(context) as request_id:
+        async with _answering(context, self._inference) as request_id:
             with self._inference.metrics.refusals(request_id, caller().name):
                 prompt = self._requests.prompt(request)
                 tokens = await self._inference.count_tokens(prompt, caller())
@@ -142,7 +144,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     ) -> pb.ListAdaptersResponse:
         """Lists the registry's adapters and what is served of them."""
         del request
-        async with _answering(context):
+        async with _answering(context, self._inference):
             adapters = await self._inference.adapters(caller())
             return await asyncio.to_thread(messages.adapters_response, adapters)
 
@@ -173,14 +175,14 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
     ) -> admin_pb2.ListReplicasResponse:
         """Lists the engine replicas."""
         del request
-        async with _answering(context):
+        async with _answering(context, self._operations):
             return messages.replicas_response(await self._operations.states())
 
     async def Load(
         self, request: admin_pb2.LoadRequest, context: LoadContext
     ) -> admin_pb2.LoadResponse:
         """Loads a version everywhere."""
-        async with _answering(context):
+        async with _answering(context, self._operations):
             version = await self._operations.load(_named(request.adapter))
             return admin_pb2.LoadResponse(adapter=messages.adapter_version(version))
 
@@ -188,7 +190,7 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
         self, request: admin_pb2.UnloadRequest, context: UnloadContext
     ) -> admin_pb2.UnloadResponse:
         """Unloads a version everywhere."""
-        async with _answering(context):
+        async with _answering(context, self._operations):
             version, replicas = await self._operations.unload(_named(request.adapter))
             return admin_pb2.UnloadResponse(
                 adapter=messages.adapter_version(version), replicas=replicas
@@ -198,7 +200,7 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
         self, request: admin_pb2.PinRequest, context: PinContext
     ) -> admin_pb2.PinResponse:
         """Keeps a version loaded everywhere, or lets it go."""
-        async with _answering(context):
+        async with _answering(context, self._operations):
             reference = _named(request.adapter)
             version = await self._operations.pin(reference, release=request.release)
             return admin_pb2.PinResponse(adapter=messages.adapter_version(version))
@@ -207,7 +209,7 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
         self, request: admin_pb2.DrainRequest, context: DrainContext
     ) -> admin_pb2.DrainResponse:
         """Takes no new requests and waits for those that run."""
-        async with _answering(context):
+        async with _answering(context, self._operations):
             asked = request.HasField("timeout")
             timeout_s = request.timeout.ToNanoseconds() / 1e9 if asked else None
             return admin_pb2.DrainResponse(requests=await self._operations.drain(timeout_s))
@@ -216,7 +218,7 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
         self, request: admin_pb2.SetRolloutRequest, context: SetRolloutContext
     ) -> admin_pb2.SetRolloutResponse:
         """Divides the requests for an alias among versions."""
-        async with _answering(context):
+        async with _answering(context, self._operations):
             shares = [(share.version, share.percent) for share in request.shares]
             shadow = (request.shadow.version, request.shadow.percent)
             state = await self._operations.set_rollout(
@@ -231,7 +233,7 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
         self, request: admin_pb2.GetRolloutRequest, context: GetRolloutContext
     ) -> admin_pb2.GetRolloutResponse:
         """Tells how the requests for an alias are divided."""
-        async with _answering(context):
+        async with _answering(context, self._operations):
             key = rollout_messages.alias_key(request.adapter, request.alias)
             state = await self._operations.rollout(key)
             rollout = rollout_messages.rollout(state, self._operations)

@@ -24,6 +24,11 @@ from manylora_gateway.rollouts import AliasKey
 from manylora_gateway.routes import Routes
 from manylora_registry import AdapterReference, Event, Registry, Version
 
+AT_ONCE = 2
+"""Versions that are prepared at once. A load of one that is prepared goes before those of clients:
+if a replica, which has two places for loads at the least, always had another waiting, no client got
+an adapter that is not loaded until all aliases that moved had been followed."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -46,6 +51,7 @@ class Swaps:
         # Aliases with a swap under way, to be told when they move again.
         self._moved: dict[AliasKey, asyncio.Event] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self._preparing = asyncio.Semaphore(AT_ONCE)
         self._sequence = 0
 
     async def begin(self, warm: int) -> None:
@@ -166,7 +172,7 @@ class Swaps:
             return True
         try:
             self._routes.check(target)
-            await self._replicas.prepare(target)
+            await self._prepare(target)
         except Exception as error:
             looked = False
             if route.serving is None and isinstance(error, UnservableError | CorruptAdapterError):
@@ -198,6 +204,10 @@ class Swaps:
         self._displace(ended if old is None else [*ended, old])
         return True
 
+    async def _prepare(self, version: Version) -> None:
+        async with self._preparing:
+            await self._replicas.prepare(version)
+
     def _has_moved(self, key: AliasKey) -> bool:
         """Whether its task was told so and has not looked yet."""
         return (moved := self._moved.get(key)) is not None and moved.is_set()
@@ -210,7 +220,7 @@ class Swaps:
         try:
             for version in await self._routes.earlier(key, target):
                 try:
-                    await self._replicas.prepare(version)
+                    await self._prepare(version)
                 except (UnservableError, CorruptAdapterError) as error:
                     logger.debug("nor can %s: %s", version.engine_name, _why(error))
                     continue

@@ -15,6 +15,15 @@ import grpc
 from manylora_gateway.config import TlsConfig
 from manylora_gateway.errors import StartError
 
+USABLE_KEYS = (
+    bytes.fromhex("06092a864886f70d010101"),
+    bytes.fromhex("06072a8648ce3d020106082a8648ce3d030107"),
+    bytes.fromhex("06072a8648ce3d020106052b81040022"),
+    bytes.fromhex("06072a8648ce3d020106052b81040023"),
+)
+"""How a certificate tells that its key is RSA, or ECDSA on P-256, P-384 or P-521 (RFC 3279, 5480).
+With others gRPC ends every handshake, however well HTTPS does."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -164,6 +173,9 @@ def _end(context: ssl.SSLContext, certificate: Path) -> float:
 
     It is no reason not to serve: this machine's clock may be the one that is wrong. A client that
     trusts the certificate itself shakes hands here, as Python reads dates of no other.
+
+    Raises:
+        StartError: its key is of a kind that no client, or none of gRPC's, can use.
     """
     trusting = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     trusting.check_hostname = False
@@ -176,14 +188,24 @@ def _end(context: ssl.SSLContext, certificate: Path) -> float:
         for side in (client, server, client):
             with suppress(ssl.SSLWantReadError):
                 side.do_handshake()
-    except ssl.SSLError as error:
-        why = getattr(error, "verify_message", None) or error.reason
-        logger.warning("tls: clients refuse %s: %s", certificate, why)
+    except ssl.SSLCertVerificationError as error:
+        logger.warning("tls: clients refuse %s: %s", certificate, error.verify_message)
         return 0.0
+    except ssl.SSLError as error:
+        raise _of_no_use(certificate) from error
+    if not any(key in (client.getpeercert(binary_form=True) or b"") for key in USABLE_KEYS):
+        raise _of_no_use(certificate)
     shown = (client.getpeercert() or {})["notAfter"]
     assert isinstance(shown, str)
     logger.info("tls: %s is valid until %s", certificate, shown)
     return float(ssl.cert_time_to_seconds(shown))
+
+
+def _of_no_use(certificate: Path) -> StartError:
+    return StartError(
+        f"tls: {certificate} cannot be used for gRPC: make its key an RSA one, or an ECDSA one on "
+        "P-256 or P-384"
+    )
 
 
 def _unreadable(error: OSError) -> StartError:

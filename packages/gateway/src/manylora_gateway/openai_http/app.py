@@ -33,6 +33,7 @@ from manylora_gateway.inference import Inference
 from manylora_gateway.limits import check_request_id, request_id_to_tell
 from manylora_gateway.openai_http.bodies import ChatBody, CompletionBody, read_body
 from manylora_gateway.openai_http.problems import (
+    BodyCutOffError,
     BodyEncodedError,
     BodyTooBigError,
     Problem,
@@ -106,7 +107,7 @@ class _Completions:
             with self._inference.metrics.refusals(request_id, caller().name):
                 check_request_id(said)
                 asked = await self._read(request, request_id)
-        except ClientDisconnect:
+        except BodyCutOffError:
             return
         except Exception as error:
             await tell(problem_of(error), request_id)(scope, receive, send)
@@ -250,6 +251,7 @@ async def _json(request: Request, limit: int) -> object:
 
     Raises:
         InvalidRequestError: it is too long, too slow, compressed, or not JSON.
+        BodyCutOffError: the client left.
     """
     coding = ", ".join(request.headers.getlist("content-encoding"))
     if coding.strip().lower() not in ("", "identity"):
@@ -261,6 +263,8 @@ async def _json(request: Request, limit: int) -> object:
                 body += chunk
                 if len(body) > limit:
                     raise BodyTooBigError(limit)
+    except ClientDisconnect as error:
+        raise BodyCutOffError from error
     except TimeoutError as error:
         text = f"the body was not whole after {BODY_TIMEOUT_S:g} s"
         raise InvalidRequestError([Violation("", text)]) from error

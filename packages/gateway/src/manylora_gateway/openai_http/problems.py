@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from manylora_gateway.constraints import FIELDS
-from manylora_gateway.errors import InvalidRequestError, Violation
+from manylora_gateway.errors import GatewayError, InvalidRequestError, Violation
 from manylora_gateway.status import stated
 
 HTTP_STATUS: Mapping[str, tuple[int, str]] = {
@@ -79,6 +79,13 @@ class BodyEncodedError(InvalidRequestError):
     def __init__(self, coding: str) -> None:
         text = f"{coding} is not read here: send the body as it is, without this header"
         super().__init__([Violation("content-encoding", text)])
+
+
+class BodyCutOffError(GatewayError):
+    """The client left before its body was whole: counted, and nobody is there to be told."""
+
+    status = "CANCELLED"
+    reason = "CANCELLED"
 
 
 def problem_of(error: Exception, form: str = "") -> Problem:

@@ -9,7 +9,6 @@ import socket
 import ssl
 from collections.abc import Generator
 from typing import Any, cast
-from urllib.parse import urlsplit
 
 import uvicorn
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -108,8 +107,9 @@ def _plain_paths(app: ASGIApp) -> ASGIApp:
 
     async def plain(scope: Scope, receive: Receive, send: Send) -> None:
         path: str = scope["path"]
-        if not path.startswith("/"):
-            path = urlsplit(path).path
+        _, absolute, rest = path.partition("://")
+        if absolute and not path.startswith("/"):
+            path = f"/{rest.partition('/')[2]}"
         await app({**scope, "path": path.rstrip("/") or "/"}, receive, send)
 
     return plain
