@@ -21,7 +21,7 @@ from tests.integration.deploy.conftest import GATES, World
 
 
 @contextmanager
-def on_a_share(world: World, name: str, number: int, act: Callable[[], None]) -> Iterator[None]:
+def on_a_share(world: World, name: str, number: int, act: Callable[[], object]) -> Iterator[None]:
     """Has `act` done once, when a version has its first share of production's requests.
 
     Production answers nothing before that: the script might be through with its canary.
