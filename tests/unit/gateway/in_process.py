@@ -155,6 +155,7 @@ class RunningGateway:
     fleet: Fleet
     replicas: LocalReplicas
     core: Inference
+    operations: Operations
     routes: Routes
     registry_location: Path
 
@@ -249,6 +250,7 @@ async def running_gateway(
             fleet,
             local,
             inference,
+            operations,
             routes,
             directory / "registry",
         )

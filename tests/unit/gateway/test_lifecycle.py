@@ -144,7 +144,7 @@ async def test_what_operators_wait_for_is_told_of_the_end(
     loaded = len(gateway.engine.loads)
     load = gateway.admin.Load(admin_pb2.LoadRequest(adapter="blue@1"))
     await gateway.engine.until_loads(loaded + 1)
-    gateway.admission.answering.end()
+    await gateway.operations.close()
     assert told(await refused(load)) == ("UNAVAILABLE", "DRAINING")
 
 
