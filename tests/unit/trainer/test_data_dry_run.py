@@ -130,6 +130,9 @@ def test_weights_are_reckoned_as_they_are(recipe, tiny_base):
     assert memory.base_weights == sum(p.numel() * 4 for p in base.model.parameters())
     assert memory.optimizers > 0
     assert memory.adapters == memory.optimizers / 2 * 3  # Weights, a sound copy, gradients.
+    # Of as many predictions as are computed at one time, over a vocabulary that is one block.
+    vocabulary = base.model.config.vocab_size
+    assert memory.logits == min(memory.pack_tokens, 512) * vocabulary * 4
 
 
 def test_packs_of_a_cpu_leave_room_unless_told_otherwise(
