@@ -10,8 +10,9 @@ from datetime import timedelta
 import boto3
 import pytest
 
-from manylora_registry.blobs import copy_verified, open_blob_store, read_verified
+from manylora_registry.blobs import copy_verified, read_verified
 from manylora_registry.errors import BlobStoreError, CorruptBlobError, RegistryLocationError
+from manylora_registry.stores import open_blob_store
 from tests.integration.registry.s3_server import BUCKET, CREDENTIALS, FaultyProxy, s3_server
 
 CONTENT = os.urandom(300_000)

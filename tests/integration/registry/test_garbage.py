@@ -10,7 +10,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import make_url
 
 from manylora_registry import Registry, schema
-from manylora_registry.blobs import BlobStore, open_blob_store
+from manylora_registry.blobs import BlobStore
 from manylora_registry.database import Database
 from manylora_registry.errors import (
     DeletedError,
@@ -18,6 +18,7 @@ from manylora_registry.errors import (
     VersionInUseError,
     VersionNotFoundError,
 )
+from manylora_registry.stores import open_blob_store
 
 NOW = timedelta(0)
 

@@ -14,8 +14,9 @@ from moto.server import ThreadedMotoServer
 from pydantic import TypeAdapter
 
 from manylora_trainer.errors import SourceError
+from manylora_trainer.source_factory import open_source
 from manylora_trainer.source_settings import SourceSettings
-from manylora_trainer.sources import Source, open_source
+from manylora_trainer.sources import Source
 from tests.integration.postgres import start_postgres
 
 ROWS = [{"id": i, "text": f"row {i}"} for i in range(23)]

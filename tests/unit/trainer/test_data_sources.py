@@ -16,8 +16,10 @@ from pydantic import TypeAdapter
 from manylora_registry.errors import ConfigError
 from manylora_trainer import load_recipe
 from manylora_trainer.errors import NoExamplesError, SourceError
+from manylora_trainer.jsonl import JsonLines
+from manylora_trainer.python_source import PythonFunction
+from manylora_trainer.source_factory import open_source
 from manylora_trainer.source_settings import SourceSettings
-from manylora_trainer.sources import JsonLines, PythonFunction, open_source
 
 ROWS = [{"id": i, "text": f"row {i} " + "x" * (i % 7)} for i in range(23)]
 SETTINGS = TypeAdapter(SourceSettings)
@@ -180,7 +182,7 @@ def test_a_long_file_is_not_held_in_memory(tmp_path):
     """A file three times as large as what the process may have."""
     script = """
 import resource, sys
-from manylora_trainer.sources import JsonLines
+from manylora_trainer.jsonl import JsonLines
 import pyarrow
 list(JsonLines([sys.argv[2]]).rows())
 with open("/proc/self/statm") as statm:

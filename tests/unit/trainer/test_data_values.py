@@ -9,8 +9,8 @@ from pydantic import TypeAdapter
 
 import manylora_trainer
 from manylora_trainer.errors import SourceError
+from manylora_trainer.source_factory import open_source
 from manylora_trainer.source_settings import SourceSettings
-from manylora_trainer.sources import open_source
 from tests.unit.trainer.conftest import words, write_rows
 
 SETTINGS = TypeAdapter(SourceSettings)

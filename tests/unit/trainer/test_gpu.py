@@ -13,12 +13,13 @@ from torch import distributed
 
 import manylora_trainer
 from manylora_registry.base import identify_base
+from manylora_trainer.adapter import Adapter
 from manylora_trainer.adapter_settings import Lora
 from manylora_trainer.base_model import BaseModel
 from manylora_trainer.errors import DeviceMemoryError, RunInterruptedError
 from manylora_trainer.interruption import Signals
 from manylora_trainer.loop import nobody, train_run
-from manylora_trainer.lora import Adapter, Routing, attach
+from manylora_trainer.lora import Routing, attach
 from manylora_trainer.memory import Footprint
 from manylora_trainer.objectives import MeanCrossEntropy, losses_by_adapter, sums_by_example
 from manylora_trainer.packing import Batch, pack_batches

@@ -5,11 +5,12 @@ import pytest
 import torch
 from torch import nn
 
+from manylora_trainer.adapter import Adapter
 from manylora_trainer.adapter_settings import Lora
 from manylora_trainer.base_model import BaseModel
 from manylora_trainer.dropout import keep_mask, layer_key, token_keys
 from manylora_trainer.head import head_loss
-from manylora_trainer.lora import Adapter, Routing, attach
+from manylora_trainer.lora import Routing, attach
 from manylora_trainer.objectives import MeanCrossEntropy, losses_by_adapter, sums_by_example
 from manylora_trainer.packing import Batch, Range, pack_batches
 from manylora_trainer.tokenization import Example

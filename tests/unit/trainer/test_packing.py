@@ -7,9 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from manylora_registry import identify_base
+from manylora_trainer.adapter import Adapter
 from manylora_trainer.adapter_settings import Lora
 from manylora_trainer.base_model import BaseModel
-from manylora_trainer.lora import Adapter, Routing, attach
+from manylora_trainer.lora import Routing, attach
 from manylora_trainer.packing import Batch, pack_batches
 from manylora_trainer.targets import linears_of
 from manylora_trainer.tokenization import Example

@@ -1,7 +1,7 @@
 """Content-addressed bytes: a blob is found by the sha256 of its content and never changes.
 
-`local_store` keeps them in a directory, `s3_store` in a bucket. In both a blob that can be seen is
-whole, and a blob that was acknowledged survives a power cut.
+In every store a blob that can be seen is whole, and a blob that was acknowledged survives a power
+cut.
 """
 
 import contextlib
@@ -20,9 +20,8 @@ from datetime import timedelta
 from io import BufferedIOBase
 from pathlib import Path
 from typing import Protocol
-from urllib.parse import unquote, urlsplit
 
-from manylora_registry.errors import BlobStoreError, CorruptBlobError, RegistryLocationError
+from manylora_registry.errors import BlobStoreError, CorruptBlobError
 
 Progress = Callable[[str, int, int], None]
 """Is told what is being done with blobs, with how many it is done, and of how many."""
@@ -109,35 +108,6 @@ class BlobStore(BlobSource, Protocol):
     def sweep(self, unused: timedelta) -> int:
         """Removes what publishers that died that long ago left behind; how many there were."""
         ...
-
-
-def open_blob_store(url: str) -> BlobStore:
-    """The store at `file:///DIRECTORY` or `s3://BUCKET[/PREFIX]`.
-
-    Credentials, region and endpoint of S3 come from where boto3 looks for them:
-    `AWS_ACCESS_KEY_ID`, `AWS_ENDPOINT_URL`, `~/.aws/config` …
-
-    Raises:
-        RegistryLocationError: `url` is neither, or S3 is not installed.
-    """
-    parts = urlsplit(url)
-    if parts.scheme == "file" and not parts.netloc and parts.path.startswith("/"):
-        from manylora_registry.local_store import LocalBlobStore
-
-        return LocalBlobStore(Path(unquote(parts.path)))
-    # Credentials do not belong in it, and errors would repeat them.
-    plain = not ("@" in parts.netloc or parts.query or parts.fragment)
-    if parts.scheme == "s3" and parts.netloc and plain:
-        try:
-            from manylora_registry.s3_store import S3BlobStore
-        except ModuleNotFoundError as error:
-            raise RegistryLocationError(
-                "blobs in a bucket need boto3: install manylora-registry[s3]"
-            ) from error
-        return S3BlobStore(parts.netloc, parts.path.strip("/"))
-    raise RegistryLocationError(
-        "the URL of the registry's blobs must be file:///DIRECTORY or s3://BUCKET/PREFIX"
-    )
 
 
 @contextlib.contextmanager

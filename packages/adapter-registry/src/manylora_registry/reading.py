@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import Self
 
 from manylora_registry.aliases import Aliases
-from manylora_registry.blobs import BlobStore, open_blob_store
+from manylora_registry.blobs import BlobStore
 from manylora_registry.cache import Cache
 from manylora_registry.catalog import Catalog
 from manylora_registry.database import Database
@@ -21,6 +21,7 @@ from manylora_registry.query import find_versions
 from manylora_registry.reference import AdapterReference, check_adapter_name
 from manylora_registry.rows import require_served
 from manylora_registry.signatures import Signatures
+from manylora_registry.stores import open_blob_store
 from manylora_registry.version import (
     Adapter,
     Alias,

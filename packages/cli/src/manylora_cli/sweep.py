@@ -8,7 +8,7 @@ import typer
 from manylora_cli.output import print_json, print_table, shown, spoken
 
 if TYPE_CHECKING:
-    from manylora_trainer.sweep import SweepResult
+    from manylora_trainer.trials import SweepResult
 
 
 def sweep(

@@ -17,8 +17,7 @@ from manylora_client import (
     Generation,
     Usage,
 )
-from manylora_evaluator.judge.cache import content_key
-from manylora_evaluator.kept import KeptAnswer, KeptAnswers
+from manylora_evaluator.kept import KeptAnswer, KeptAnswers, content_key
 from manylora_evaluator.rows import Row
 from manylora_evaluator.suite import Task
 

@@ -1,12 +1,15 @@
 """Answers on disk as they come, so that an evaluation that was broken off can go on."""
 
 import fcntl
+import hashlib
+import json
 import logging
 import os
 import shutil
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from pydantic import BaseModel, ValidationError
 
@@ -15,6 +18,12 @@ from manylora_evaluator.errors import ResultsError
 
 LOG = logging.getLogger(__name__)
 NAME = "answers.jsonl"
+
+
+def content_key(parts: Mapping[str, Any]) -> str:
+    """The hexadecimal sha256 of `parts` as canonical JSON."""
+    text = json.dumps(parts, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 class KeptAnswer(BaseModel, frozen=True):

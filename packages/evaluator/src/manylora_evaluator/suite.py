@@ -7,7 +7,7 @@ from typing import Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from manylora_evaluator.judge.settings import GatewayModel, JudgeModel, OpenAIModel
+from manylora_evaluator.judge_settings import GatewayModel, JudgeModel, OpenAIModel
 from manylora_evaluator.references import Reference
 from manylora_evaluator.row_settings import Prompt, RowSource
 from manylora_evaluator.scorer_settings import JudgeSettings, PairwiseSettings, ScorerSettings

@@ -19,7 +19,8 @@ from manylora_trainer.formats import Rendered
 from manylora_trainer.items import I, Preparation, R, Rendering
 from manylora_trainer.preference import PairPreparation
 from manylora_trainer.recipe import Task
-from manylora_trainer.sources import Row, Source, open_source
+from manylora_trainer.source_factory import open_source
+from manylora_trainer.sources import Row, Source
 from manylora_trainer.tokenization import ChatPreparation, ChatTokenizer
 
 Part = Literal["train", "validation", "held_out"]

@@ -27,7 +27,7 @@ from manylora_trainer.estimates import (
 from manylora_trainer.memory import trained_parameters
 from manylora_trainer.positions import within_positions
 from manylora_trainer.recipe import Recipe, Task
-from manylora_trainer.sources import open_source
+from manylora_trainer.source_factory import open_source
 from manylora_trainer.targets import linears_of, targets_of
 from manylora_trainer.tokenization import ChatTokenizer, Example
 

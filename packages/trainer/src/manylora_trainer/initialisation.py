@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from manylora_trainer.adapter import Adapter
 from manylora_trainer.base_model import BaseModel
 from manylora_trainer.frozen import dense_weight
-from manylora_trainer.lora import Adapter, frozen_linear
+from manylora_trainer.lora import frozen_linear
 from manylora_trainer.packing import Batch, pack_batches
 
 OVERSAMPLING = 16

@@ -29,21 +29,12 @@ from manylora_trainer.frozen import dense_weight
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from manylora_trainer.lora import LoraMatrices
+    from manylora_trainer.adapter import LoraMatrices
     from manylora_trainer.packing import Range
 
 MAX_STACKED_RANK = 256
 """Ranks that stand side by side. Blanked products cost nothing while reading the activations takes
 longer than they do, which on today's GPUs is up to about here."""
-
-
-@dataclass
-class Working:
-    """One adapter's weights as products take them: in the base's dtype, B times its scaling."""
-
-    flat: Tensor
-    matrices: dict[str, tuple[Tensor, Tensor]]
-    """A [rank, in] and B [out, rank] of each layer; views into `flat`."""
 
 
 @dataclass

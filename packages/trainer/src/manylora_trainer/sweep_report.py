@@ -7,8 +7,8 @@ from manylora_trainer.dotted import rounded
 from manylora_trainer.pages import write_page
 from manylora_trainer.plots import plot_parallel
 from manylora_trainer.saved_runs import read_run
-from manylora_trainer.sweep import SweepResult, Trial
 from manylora_trainer.sweep_settings import Range, Sweep
+from manylora_trainer.trials import SweepResult, Trial
 
 REPORT_FILE = "report.html"
 

@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 
+from manylora_trainer.adapter import Adapter
 from manylora_trainer.base_model import BaseModel
 from manylora_trainer.dataset import TaskData
 from manylora_trainer.dropout import step_key
 from manylora_trainer.formats import Rendered
 from manylora_trainer.full import BaseWeights
 from manylora_trainer.initialisation import start_from_data, start_from_weights
-from manylora_trainer.lora import Adapter
 from manylora_trainer.optimizer import make_optimizer
 from manylora_trainer.packing import Batch
 from manylora_trainer.recipe import Task

@@ -1,13 +1,10 @@
 """Verdicts kept on disk by what was asked."""
 
-import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -15,12 +12,6 @@ from manylora_evaluator.errors import JudgeError
 from manylora_evaluator.judge.model import Completion
 
 _COMPLETION = TypeAdapter(Completion)
-
-
-def content_key(parts: Mapping[str, Any]) -> str:
-    """The hexadecimal sha256 of `parts` as canonical JSON."""
-    text = json.dumps(parts, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 class Cache:

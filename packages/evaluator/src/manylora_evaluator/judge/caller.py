@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 
 from manylora_evaluator.errors import AttemptError, JudgeRefusesError, NoVerdictError
-from manylora_evaluator.judge.cache import Cache, content_key
+from manylora_evaluator.judge.cache import Cache
 from manylora_evaluator.judge.model import Chat, Completion, Model
-from manylora_evaluator.judge.settings import JudgeModel
+from manylora_evaluator.judge_settings import JudgeModel
 from manylora_evaluator.judgements import JudgeUsage
+from manylora_evaluator.kept import content_key
 
 LONGEST_WAIT_S = 60.0
 LOG = logging.getLogger(__name__)

@@ -22,7 +22,7 @@ from manylora_client import (
     UnavailableError,
 )
 from manylora_evaluator.errors import AttemptError
-from manylora_evaluator.judge.settings import GatewayModel, JudgeModel, OpenAIModel
+from manylora_evaluator.judge_settings import GatewayModel, JudgeModel, OpenAIModel
 
 Chat: TypeAlias = Sequence[Mapping[str, str]]
 
