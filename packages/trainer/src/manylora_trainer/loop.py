@@ -15,13 +15,11 @@ import torch
 import transformers
 
 from manylora_registry.base import identify_base
-from manylora_trainer.adapter_files import InitialAdapter, read_initial, save_adapter
+from manylora_trainer.adapter_files import InitialAdapter, read_initial
 from manylora_trainer.base_model import BaseModel
-from manylora_trainer.cards import adapter_card
-from manylora_trainer.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from manylora_trainer.checkpoint import load_checkpoint
 from manylora_trainer.dataset import TaskData, load_task, require_validation
 from manylora_trainer.durable import stating_storage_faults
-from manylora_trainer.environment import peak_memory_bytes
 from manylora_trainer.errors import (
     DataError,
     InitialAdapterError,
@@ -35,7 +33,6 @@ from manylora_trainer.interruption import Interruption
 from manylora_trainer.lora import require_linear_layers
 from manylora_trainer.memory import Footprint, dtype_of, stating_memory_faults
 from manylora_trainer.metrics_file import NoMetrics
-from manylora_trainer.plots import plot_curves
 from manylora_trainer.positions import within_positions
 from manylora_trainer.progress import Watch
 from manylora_trainer.recipe import Recipe, Task
@@ -44,13 +41,12 @@ from manylora_trainer.result import RunResult
 from manylora_trainer.run_directory import (
     RunDirectory,
     begin_run,
-    end_run,
     has_ended,
     now,
     open_run,
     run_result,
-    update_run,
 )
+from manylora_trainer.run_writer import RunWriter
 from manylora_trainer.targets import Shapes, linears_of, targets_of
 from manylora_trainer.tokenization import ChatTokenizer
 from manylora_trainer.trainee import Trainee
@@ -174,7 +170,6 @@ def train_run(
                     watch.say,
                 )
         workers.wait()
-        run = directory.read_run() or {}
         if footprint.recomputes:
             base.recompute_layers()
         trainees = Trainees(
@@ -199,7 +194,6 @@ def train_run(
                 _check_steps(path, trainee, first)
             elif (start := initial.get(trainee.name)) is not None:
                 trainee.go_on_from(start.tensors)
-                run["tasks"][trainee.name]["init_from"] = start.digest
             elif trainee.task.lora.init_from is not None:
                 raise InitialAdapterError(
                     f"task {trainee.name}: {trainee.task.lora.init_from} is gone, and no "
@@ -209,57 +203,26 @@ def train_run(
                 trainee.start(base)
         # Only now: PiSSA starts from whole weights.
         workers.share(base.decoder)
-        run["kind"] = recipe.kind
-        progress = {trainee.name: trainee.progress for trainee in trainees}
-
-        def save(done: int) -> None:
-            if not writes:
-                return
-            tensors = {name: tensor for t in trainees for name, tensor in t.state().items()}
-            save_checkpoint(
-                directory.checkpoints,
-                Checkpoint(done, metrics.sync(), progress, tensors),
-                training.keep_checkpoints,
-            )
-            update_run(directory, run, progress)
-
-        def save_weights(place: Path, trainee: Trainee) -> int:
-            if not writes:
-                return 0
-            if trainee.whole is not None:
-                return trainee.whole.save(place / trainee.name, recipe.base)
-            return save_adapter(
-                place / trainee.name,
-                trainee.adapter.tensors(),
-                trainee.task,
-                trainee.targets,
-                identity.fingerprint,
-                adapter_card(
-                    trainee.task,
-                    identity.fingerprint,
-                    run["tasks"][trainee.name]["data_fingerprint"],
-                    trainee.progress.metrics,
-                ),
-            )
+        writer = RunWriter(directory, recipe, identity, trainees, metrics, writes=writes)
+        if checkpoint is None:
+            writer.went_on_from({name: start.digest for name, start in initial.items()})
 
         with (
             stating_storage_faults(path, how_to_resume),
             stating_memory_faults(pack_tokens, how_to_resume),
             trainees.prepared_ahead(),
         ):
-            metrics.cut(0 if checkpoint is None else checkpoint.metrics_bytes)
-            if writes:
-                update_run(directory, run, progress)
+            writer.start(0 if checkpoint is None else checkpoint.metrics_bytes)
             if checkpoint is None and initial:
                 # From here on a resume needs none of the adapters that the tasks go on from.
-                save(0)
+                writer.checkpoint(0)
             watch.start({name: task.steps for name, task in data.items()}, first)
             for step in range(first, last):
                 try:
                     reports = trainees.train_step(step)
                 except DataError as error:
                     # Nothing was drawn or changed: the steps before it are whole.
-                    save(step)
+                    writer.checkpoint(step)
                     # Where nothing fits the recipe has to change, which no resume takes up.
                     if not isinstance(error, NoExamplesError):
                         watch.say(
@@ -270,61 +233,91 @@ def train_run(
                 if not reports:
                     break
                 done = step + 1
-                speed = next(iter(reports.values())).tokens_per_s
-                for name, report in reports.items():
-                    if progress[name].stopped is None:
-                        metrics.write(_metrics_line(done, name, report))
-                watch.step(done, {name: report.loss for name, report in reports.items()}, speed)
                 taking_part = [trainee for trainee in trainees if trainee.name in reports]
-                running = [t for t in taking_part if t.progress.stopped is None]
-                due = done % training.validate_every == 0
-                measured = [t.name for t in running if due or t.data.steps == done]
-                losses = trainees.validate(done, measured)
-                validated = {n: loss for n, loss in losses.items() if progress[n].stopped is None}
-                for name, loss in validated.items():
-                    metrics.write({"step": done, "task": name, "validation_loss": loss})
-                    watch.validated(name, loss)
-                ahead = {
-                    t.name for t in running if t.data.steps > done and not t.progress.ended_early
-                }
-                compared = {name: loss for name, loss in validated.items() if name in ahead}
-                for name, why in judge(done, compared).items():
-                    progress[name].stopped = why
-                for name in measured:
-                    cursor = progress[name].cursor
-                    if cursor.overlong_dropped or cursor.overlong_truncated:
-                        counts = {
-                            "overlong_dropped": cursor.overlong_dropped,
-                            "overlong_truncated": cursor.overlong_truncated,
-                        }
-                        metrics.write({"step": done, "task": name, **counts})
-                for trainee in taking_part:
-                    name, went = trainee.name, trainee.progress
-                    if went.stopped is not None:
-                        trainee.retreat()
-                        save_weights(directory.path / "stopped", trainee)
-                        metrics.write({"step": done, "task": name, "stopped": went.stopped})
-                        watch.say(f"{name} stops at {went.stopped}; the others go on")
-                    elif went.ended_early or trainee.data.steps == done:
-                        if went.ended_early:
-                            metrics.write({"step": done, "task": name, "ended": went.ended_early})
-                            watch.say(f"{name} ends well at {went.ended_early}")
-                        trainee.settle()
-                        # Before the checkpoint that counts it as done, so that no resume misses it.
-                        went.size_bytes = save_weights(directory.adapters, trainee)
+                _report(done, taking_part, reports, writer, watch)
+                every = training.validate_every
+                _validate(done, trainees, taking_part, every, judge, writer, watch)
+                _let_go(done, taking_part, writer, watch)
                 stop = workers.agreed(interruption.signal)
                 if stop or done % training.checkpoint_every == 0:
-                    save(done)
+                    writer.checkpoint(done)
                 if stop and done < last:
                     raise RunInterruptedError(
                         f"stopped by {stop} after step {done} of {last}, and a checkpoint was "
                         f"written; go on with: {how_to_resume}"
                     )
-            if writes:
-                plot_curves(directory.metrics, directory.curves)
-                end_run(directory, run, progress)
+            writer.end()
         workers.wait()
         return run_result(directory)
+
+
+def _report(
+    done: int,
+    trainees: Sequence[Trainee],
+    reports: Mapping[str, StepReport],
+    writer: RunWriter,
+    watch: Watch,
+) -> None:
+    """Tells what a step came to."""
+    for trainee in trainees:
+        if trainee.progress.stopped is None:
+            writer.step(done, trainee, reports[trainee.name])
+    speed = next(iter(reports.values())).tokens_per_s
+    watch.step(done, {name: report.loss for name, report in reports.items()}, speed)
+
+
+def _validate(
+    done: int,
+    trainees: Trainees,
+    taking_part: Sequence[Trainee],
+    every: int,
+    judge: Judge,
+    writer: RunWriter,
+    watch: Watch,
+) -> None:
+    """Measures the adapters that are due, and stops those that the judge has leave."""
+    running = [trainee for trainee in taking_part if trainee.progress.stopped is None]
+    measured = [t for t in running if done % every == 0 or t.data.steps == done]
+    losses = trainees.validate(done, [trainee.name for trainee in measured])
+    compared: dict[str, float] = {}
+    for trainee in measured:
+        progress = trainee.progress
+        if trainee.name not in losses or progress.stopped is not None:
+            continue
+        loss = losses[trainee.name]
+        writer.note(done, trainee, validation_loss=loss)
+        watch.validated(trainee.name, loss)
+        if trainee.data.steps > done and not progress.ended_early:
+            compared[trainee.name] = loss
+    leaving = judge(done, compared)
+    for trainee in measured:
+        if trainee.name in leaving:
+            trainee.progress.stopped = leaving[trainee.name]
+        cursor = trainee.progress.cursor
+        if cursor.overlong_dropped or cursor.overlong_truncated:
+            writer.note(
+                done,
+                trainee,
+                overlong_dropped=cursor.overlong_dropped,
+                overlong_truncated=cursor.overlong_truncated,
+            )
+
+
+def _let_go(done: int, trainees: Sequence[Trainee], writer: RunWriter, watch: Watch) -> None:
+    """Keeps the weights of those whose last step this was, before a checkpoint counts them done."""
+    for trainee in trainees:
+        name, progress = trainee.name, trainee.progress
+        if progress.stopped is not None:
+            trainee.retreat()
+            writer.stopped(trainee)
+            writer.note(done, trainee, stopped=progress.stopped)
+            watch.say(f"{name} stops at {progress.stopped}; the others go on")
+        elif progress.ended_early or trainee.data.steps == done:
+            if progress.ended_early:
+                writer.note(done, trainee, ended=progress.ended_early)
+                watch.say(f"{name} ends well at {progress.ended_early}")
+            trainee.settle()
+            writer.finished(trainee)
 
 
 def _initial_adapters(
@@ -379,19 +372,3 @@ def _describe(task: Task, data: TaskData[Rendered, Any]) -> str:
     if data.overlong_truncated:
         text += f"; cut {data.overlong_truncated} to {task.max_length} tokens"
     return text
-
-
-def _metrics_line(step: int, name: str, report: StepReport) -> dict[str, Any]:
-    return {
-        "step": step,
-        "task": name,
-        "loss": report.loss,
-        "tokens": report.tokens,
-        "trained_tokens": report.trained_tokens,
-        "computed_tokens": report.computed_tokens,
-        "tokens_per_s": round(report.tokens_per_s, 1),
-        "grad_norm": report.grad_norm,
-        "lr": report.lr,
-        **report.preference,
-        "peak_memory_bytes": peak_memory_bytes(),
-    }
