@@ -69,7 +69,7 @@ async def _answering(
         set_call(replace(current_call(), deadline=time.monotonic() + remaining_s))
     deadline = asyncio.timeout(remaining_s)
     try:
-        async with deadline, core.until_cut_off():
+        async with deadline, core.answering.around():
             context.set_trailing_metadata(((REQUEST_ID_KEY, request_id),))
             yield request_id
     except grpc.aio.InternalError:
