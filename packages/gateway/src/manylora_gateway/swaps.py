@@ -99,7 +99,7 @@ class Swaps:
                     "the registry is not the one it was, as after a restore: all is looked at again"
                 )
                 self._start_over()
-                continue
+                events = []
             except Exception as error:
                 if readable:
                     logger.warning("the registry cannot be read, serving goes on: %s", error)
