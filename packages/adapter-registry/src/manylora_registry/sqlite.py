@@ -78,9 +78,14 @@ class Sqlite:
         """Has the pool open the file anew where another has taken its place, as at a restore.
 
         A connection goes on with the file it opened, wherever that is now.
+
+        Raises:
+            sqlite3.OperationalError: there is no file any more.
         """
         now = self._identity()
-        if now is not None and now != record.info["file"]:
+        if now is None:
+            raise sqlite3.OperationalError("its file is gone")
+        if now != record.info["file"]:
             raise DisconnectionError("the database's file was replaced")
 
     def _identity(self) -> tuple[int, int] | None:
