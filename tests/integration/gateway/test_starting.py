@@ -19,6 +19,21 @@ from manylora_gateway.serve import serve
 
 serve(Path(sys.argv[1]), (), lambda base, config, gpus: os.kill(os.getpid(), signal.SIGKILL))
 """
+# What vLLM says of an engine process of its own that was killed before it could say anything.
+LOSES_A_PROCESS = """
+import sys
+from pathlib import Path
+from manylora_gateway.serve import serve
+
+def make_engine(base, config, gpus):
+    raise RuntimeError(
+        "Engine core initialization failed. See root cause above. "
+        "Failed core proc(s): {'EngineCore': -9}"
+    )
+
+serve(Path(sys.argv[1]), (), make_engine)
+"""
+KILLED = "The engine did not start: its process was killed, as where memory runs out"
 
 
 @pytest.mark.parametrize(
@@ -28,9 +43,10 @@ serve(Path(sys.argv[1]), (), lambda base, config, gpus: os.kill(os.getpid(), sig
             ["-m", "manylora_cli", "serve", "--set=engine.gpus=16", "--set=engine.replicas=16"],
             "engine.gpus: 16 replica(s) with 16 GPU(s) each need 256; here there are ",
         ),
-        (["-c", DIES], "The engine did not start: its process was killed, as where memory runs "),
+        (["-c", DIES], KILLED),
+        (["-c", LOSES_A_PROCESS], KILLED),
     ],
-    ids=["lacks GPUs", "is killed"],
+    ids=["lacks GPUs", "is killed", "loses a process"],
 )
 def test_a_gateway_whose_engine_cannot_be_says_why_and_ends(
     tmp_path: Path,

@@ -44,7 +44,8 @@ STATE_TIMEOUT_S = 5.0
 ATTACH_POLL_S = 1.0
 GIVEN_UP_GRACE_S = 2.0
 SLOW_START = re.compile("timed out during startup|Timed out waiting for file")
-DIED = "ActorDiedError"
+DIED = re.compile(r"ActorDiedError|Failed core proc\(s\): .*: -\d")
+"""What Serve keeps of a replica that a signal ended, and vLLM of its engine process."""
 ENGINE_ERROR = re.compile(r"^\(EngineCore.*\] (\w*(?:Error|Exception): .+)$", re.MULTILINE)
 
 
@@ -345,8 +346,9 @@ def _cause(error: Exception, scratch: Path) -> str:
         return _last_line(str(error))
     texts = [deployment.message for deployment in deployments if deployment.message]
     told = _last_line(texts[0] if texts else str(error))
-    # All that Serve keeps of a process that was killed.
-    return "its process was killed, as where memory runs out, or crashed" if DIED in told else told
+    if DIED.search(told):
+        return "its process was killed, as where memory runs out, or crashed"
+    return told
 
 
 def _last_line(text: str) -> str:
