@@ -116,6 +116,8 @@ def test_a_change_for_the_worse_changes_nothing_and_is_said_once(
         ((SEARCH.replace("sha256:", ""),), "tokens.0"),
         (("\n  - {name: idle, certificates: [x]}",), "adapters"),
         ((SEARCH + "    rolls: [admin]\n",), "rolls"),
+        ((SEARCH.replace("_second: 100", "_second: 1e-300"),), "tokens_per_second: .* 0.001"),
+        ((SEARCH.replace("_second: 100", "_second: .inf"),), "tokens_per_second: .* finite"),
     ],
 )
 def test_mistakes_are_named(tmp_path: Path, entries: tuple[str, ...], complaint: str) -> None:

@@ -64,6 +64,22 @@ async def test_a_connection_without_a_whole_request_is_closed(sent: bytes) -> No
     await server.stop()
 
 
+async def test_nobody_is_let_in_over_http_before_there_is_an_answer() -> None:
+    first = HttpServer("127.0.0.1:0", "listen.http")
+    second = HttpServer(first.address, "listen.http")
+    host, _, port = first.address.partition(":")
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection((host, int(port)), timeout=60)
+    await first.start(probes(lambda: True), stall_s=60)
+    async with httpx.AsyncClient(timeout=60) as http:
+        assert (await http.get(f"http://{first.address}/health")).status_code == 200
+    # Both began at the same time.
+    with pytest.raises(StartError, match=f"listen.http: {first.address}"):
+        await second.start(probes(lambda: True), stall_s=60)
+    await second.stop()
+    await first.stop()
+
+
 async def test_two_gateways_do_not_share_a_port() -> None:
     first = Front(ListenConfig(inference="127.0.0.1:0", admin="127.0.0.1:0"))
     with pytest.raises(StartError):

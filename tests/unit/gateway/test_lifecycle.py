@@ -181,6 +181,7 @@ class Ended:
 
     async def abort(self, *_arguments: object) -> None:
         self.aborted = True
+        raise grpc.aio.InternalError("Failed to execute a batch.")
 
 
 async def test_a_call_that_ended_is_no_incident(
@@ -192,6 +193,17 @@ async def test_a_call_that_ended_is_no_incident(
     assert not context.aborted
     assert not warnings(caplog)
     assert gateway.admission.inside == 0
+
+
+async def test_an_error_of_a_call_that_ended_is_no_incident(
+    gateway: RunningGateway, caplog: pytest.LogCaptureFixture
+) -> None:
+    context = Ended()
+    servicer = InferenceServicer(gateway.core, Requests(Limits(LimitsConfig(), MAX_CONTEXT)))
+    asked = pb.GenerateRequest(adapter="nobody", text="hi")
+    await servicer.Generate(asked, cast("Any", context))
+    assert context.aborted
+    assert not warnings(caplog)
 
 
 async def test_a_client_that_reads_nothing_loses_its_place(

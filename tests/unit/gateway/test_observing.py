@@ -492,12 +492,10 @@ async def test_a_request_is_one_json_line_that_keeps_its_text_to_itself(
 async def test_references_keep_their_meaning_without_the_registry_for_a_stated_time(
     served: dict[str, Version],
     start: Start,
-    registry: Registry,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     clock = Clock()
     async with start(max_stale_s=3, clock=clock) as gateway:
-        registry.close()
         moved = gateway.registry_location.rename(gateway.registry_location.with_name("away"))
         await until(lambda: "the registry cannot be read" in caplog.text)
         clock.now = 3

@@ -546,6 +546,21 @@ def test_the_log_says_how_long_a_certificate_is_valid(
     assert (said.levelno == logging.WARNING) == ("refuse" in told_of)
 
 
+def test_files_that_are_not_used_are_told_of_by_what_is_wrong_alone(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    authority = Authority(tmp_path)
+    pair = authority.server()
+    trusted = tmp_path / "trusted.pem"
+    trusted.write_bytes(authority.certificate.read_bytes())
+    tls = ServerTls(TlsConfig(certificate=pair.certificate, key=pair.key, client_ca=trusted))
+    caplog.set_level(logging.INFO, "manylora_gateway")
+    trusted.write_text("no certificate")
+    tls.end()
+    (said,) = caplog.messages
+    assert "TLS as before" in said
+
+
 async def test_metrics_tell_when_the_certificate_ends(
     served: dict[str, Version], start: Start, tmp_path: Path
 ) -> None:

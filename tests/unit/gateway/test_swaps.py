@@ -13,6 +13,7 @@ from manylora.inference.v1 import inference_pb2 as pb
 from manylora_gateway.config import EngineConfig
 from manylora_gateway.errors import YankedAdapterError
 from manylora_registry import Adapter, AdapterReference, Registry, Version
+from manylora_registry.transfer import copy_registry
 from tests.unit.gateway.conftest import Publish, Start
 from tests.unit.gateway.in_process import OTHER_BASE, RunningGateway, publish, running_gateway
 from tests.unit.gateway.test_errors import refused, told
@@ -240,6 +241,32 @@ async def test_a_rollout_ends_with_a_version_it_needs(
         while (await stream(gateway, "red"))[0] == 2:
             pass
     assert (await stream(gateway, "red"))[0] == 1
+
+
+async def test_a_registry_that_was_restored_is_followed(
+    gateway: RunningGateway, registry: Registry, published: Publish, tmp_path: Path
+) -> None:
+    published("red", 5)
+    with Registry.open(tmp_path / "backup") as backup:
+        copy_registry(registry, backup)
+    lost = published("red", 6)
+    for number in (2, 3):
+        registry.set_alias("red", "production", number)
+        await gateway.until_serving("red@production", number)
+    assert (await stream(gateway, "red@3"))[1] == lost.engine_name
+
+    gateway.registry_location.rename(tmp_path / "lost")
+    (tmp_path / "backup").rename(gateway.registry_location)
+    await gateway.until_serving("red@production", 1)
+    again = published("red", 7)
+    assert again.number == lost.number
+    assert (await stream(gateway, "red@3"))[1] == again.engine_name
+    # Numbered as what happened before the restore, and so no news to who goes by the number alone.
+    registry.yank("green@1")
+    entry = await gateway.until_failed("green@production")
+    assert not entry.HasField("serving")
+    registry.set_alias("red", "production", 2)
+    await gateway.until_serving("red@production", 2)
 
 
 async def test_a_rollback_is_a_swap(

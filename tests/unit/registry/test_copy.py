@@ -152,3 +152,22 @@ def test_what_is_collected_meanwhile_is_left_out(filled, target):
 
     assert target.find("spelling@2").collected
     assert everything(target) == everything(filled)
+
+
+def test_whoever_has_a_registry_open_reads_the_copy_that_takes_its_place(
+    tmp_path, base, make_adapter
+):
+    with Registry.open(tmp_path / "registry") as opened:
+        opened.publish("spelling", make_adapter(0), base=base)
+        with Registry.open(tmp_path / "backup") as backup:
+            copy_registry(opened, backup)
+        lost = opened.publish("spelling", make_adapter(1), base=base)
+        assert opened.find("spelling@2").digest == lost.digest
+
+        (tmp_path / "registry").rename(tmp_path / "lost")
+        (tmp_path / "backup").rename(tmp_path / "registry")
+
+        assert [version.number for version in opened.versions("spelling")] == [1]
+        again = opened.publish("spelling", make_adapter(2), base=base)
+        assert again.number == lost.number
+        assert opened.find("spelling@2").digest == again.digest

@@ -58,8 +58,9 @@ class Catalog:
 
     def __init__(self, database: Database) -> None:
         self._database = database
-        self._seen: dict[int, tuple[int, Version]] = {}
-        """Versions read before, with the revision they had: it counts their changes."""
+        self._seen: dict[int, tuple[Row[Any], Version]] = {}
+        """Versions read before, with the rows they had: `revision` in them counts their changes.
+        In a database that was restored the same number may count others."""
 
     def add(
         self, name: str, digest: str, manifest: Manifest, description: Description, lease: str
@@ -103,12 +104,12 @@ class Catalog:
         """
         with self._database.read() as connection:
             row = find_row(connection, reference)
-            revision, version = self._seen.get(row.id, (-1, None))
-            if version is None or revision != row.revision:
+            before, version = self._seen.get(row.id, (None, None))
+            if version is None or before != row:
                 (version,) = read_versions(connection, [row.id])
                 if len(self._seen) >= CACHED_VERSIONS:
                     self._seen.clear()
-                self._seen[row.id] = (row.revision, version)
+                self._seen[row.id] = (row, version)
             return version
 
     def adapters(self, limit: int | None, after: str | None) -> list[Adapter]:

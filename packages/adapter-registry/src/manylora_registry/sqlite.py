@@ -18,6 +18,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy import event
 from sqlalchemy.engine import URL, Connection, Engine
+from sqlalchemy.exc import DisconnectionError
 from sqlalchemy.pool import NullPool
 
 from manylora_registry.errors import RegistryLocationError
@@ -47,6 +48,8 @@ class Sqlite:
                 # Threads of a server read at the same time; none should wait for a connection.
                 max_overflow=-1,
             )
+            event.listen(self.engine, "connect", self._on_open)
+            event.listen(self.engine, "checkout", self._on_checkout)
         event.listen(self.engine, "connect", _on_connect)
         event.listen(self.engine, "begin", _on_begin)
 
@@ -67,6 +70,31 @@ class Sqlite:
         immutable = "" if self._beside("-wal").exists() else "&immutable=1"
         uri = f"{self._file.as_uri()}?mode=ro{immutable}"
         return sqlite3.connect(uri, uri=True, timeout=BUSY_SECONDS, check_same_thread=False)
+
+    def _on_open(self, _connection: Any, record: Any) -> None:
+        record.info["file"] = self._identity()
+
+    def _on_checkout(self, _connection: Any, record: Any, _proxy: Any) -> None:
+        """Has the pool open the file anew where another has taken its place, as at a restore.
+
+        A connection goes on with the file it opened, wherever that is now.
+
+        Raises:
+            sqlite3.OperationalError: there is no file any more.
+        """
+        now = self._identity()
+        if now is None:
+            raise sqlite3.OperationalError("its file is gone")
+        if now != record.info["file"]:
+            raise DisconnectionError("the database's file was replaced")
+
+    def _identity(self) -> tuple[int, int] | None:
+        """Of the file; None while there is none."""
+        try:
+            status = self._file.stat()
+        except OSError:
+            return None
+        return status.st_dev, status.st_ino
 
     def exists(self) -> bool:
         """See `Backend`."""

@@ -22,6 +22,7 @@ from typing import Annotated, Self
 
 from pydantic import Field, StringConstraints, model_validator
 
+from manylora_gateway.config import TokenRate
 from manylora_gateway.errors import UnauthenticatedError
 from manylora_gateway.tenants import Role, Tenant, TenantLimits
 from manylora_registry.config import ConfigModel, load_config
@@ -39,7 +40,7 @@ class LimitsEntry(ConfigModel):
 
     concurrent_requests: int | None = Field(default=None, ge=1)
     """Requests running or queued at once."""
-    tokens_per_second: float | None = Field(default=None, gt=0)
+    tokens_per_second: TokenRate | None = None
     """Prompt and generated tokens, sustained; ten seconds' worth may be spent in one burst."""
     weight: float = Field(default=1.0, gt=0, le=1000)
     """Share of the engine beside other tenants when all of them wait."""

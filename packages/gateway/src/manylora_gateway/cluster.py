@@ -23,7 +23,7 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.schema import ApplicationStatus
 
 from manylora_gateway.application import engine_replicas
-from manylora_gateway.config import GatewayConfig
+from manylora_gateway.config import EngineConfig, GatewayConfig
 from manylora_gateway.deltas import END_GRACE_S, DeltaReceiver, FrontAddress, Inbox
 from manylora_gateway.engine import Delta, Prompt, Sampling
 from manylora_gateway.errors import GatewayError, ReplicaLostError, StartError
@@ -44,6 +44,8 @@ STATE_TIMEOUT_S = 5.0
 ATTACH_POLL_S = 1.0
 GIVEN_UP_GRACE_S = 2.0
 SLOW_START = re.compile("timed out during startup|Timed out waiting for file")
+DIED = re.compile(r"ActorDiedError|Failed core proc\(s\): .*: -\d")
+"""What Serve keeps of a replica that a signal ended, and vLLM of its engine process."""
 ENGINE_ERROR = re.compile(r"^\(EngineCore.*\] (\w*(?:Error|Exception): .+)$", re.MULTILINE)
 
 
@@ -263,6 +265,8 @@ def deploy(
         StartError: an engine did not start.
     """
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
+    if config.ray_address is None:
+        _require_gpus(config.engine)
     try:
         serve.start(
             proxy_location=ProxyLocation.Disabled,
@@ -276,6 +280,22 @@ def deploy(
     except Exception as error:
         raise StartError(f"The engine did not start: {_cause(error, scratch)}") from error
     return handle
+
+
+def _require_gpus(engine: EngineConfig) -> None:
+    """Sees that a Ray of this machine alone, to which nobody adds nodes, has the GPUs asked for.
+
+    Without them it would wait for ever.
+
+    Raises:
+        StartError: it has not.
+    """
+    needed, there = engine.replicas * (engine.gpus or 0), ray.cluster_resources().get("GPU", 0)
+    if needed > there:
+        raise StartError(
+            f"engine.gpus: {engine.replicas} replica(s) with {engine.gpus} GPU(s) each need "
+            f"{needed}; here there are {there:g}"
+        )
 
 
 def attach(application: str) -> "DeploymentHandle[EngineReplica]":
@@ -325,7 +345,10 @@ def _cause(error: Exception, scratch: Path) -> str:
     except Exception:
         return _last_line(str(error))
     texts = [deployment.message for deployment in deployments if deployment.message]
-    return _last_line(texts[0] if texts else str(error))
+    told = _last_line(texts[0] if texts else str(error))
+    if DIED.search(told):
+        return "its process was killed, as where memory runs out, or crashed"
+    return told
 
 
 def _last_line(text: str) -> str:

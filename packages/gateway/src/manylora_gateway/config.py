@@ -26,6 +26,8 @@ def _with_a_port(address: str) -> str:
 
 Address = Annotated[str, AfterValidator(_with_a_port)]
 ConstraintKind = Literal["json_schema", "json_object", "regex", "choice", "grammar"]
+TokenRate = Annotated[float, Field(ge=0.001)]
+"""One token in a quarter of an hour; of still less no client could be told when to come back."""
 AliasName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
 
 
@@ -116,7 +118,7 @@ class AdapterLimits(ConfigModel):
 
     concurrent_requests: int | None = Field(default=None, ge=1)
     """Requests running or waiting at once."""
-    tokens_per_second: float | None = Field(default=None, gt=0)
+    tokens_per_second: TokenRate | None = None
     """Prompt and generated tokens, sustained; ten seconds' worth may be spent in one burst."""
     weight: float = Field(default=1.0, gt=0, le=1000)
     """Share of the engine beside other adapters when all of them wait."""

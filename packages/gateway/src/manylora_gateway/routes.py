@@ -249,9 +249,9 @@ class Routes:
         """An alias moved or a version was withdrawn: what is being read may be old."""
         self._changes += 1
 
-    def forget_fixed(self, name: str) -> None:
-        """Drops what numbers and digests of `name` resolved to: one of them was withdrawn."""
-        for text in [text for text in self._fixed if text.startswith(f"{name}@")]:
+    def forget_fixed(self, prefix: str = "") -> None:
+        """Drops what references to numbers and digests resolved to, of those that begin so."""
+        for text in [text for text in self._fixed if text.startswith(prefix)]:
             del self._fixed[text]
 
     def get(self, key: AliasKey) -> Route | None:
@@ -270,9 +270,9 @@ class Routes:
             route.pending = route.pending_error = None
         return route
 
-    def aliases_of(self, name: str) -> list[AliasKey]:
-        """The followed aliases of an adapter."""
-        return [key for key in self._routes if key[0] == name]
+    def aliases(self, name: str | None = None) -> list[AliasKey]:
+        """The followed aliases, of one adapter or of all."""
+        return [key for key in self._routes if name in (None, key[0])]
 
     def withdraw(self, key: AliasKey, number: int) -> Version | None:
         """Has `key` serve nothing, if it serves version `number`, which it returns then."""

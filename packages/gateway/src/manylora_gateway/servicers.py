@@ -69,15 +69,18 @@ async def _answering(
         set_call(replace(current_call(), deadline=time.monotonic() + remaining_s))
     deadline = asyncio.timeout(remaining_s)
     try:
-        async with deadline, core.until_cut_off():
-            context.set_trailing_metadata(((REQUEST_ID_KEY, request_id),))
-            yield request_id
+        try:
+            async with deadline, core.answering.around():
+                context.set_trailing_metadata(((REQUEST_ID_KEY, request_id),))
+                yield request_id
+        except grpc.aio.InternalError:
+            raise
+        except Exception as error:
+            late = DeadlineError("The deadline passed before the answer was whole.")
+            await abort(context, late if deadline.expired() else error, request_id)
     except grpc.aio.InternalError:
-        # Written to a call that has ended, of which this task hears a moment later.
+        # Said to a call that has ended, of which this task hears a moment later.
         logger.debug("request %s ended while it was answered", request_id)
-    except Exception as error:
-        late = DeadlineError("The deadline passed before the answer was whole.")
-        await abort(context, late if deadline.expired() else error, request_id)
 
 
 class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):

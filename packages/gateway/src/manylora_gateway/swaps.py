@@ -32,6 +32,10 @@ an adapter that is not loaded until all aliases that moved had been followed."""
 logger = logging.getLogger(__name__)
 
 
+class _SetBackError(Exception):
+    """The registry does not have what it had."""
+
+
 class Swaps:
     """Keeps `routes` in step with the registry. Lives on one event loop."""
 
@@ -52,7 +56,7 @@ class Swaps:
         self._moved: dict[AliasKey, asyncio.Event] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._preparing = asyncio.Semaphore(AT_ONCE)
-        self._sequence = 0
+        self._seen: Event | None = None
 
     async def begin(self, warm: int) -> None:
         """Serves the followed aliases as they are, `warm` of them loaded, and goes on following.
@@ -61,8 +65,8 @@ class Swaps:
             RegistryError: the registry cannot be read.
         """
         # Events first, aliases second: what moves in between is seen twice, not missed.
-        while events := await asyncio.to_thread(self._registry.events, self._sequence):
-            self._sequence = events[-1].sequence
+        while events := await asyncio.to_thread(self._news):
+            self._seen = events[-1]
         for adapter in await asyncio.to_thread(self._registry.adapters):
             for alias, target in adapter.targets.items():
                 key = (adapter.name, alias)
@@ -89,7 +93,13 @@ class Swaps:
         readable = True
         while True:
             try:
-                events = await asyncio.to_thread(self._registry.events, self._sequence)
+                events = await asyncio.to_thread(self._news)
+            except _SetBackError:
+                logger.warning(
+                    "the registry is not the one it was, as after a restore: all is looked at again"
+                )
+                self._start_over()
+                events = []
             except Exception as error:
                 if readable:
                     logger.warning("the registry cannot be read, serving goes on: %s", error)
@@ -99,19 +109,43 @@ class Swaps:
                 self._routes.registry_was_read()
             for event in events:
                 self._note(event)
-                self._sequence = event.sequence
+                self._seen = event
             if not events:
                 await asyncio.sleep(self._config.poll_s)
+
+    def _news(self) -> list[Event]:
+        """The events since the last one that was seen.
+
+        Raises:
+            _SetBackError: that one is not there; a registry that was restored numbers what happens
+                from then on as it did before.
+            RegistryError: the registry cannot be read.
+        """
+        seen = self._seen
+        if seen is None:
+            return self._registry.events()
+        events = self._registry.events(seen.sequence - 1)
+        if events[:1] != [seen]:
+            raise _SetBackError
+        return events[1:]
+
+    def _start_over(self) -> None:
+        """Trusts nothing that was read before, and notes every event there is anew."""
+        self._seen = None
+        self._routes.registry_changed()
+        self._routes.forget_fixed()
+        for key in {*self._routes.aliases(), *self._moved}:
+            self._wake(key)
 
     def _note(self, event: Event) -> None:
         if event.kind in ("yanked", "deleted", "alias_moved"):
             self._routes.registry_changed()
         if event.kind in ("yanked", "deleted"):
-            self._routes.forget_fixed(event.name)
+            self._routes.forget_fixed(f"{event.name}@")
             self._displace(self._routes.rollouts.end_with(event.name, event.version))
             # One that is looked up for the first time may be served as it was before.
             looked_up = [key for key in self._moved if key[0] == event.name]
-            for key in {*self._routes.aliases_of(event.name), *looked_up}:
+            for key in {*self._routes.aliases(event.name), *looked_up}:
                 if (withdrawn := self._routes.withdraw(key, event.version)) is not None:
                     logger.warning(
                         "%s: version %d was %s and is served no more",

@@ -119,7 +119,6 @@ class ServerTls:
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         context.set_alpn_protocols(["http/1.1"])
         _load_pair(context, config.certificate, config.key)
-        end = _end(context, config.certificate)
         authority = None
         if config.client_ca is not None:
             _load_certificates(context, config.client_ca)
@@ -134,6 +133,8 @@ class ServerTls:
                 authority = config.client_ca.read_bytes()
         except OSError as error:
             raise _unreadable(error) from error
+        # Last: it logs, and what is wrong with another file is told by itself.
+        end = _end(context, config.certificate)
         pairs = grpc.ssl_server_certificate_configuration([(key, chain)], authority)
         return _Read(stamp, context, pairs, end)
 

@@ -52,13 +52,12 @@ class HttpServer:
         # A port of a server that ended is free at once; two servers never share one.
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
+            # Not listened on yet: clients would be let in, and kept waiting while engines load.
             self._socket.bind((host.strip("[]"), int(port)))
-            self._socket.listen()
         except (OSError, OverflowError) as error:
             self._socket.close()
-            raise StartError(
-                f"{field}: {address} cannot be listened on; is another server there?"
-            ) from error
+            raise _taken(field, address) from error
+        self._field = field
         self.address = f"{host}:{self._socket.getsockname()[1]}"
         self._tls = tls
         self._idle_s = idle_s
@@ -66,7 +65,15 @@ class HttpServer:
         self._serving: asyncio.Task[None] | None = None
 
     async def start(self, app: ASGIApp, stall_s: float) -> None:
-        """Answers from here on; a client that takes nothing for `stall_s` is cut off."""
+        """Answers from here on; a client that takes nothing for `stall_s` is cut off.
+
+        Raises:
+            StartError: another server that started meanwhile has the port.
+        """
+        try:
+            self._socket.listen()
+        except OSError as error:
+            raise _taken(self._field, self.address) from error
         # Only the kernel sees it early: it takes megabytes of an answer that nobody reads. Its
         # connections inherit this, also those that are closed with something left to send.
         self._socket.setsockopt(
@@ -97,6 +104,10 @@ class HttpServer:
             return
         self._server.should_exit = True
         await self._serving
+
+
+def _taken(field: str, address: str) -> StartError:
+    return StartError(f"{field}: {address} cannot be listened on; is another server there?")
 
 
 def _plain_paths(app: ASGIApp) -> ASGIApp:
