@@ -4,6 +4,7 @@ import json
 import os
 import resource
 import shutil
+import tempfile
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -151,6 +152,21 @@ def test_a_directory_in_the_place_of_a_new_blob_is_named(
 
     with pytest.raises(BlobStoreError, match=f"{path.name} is a directory where a blob belongs"):
         registry.publish("spelling", make_adapter(), base=base)
+
+
+def test_blobs_on_another_file_system_than_what_arrives_say_so(
+    registry, base, make_adapter, tmp_path
+):
+    blobs = tmp_path / "registry" / "blobs"
+    here = tmp_path.stat().st_dev
+    others = (Path("/dev/shm"), Path.home(), Path("/tmp"))
+    elsewhere = next(place for place in others if place.stat().st_dev != here)
+    with tempfile.TemporaryDirectory(dir=elsewhere) as directory:
+        blobs.symlink_to(directory)
+
+        with pytest.raises(BlobStoreError, match="incoming and blobs must lie on one file system"):
+            registry.publish("spelling", make_adapter(), base=base)
+    assert registry.adapters() == []
 
 
 def test_what_is_no_file_in_the_place_of_a_blob_is_collected(registry, version, no_file):
