@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from manylora_registry.errors import Problem
+from manylora_registry.json_objects import distinct
 
 HEADER_BYTES = 16 << 20
 TENSORS = 65_536
@@ -55,7 +56,7 @@ def read_header(path: Path) -> tuple[list[Tensor], list[Problem]]:
     if sum(text.count(mark) for mark in (b"[", b"{", b",")) > PARSED_VALUES:
         return [], [Problem(path.name, "is not a safetensors file: its header holds too much")]
     try:
-        header: Any = json.loads(text.decode(), object_pairs_hook=_distinct)
+        header: Any = json.loads(text.decode(), object_pairs_hook=distinct)
     except (ValueError, RecursionError) as error:
         return [], [Problem(path.name, f"is not a safetensors file: its header is wrong: {error}")]
     if not isinstance(header, dict):
@@ -170,10 +171,3 @@ def _is_unicode(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
-
-
-def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a key stands there twice")
-    return found
