@@ -86,18 +86,22 @@ class Journal:
         self._file = stage.state / "promotions" / f"{name}.json"
         self._lock = self._file.with_suffix(".lock")
         self._what = f"{name} on {stage.name}"
+        self.known: Entry | None = None
+        """What was read or kept last: who holds the lock need not believe the file any more."""
 
     def read(self) -> Entry | None:
         """What was begun and is not over."""
         kept = files.read_json(self._file)
         try:
-            return None if kept is None else _ENTRY.validate_python(kept)
+            self.known = None if kept is None else _ENTRY.validate_python(kept)
         except ValidationError as error:
             raise DamagedError(self._file) from error
+        return self.known
 
     def write(self, entry: Entry) -> None:
         """Keeps where it stands."""
         files.write_json(self._file, asdict(entry))
+        self.known = entry
 
     def update(self, entry: Promotion, **changes: Any) -> Promotion:
         """Keeps `entry` with changes; returns that."""
@@ -108,6 +112,7 @@ class Journal:
     def end(self) -> None:
         """It is over."""
         files.remove(self._file)
+        self.known = None
 
     def running(self) -> bool:
         """Whether a process works on it."""
