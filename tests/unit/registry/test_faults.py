@@ -284,6 +284,19 @@ def test_a_disk_too_full_for_a_new_registry_is_one_error(tmp_path):
     Registry.open(tmp_path / "registry").close()
 
 
+def test_a_disk_too_full_to_read_a_registry_says_so(registry, version, tmp_path):
+    registry.close()
+
+    with (
+        no_file_longer_than(100),
+        pytest.raises(DatabaseUnavailableError, match="disk I/O error; make room, then repeat"),
+    ):
+        Registry.open(tmp_path / "registry")
+
+    with Registry.open(tmp_path / "registry") as opened:
+        assert opened.find("spelling@1") == version
+
+
 def test_a_database_sqlite_cannot_write_beside_says_what_it_needs(registry, tmp_path):
     registry.close()
     (tmp_path / "registry" / "registry.sqlite-wal").mkdir()
