@@ -6,9 +6,13 @@ import os
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from pydantic import TypeAdapter
 
 from deploy.stages.errors import DamagedError, UnwritableError
+
+Content = TypeVar("Content")
 
 
 def write_json(file: Path, content: dict[str, Any]) -> None:
@@ -32,14 +36,14 @@ def write_json(file: Path, content: dict[str, Any]) -> None:
         raise UnwritableError(file, error) from error
 
 
-def read_json(file: Path) -> dict[str, Any] | None:
+def read_json(file: Path, form: TypeAdapter[Content]) -> Content | None:
     """What `file` holds; None where there is none.
 
     Raises:
         DamagedError: something else than these scripts wrote it.
     """
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        return form.validate_json(file.read_bytes())
     except FileNotFoundError:
         return None
     except ValueError as error:

@@ -12,6 +12,8 @@ import threading
 from dataclasses import dataclass
 from pathlib import Path
 
+from pydantic import TypeAdapter
+
 from deploy.stages import files
 from deploy.stages.errors import (
     ForeignGatewayError,
@@ -44,6 +46,9 @@ class Running:
         return bool(self.inference)
 
 
+_RUNNING = TypeAdapter(Running)
+
+
 class Hosting:
     """The gateway process of one stage."""
 
@@ -66,8 +71,7 @@ class Hosting:
 
     def last(self) -> Running | None:
         """The gateway that was started last, whether it lives or not, until it is forgotten."""
-        kept = files.read_json(self._record)
-        return None if kept is None else Running(**kept)
+        return files.read_json(self._record, _RUNNING)
 
     def forget(self) -> None:
         """Nothing more is to be told of the last one."""

@@ -12,10 +12,10 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter
 
 from deploy.stages import files
-from deploy.stages.errors import BusyError, DamagedError, UnwritableError
+from deploy.stages.errors import BusyError, UnwritableError
 from deploy.stages.operator import Figures
 from deploy.stages.settings import Stage
 
@@ -79,6 +79,18 @@ Entry = Promotion | Rollback
 _ENTRY: TypeAdapter[Entry] = TypeAdapter(Annotated[Entry, Field(discriminator="kind")])
 
 
+@dataclass(frozen=True)
+class Holder:
+    """Who has the lock."""
+
+    pid: Annotated[int, Field(gt=0)]
+    """Of one process: others are sent the same signal by what is no such number."""
+    action: str
+
+
+_HOLDER = TypeAdapter(Holder)
+
+
 class Journal:
     """What is under way on one adapter of a stage."""
 
@@ -86,18 +98,18 @@ class Journal:
         self._file = stage.state / "promotions" / f"{name}.json"
         self._lock = self._file.with_suffix(".lock")
         self._what = f"{name} on {stage.name}"
+        self.known: Entry | None = None
+        """What was read or kept last: who holds the lock need not believe the file any more."""
 
     def read(self) -> Entry | None:
         """What was begun and is not over."""
-        kept = files.read_json(self._file)
-        try:
-            return None if kept is None else _ENTRY.validate_python(kept)
-        except ValidationError as error:
-            raise DamagedError(self._file) from error
+        self.known = files.read_json(self._file, _ENTRY)
+        return self.known
 
     def write(self, entry: Entry) -> None:
         """Keeps where it stands."""
         files.write_json(self._file, asdict(entry))
+        self.known = entry
 
     def update(self, entry: Promotion, **changes: Any) -> Promotion:
         """Keeps `entry` with changes; returns that."""
@@ -108,6 +120,7 @@ class Journal:
     def end(self) -> None:
         """It is over."""
         files.remove(self._file)
+        self.known = None
 
     def running(self) -> bool:
         """Whether a process works on it."""
@@ -131,7 +144,7 @@ class Journal:
                 if not files.try_lock(descriptor):
                     self._end_other(descriptor, instead_of)
                 try:
-                    files.write_json(self._holder, {"pid": os.getpid(), "action": action})
+                    files.write_json(self._holder, asdict(Holder(os.getpid(), action)))
                 except UnwritableError:
                     if instead_of is None:
                         raise
@@ -146,14 +159,14 @@ class Journal:
         return self._file.with_suffix(".holder")
 
     def _end_other(self, descriptor: int, instead_of: str | None) -> None:
-        holder = files.read_json(self._holder) or {"pid": 0, "action": "something"}
-        if instead_of is None or holder["action"] != instead_of:
+        holder = files.read_json(self._holder, _HOLDER) or Holder(0, "something")
+        if instead_of is None or holder.action != instead_of:
             raise BusyError(
-                f"{holder['action']} of {self._what} is under way in process {holder['pid']}: wait "
-                "for it, or end it"
+                f"{holder.action} of {self._what} is under way in process {holder.pid}: wait for "
+                "it, or end it"
             )
         # Gone already, where it was about to end by itself.
         with suppress(ProcessLookupError):
-            os.kill(holder["pid"], signal.SIGTERM)
+            os.kill(holder.pid, signal.SIGTERM)
         # It takes its version back first.
         files.lock(descriptor)

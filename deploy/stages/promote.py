@@ -57,26 +57,32 @@ def promote(name: str, source: Stage, target: Stage, work: Work) -> Outcome:
     if source.alias == target.alias:
         same = f"{source.name} and {target.name} both serve the alias {source.alias!r}"
         raise SettingsError([f"{same} of one registry"])
+    journal = Journal(target, name)
     if work.plan:
         with source.open_registry() as registry:
-            return _Promoting(registry, name, source, target, work).plan()
-    with Journal(target, name).alone("promote"):
+            return _Promoting(registry, name, source, target, work, journal).plan()
+    with journal.alone("promote"):
         try:
             with source.open_registry() as registry:
-                return _Promoting(registry, name, source, target, work).run()
+                return _Promoting(registry, name, source, target, work, journal).run()
         except KeyboardInterrupt:
-            raise interrupted(source, target, name, work) from None
+            raise interrupted(source, target, name, work, journal) from None
 
 
 class _Promoting:
     """One adapter on its way from a stage to another."""
 
     def __init__(
-        self, registry: Registry, name: str, source: Stage, target: Stage, work: Work
+        self,
+        registry: Registry,
+        name: str,
+        source: Stage,
+        target: Stage,
+        work: Work,
+        journal: Journal,
     ) -> None:
         self.registry, self.name, self.source, self.target = registry, name, source, target
-        self.work = work
-        self.journal = Journal(target, name)
+        self.work, self.journal = work, journal
         try:
             self.version = registry.resolve(f"{name}@{source.alias}")
         except AliasNotFoundError:
@@ -153,6 +159,11 @@ class _Promoting:
         raise BusyError(
             f"a rollback of {self.name} on {self.target.name} was interrupted: run it again first"
         )
+
+    def _latest(self, promotion: Promotion) -> Promotion:
+        """How far it came: a canary keeps its steps."""
+        known = self.journal.known
+        return known if isinstance(known, Promotion) else promotion
 
     def _still_meant(self, begun: Promotion) -> bool:
         generation = 0 if self.alias is None else self.alias.generation
@@ -246,7 +257,9 @@ class _Promoting:
                 self._abandon(promotion, str(error))
                 raise
             except Exception:
-                self.work.say(send_back(self.target, self.name, self._begun() or promotion))
+                self.work.say(
+                    send_back(self.target, self.name, self._latest(promotion), self.journal)
+                )
                 raise
         raise AssertionError("one of them always raises")
 
@@ -266,7 +279,7 @@ class _Promoting:
             raise MovedError(str(error)) from error
         except Exception:
             if self.target.gates.canary is not None and promotion.present is not None:
-                self.work.say(send_back(self.target, self.name, promotion))
+                self.work.say(send_back(self.target, self.name, promotion, self.journal))
             raise
 
     def _await_serving(self) -> Outcome:
@@ -279,7 +292,7 @@ class _Promoting:
         return self._done("serves")
 
     def _take_back(self, promotion: Promotion, reasons: tuple[str, ...]) -> None:
-        begun = self._begun() or promotion
+        begun = self._latest(promotion)
         # A disk that is full keeps nobody on a version that broke a bound.
         with suppress(UnwritableError):
             self.journal.update(begun, broken=reasons)
@@ -295,7 +308,7 @@ class _Promoting:
 
     def _abandon(self, promotion: Promotion, reason: str) -> None:
         """Ends a promotion that is none any more; its rollout too, unless it is another's now."""
-        begun = self._begun() or promotion
+        begun = self._latest(promotion)
         running = Hosting(self.target).find()
         divided = begun.gates and self.present is not None
         if divided and running is not None and running.ready:

@@ -103,7 +103,8 @@ class _Place:
 
 def _go_back(place: _Place, alias: Alias, named: int | None, work: Work) -> Outcome:
     registry, stage, name = place.registry, place.stage, place.name
-    begun, fresh = _begun(place, work), False
+    elsewhere = named not in (None, alias.version)
+    begun, fresh = _begun(place, work, elsewhere=elsewhere), False
     if not work.plan:
         tell_moves(registry, stage, name, work, begun)
     if isinstance(begun, Rollback) and not _still_meant(place, begun, alias, named):
@@ -154,14 +155,19 @@ def _go_back(place: _Place, alias: Alias, named: int | None, work: Work) -> Outc
     )
 
 
-def _begun(place: _Place, work: Work) -> Promotion | Rollback | None:
-    """What is under way, as far as that can be told."""
+def _begun(place: _Place, work: Work, *, elsewhere: bool) -> Promotion | Rollback | None:
+    """What is under way, as far as that can be told; `elsewhere`: the alias is to move anyhow."""
     try:
         return place.journal.read()
     except DamagedError as error:
-        # Nobody but a gateway can tell then whether a version has a share.
-        if not place.serves:
-            raise
+        # Nobody but a gateway can tell then whether a version has a share, which a move ends too.
+        if not place.serves and not elsewhere:
+            stage = place.stage.name
+            raise NotRunningError(
+                f"{error.what}, and the gateway of {stage}, which could tell whether a version has "
+                f"a share, is away: bring it back first, by deploy/up {stage} where that runs it, "
+                "or name by --to where the alias goes"
+            ) from error
         work.say(f"{error.what}: going by what the gateway and the registry tell")
         return None
 
@@ -194,11 +200,12 @@ def _intention(
     if promotion is not None and promotion.generation != alias.generation:
         promotion = None
     withdrawn = place.withdrawn(alias.version)
-    if promotion is not None and not place.serves and not withdrawn:
+    elsewhere = named not in (None, alias.version)
+    if promotion is not None and not place.serves and not withdrawn and not elsewhere:
         raise NotRunningError(
             f"version {promotion.version} may have a share of {place.name}@{place.stage.alias}, "
             f"and the gateway of {place.stage.name} is away: bring it back first, by deploy/up "
-            f"{place.stage.name} where that runs it"
+            f"{place.stage.name} where that runs it, or name by --to where the alias goes"
         )
     target: int | None
     if named is not None:

@@ -27,7 +27,7 @@ def end_rollout(target: Stage, name: str) -> None:
         operator.divide(name, target.alias, ())
 
 
-def send_back(target: Stage, name: str, begun: Promotion) -> str:
+def send_back(target: Stage, name: str, begun: Promotion, journal: Journal) -> str:
     """Sends everybody back, whatever is away; says what stands."""
     try:
         end_rollout(target, name)
@@ -38,13 +38,15 @@ def send_back(target: Stage, name: str, begun: Promotion) -> str:
         )
     # Where that cannot be kept, whoever goes on sees by the division that the step is to begin.
     with suppress(UnwritableError):
-        Journal(target, name).update(begun, began_at=None)
+        journal.update(begun, began_at=None)
     return f"everybody is back on version {begun.present}"
 
 
-def interrupted(source: Stage, target: Stage, name: str, work: Work) -> SignalledError:
+def interrupted(
+    source: Stage, target: Stage, name: str, work: Work, journal: Journal
+) -> SignalledError:
     """Sends everybody back behind a signal, undisturbed by more of them; what to tell of it."""
-    begun = Journal(target, name).read()
+    begun = journal.known or journal.read()
     if not isinstance(begun, Promotion):
         return SignalledError("interrupted; nothing was begun")
     stands = "nothing was changed"
@@ -55,7 +57,7 @@ def interrupted(source: Stage, target: Stage, name: str, work: Work) -> Signalle
             # Behind the move, the old version would answer until the gateway has followed it.
             if not _moved(source, target, name, begun):
                 work.say(f"interrupted: sending everybody back to version {begun.present}")
-                stands = send_back(target, name, begun)
+                stands = send_back(target, name, begun, journal)
         finally:
             signal.signal(signal.SIGINT, before)
     try:

@@ -2,7 +2,9 @@
 
 import asyncio
 import json
+import os
 import re
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -161,6 +163,35 @@ def test_where_nothing_can_be_kept_a_version_is_taken_back_all_the_same(world: W
         kept.with_name("aside").rename(kept)
         world.gates(canary=GATES["canary"])
     assert f"{name}@2 was taken back at canary 10 %, and everybody is on version 1 again" in line
+    assert (world.serving(name), world.division(name)) == (1, {})
+
+
+@pytest.mark.parametrize("how", ["a bound", "a signal"])
+def test_a_journal_damaged_in_a_canary_keeps_nobody_from_being_sent_back(
+    world: World, how: str
+) -> None:
+    name = world.adapter()
+    world.scripts.good("candidate", f"{name}@2")
+    promotions = world.stages / "production/state/promotions"
+    gateway, new = world.gateways["production"], world.registry.resolve(f"{name}@2").digest
+    canary = {**GATES["canary"], "window_s": 60, "requests": 3000}
+    world.gates(suites=[], smoke=None, canary=canary)
+    try:
+        with ThreadPoolExecutor() as pool:
+            promotion = pool.submit(world.scripts.refused, "promote", name)
+            while not gateway.metrics.figures.of(new).requests:
+                time.sleep(0.005)
+            (promotions / f"{name}.json").write_text("{")
+            if how == "a bound":
+                gateway.engine.broken.add(f"{name}@2")
+            else:
+                holder = json.loads((promotions / f"{name}.holder").read_text())
+                os.kill(holder["pid"], signal.SIGINT)
+            line = promotion.result()
+    finally:
+        world.gates(canary=GATES["canary"], smoke=GATES["smoke"])
+    assert ("was taken back at canary 10 %" in line) == (how == "a bound")
+    assert "everybody is " in line
     assert (world.serving(name), world.division(name)) == (1, {})
 
 

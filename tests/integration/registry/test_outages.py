@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import signal
 import socket
 import threading
 from collections.abc import Iterator
@@ -12,6 +13,8 @@ import sqlalchemy as sa
 
 from manylora_registry import Registry
 from manylora_registry.errors import DatabaseUnavailableError
+from manylora_registry.failures import stated
+from manylora_registry.postgres import Postgres
 from manylora_registry.transfer import copy_registry
 from tests.integration.registry.conftest import BASE
 
@@ -151,3 +154,24 @@ def test_what_a_role_may_not_do_is_said(new_postgres, blobs, make_adapter):
 
 def _as(url: sa.URL, user: str) -> str:
     return url.set(username=user).render_as_string(hide_password=False)
+
+
+def test_a_server_that_stands_still_is_given_up_and_its_connection_replaced(new_postgres):
+    postgres = Postgres(sa.make_url(new_postgres()), answer_seconds=1)
+    asked = sa.text("SELECT pg_backend_pid()")
+    with postgres.engine.connect() as connection:
+        still = connection.scalar(asked)
+        os.kill(still, signal.SIGSTOP)
+        try:
+            with (
+                pytest.raises(
+                    DatabaseUnavailableError, match=r"not answered for 1 s; the conn.* broke"
+                ),
+                stated("of a test"),
+            ):
+                connection.scalar(asked)
+        finally:
+            os.kill(still, signal.SIGCONT)
+    with postgres.engine.connect() as connection:
+        assert connection.scalar(asked) != still
+    postgres.engine.dispose()

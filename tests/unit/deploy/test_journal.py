@@ -12,11 +12,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from pydantic import TypeAdapter, ValidationError
 
-from deploy.stages.errors import BusyError
+from deploy.stages.errors import BusyError, DamagedError
 from deploy.stages.gate_settings import Gates, SuiteGate
 from deploy.stages.gates import fingerprint, still_open
-from deploy.stages.journal import Journal, Promotion, Rollback
+from deploy.stages.hosting import Hosting
+from deploy.stages.journal import Holder, Journal, Promotion, Rollback
 from deploy.stages.operator import Figures
 from deploy.stages.settings import Stage, StageConfig
 from manylora_gateway.config import GatewayConfig
@@ -146,6 +148,37 @@ def test_a_promotion_that_ends_by_itself_just_then_is_waited_for(
         with journal.alone("rollback", instead_of="promote"):
             ending.result()
     os.waitpid(child, 0)
+
+
+@pytest.mark.parametrize("content", ["{", "{}", "[]", '{"pid": "x", "action": "promote"}'])
+def test_a_damaged_holder_is_named_and_nobody_ended(
+    journal: Journal, tmp_path: Path, content: str
+) -> None:
+    child = in_child(lambda: journal.alone("promote"))
+    (tmp_path / "state/promotions/red.holder").write_text(content)
+    with (
+        pytest.raises(DamagedError, match=r"red\.holder is damaged"),
+        journal.alone("rollback", instead_of="promote"),
+    ):
+        pass
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+
+
+@pytest.mark.parametrize("pid", [0, -1])
+def test_the_holder_is_one_process(pid: int) -> None:
+    """Not tried with a signal: it would reach all processes there are."""
+    with pytest.raises(ValidationError):
+        TypeAdapter(Holder).validate_python({"pid": pid, "action": "promote"})
+
+
+def test_a_damaged_record_of_a_gateway_is_named(tmp_path: Path) -> None:
+    config = StageConfig(alias="blue", state=tmp_path)
+    stage = Stage("blue", tmp_path, config, GatewayConfig(base=tmp_path), Gates())
+    for content in ("{", "{}", "[]", '{"pid": "x", "inference": "", "admin": ""}'):
+        (tmp_path / "gateway.json").write_text(content)
+        with pytest.raises(DamagedError, match=r"gateway\.json is damaged"):
+            Hosting(stage).last()
 
 
 def test_a_rollback_ends_no_process_but_the_one_that_has_the_lock(

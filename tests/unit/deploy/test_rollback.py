@@ -134,6 +134,27 @@ def test_a_promotion_whose_gateway_is_not_reached_waits_for_it(
     assert registry.aliases("red")["production"].version == 2
 
 
+@pytest.mark.parametrize("damaged", [False, True])
+def test_unless_it_is_told_where_the_alias_goes_which_ends_every_share(
+    away: Stage, registry: Registry, damaged: bool
+) -> None:
+    begun = Promotion("attempt", 1, registry.find("red@1").digest, "staging", 2, 2)
+    journal = Journal(away, "red")
+    journal.write(begun)
+    if damaged:
+        (away.state / "promotions/red.json").write_text("{")
+
+    with pytest.raises(NotRunningError, match=r"is away: bring it back first, .* by --to"):
+        rollback(away, "red", "2", Work([].append))
+    assert registry.aliases("red")["production"].version == 2
+
+    outcome = rollback(away, "red", "1", Work([].append))
+
+    assert outcome.text == "production will serve, once its gateway is back, red@1 again"
+    assert registry.aliases("red")["production"].version == 1
+    assert journal.read() is None
+
+
 def test_a_full_disk_keeps_nobody_from_going_back(stage: Stage, registry: Registry) -> None:
     kept, said = stage.state / "promotions", list[str]()
     kept.mkdir(parents=True)

@@ -103,18 +103,23 @@ def test_all_mistakes_come_at_once():
     assert len(problems) == 4
 
 
-def test_an_adapter_whose_config_has_a_key_twice_is_refused(registry, base, make_adapter):
-    directory = make_adapter(config={"rank_pattern": {"q_proj": 2}})
+@pytest.mark.parametrize(
+    ("once", "twice"),
+    [('"r": 2', '"r": 4, "r": 2'), ('{"q_proj": 2}', '{"q_proj": 4, "q_proj": 2}')],
+)
+def test_an_adapter_whose_config_has_a_key_twice_is_refused(
+    registry, base, make_adapter, once, twice
+):
+    directory = make_adapter(config={"rank_pattern": {"q_proj": 2}, "use_dora": True})
     config = directory / "adapter_config.json"
-    text = config.read_text().replace('{"q_proj": 2}', '{"q_proj": 4, "q_proj": 2}')
-    config.write_text(text.replace('"r": 2', '"r": 4, "r": 2'))
+    config.write_text(config.read_text().replace(once, twice))
 
     with pytest.raises(InvalidAdapterError) as refused:
         registry.publish("spelling", directory, base=base)
 
     assert [problem.message for problem in refused.value.problems] == [
-        "has the key 'q_proj' 2 times",
-        "has the key 'r' 2 times",
+        f"the key '{'q_proj' if 'q_proj' in once else 'r'}' stands in an object twice",
+        "DoRA cannot be served",
     ]
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import resource
 import shutil
+import tempfile
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -153,6 +154,21 @@ def test_a_directory_in_the_place_of_a_new_blob_is_named(
         registry.publish("spelling", make_adapter(), base=base)
 
 
+def test_blobs_on_another_file_system_than_what_arrives_say_so(
+    registry, base, make_adapter, tmp_path
+):
+    blobs = tmp_path / "registry" / "blobs"
+    here = tmp_path.stat().st_dev
+    others = (Path("/dev/shm"), Path.home(), Path("/tmp"))
+    elsewhere = next(place for place in others if place.stat().st_dev != here)
+    with tempfile.TemporaryDirectory(dir=elsewhere) as directory:
+        blobs.symlink_to(directory)
+
+        with pytest.raises(BlobStoreError, match="incoming and blobs must lie on one file system"):
+            registry.publish("spelling", make_adapter(), base=base)
+    assert registry.adapters() == []
+
+
 def test_what_is_no_file_in_the_place_of_a_blob_is_collected(registry, version, no_file):
     registry.delete(version)
 
@@ -266,6 +282,19 @@ def test_a_disk_too_full_for_a_new_registry_is_one_error(tmp_path):
         Registry.open(tmp_path / "registry")
 
     Registry.open(tmp_path / "registry").close()
+
+
+def test_a_disk_too_full_to_read_a_registry_says_so(registry, version, tmp_path):
+    registry.close()
+
+    with (
+        no_file_longer_than(100),
+        pytest.raises(DatabaseUnavailableError, match="disk I/O error; make room, then repeat"),
+    ):
+        Registry.open(tmp_path / "registry")
+
+    with Registry.open(tmp_path / "registry") as opened:
+        assert opened.find("spelling@1") == version
 
 
 def test_a_database_sqlite_cannot_write_beside_says_what_it_needs(registry, tmp_path):

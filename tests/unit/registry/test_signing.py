@@ -119,12 +119,32 @@ def test_an_alias_moves_to_nothing_that_would_not_resolve(registry, base, make_a
     assert registry.rollback("spelling", "production").version == unsigned.number
 
 
-def test_a_key_that_cannot_sign_publishes_nothing(registry, base, make_adapter, ours, tmp_path):
+def test_a_key_that_cannot_sign_is_refused_before_anything_is_published(registry, ours, tmp_path):
     for key in (tmp_path / "nothing.pem", ours[1]):
-        registry.signatures.sign_published_with(key)
         with pytest.raises(SigningKeyError, match=key.name):
-            registry.publish("spelling", make_adapter(), base=base)
-    assert registry.adapters() == []
+            registry.signatures.sign_published_with(key)
+
+
+def test_a_key_that_is_given_once_signs_all_that_is_published(registry, base, make_adapter, ours):
+    read, write = os.pipe()
+    with os.fdopen(write, "wb") as pipe:
+        pipe.write(ours[0].read_bytes())
+    registry.signatures.sign_published_with(Path(f"/dev/fd/{read}"))
+    os.close(read)
+
+    for seed in (1, 2):
+        version = registry.publish("spelling", make_adapter(seed=seed), base=base)
+        assert registry.signatures.verify(version, [ours[1]]) == ours[1]
+
+
+def test_a_key_without_an_end_is_refused(registry, version, tmp_path):
+    with pytest.raises(SigningKeyError, match="/dev/zero is no key"):
+        registry.signatures.sign(version, Path("/dev/zero"))
+    huge = tmp_path / "huge"
+    with huge.open("wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(SigningKeyError, match="huge is no key"):
+        registry.signatures.verify(version, [huge])
 
 
 @pytest.mark.timeout(30)

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from manylora_registry.tensors import find_non_finite, read_header, read_tensor
+from manylora_registry.tensors import find_too_large, read_header, read_tensor
 
 
 @pytest.fixture
@@ -89,17 +89,18 @@ def test_a_header_larger_than_the_limit_is_refused_unread(write):
     assert "header length" in str(problems[0])
 
 
-@pytest.mark.parametrize("value", [np.nan, -np.inf])
+@pytest.mark.parametrize("value", [np.nan, -np.inf, -6.6e4])
 @pytest.mark.parametrize("dtype", ["F32", "F16", "BF16"])
-def test_finds_nan_and_infinity_in_every_dtype(write, dtype, value):
-    good = np.full(2_200_000, 3.0e4, np.float32)
+def test_finds_what_is_not_finite_or_too_large_in_every_dtype(write, dtype, value):
+    good = np.full(2_200_000, -65_504, np.float32)
     bad = good.copy()
     bad[-1] = value
 
     def stored(array):
         if dtype == "BF16":
             return (array.view(np.uint32) >> 16).astype("<u2").tobytes()
-        return array.astype({"F32": "<f4", "F16": "<f2"}[dtype]).tobytes()
+        with np.errstate(over="ignore"):
+            return array.astype({"F32": "<f4", "F16": "<f2"}[dtype]).tobytes()
 
     first, second = stored(good), stored(bad)
     size = len(first)
@@ -111,7 +112,7 @@ def test_finds_nan_and_infinity_in_every_dtype(write, dtype, value):
     tensors, problems = read_header(file)
 
     assert problems == []
-    assert [problem.path for problem in find_non_finite(file, tensors)] == ["bad"]
+    assert [problem.path for problem in find_too_large(file, tensors)] == ["bad"]
 
 
 def test_reads_values_of_every_dtype(write):

@@ -7,9 +7,7 @@ load and answer wrongly. Whatever changes the mathematics beyond plain LoRA is r
 import json
 import math
 import re
-from collections import Counter
 from collections.abc import Mapping
-from contextlib import suppress
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
@@ -23,6 +21,7 @@ from pydantic import (
 )
 
 from manylora_registry.errors import Problem
+from manylora_registry.json_objects import RepeatedKeyError, distinct
 from manylora_registry.manifest import CONFIG_FILE
 
 MAX_RANK = 512
@@ -186,18 +185,15 @@ def read_config(content: bytes) -> tuple[AdapterConfig | None, list[Problem]]:
 
 
 def _twins(content: bytes) -> list[Problem]:
-    """The keys that an object has twice, of which every reader takes the last one in silence."""
-    problems: list[Problem] = []
-
-    def look(pairs: list[tuple[str, Any]]) -> None:
-        for key, count in Counter(key for key, _ in pairs).items():
-            if count > 1:
-                problems.append(Problem(CONFIG_FILE, f"has the key {key[:80]!r} {count} times"))
-
-    # What is no JSON at all is told by who makes a config of it.
-    with suppress(ValueError, RecursionError):
-        json.loads(content, object_pairs_hook=look)
-    return problems
+    """A key that an object has twice, of which every reader takes the last one in silence."""
+    try:
+        json.loads(content, object_pairs_hook=distinct)
+    except RepeatedKeyError as error:
+        return [Problem(CONFIG_FILE, str(error))]
+    except (ValueError, RecursionError):
+        # What is no JSON at all is told by who makes a config of it.
+        pass
+    return []
 
 
 def _where(location: tuple[int | str, ...]) -> str:

@@ -215,11 +215,11 @@ def _backend(url: URL) -> Backend:
             return Sqlite(url)
         except (TypeError, ValueError):
             raise _wrong_option() from None
-    from manylora_registry.postgres import Postgres
-
     try:
         from psycopg import ProgrammingError
         from psycopg.conninfo import make_conninfo
+
+        from manylora_registry.postgres import Postgres
     except ImportError as error:
         raise RegistryLocationError(
             "a registry in Postgres needs psycopg: pip install 'manylora-registry[postgres]'"

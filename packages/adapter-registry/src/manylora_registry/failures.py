@@ -36,8 +36,10 @@ _STATES = {
     "0A000": _READ_ONLY,
     "25P03": "this process stood still for too long in the middle; repeat",
     "55P03": _LOCKED,
+    "SQLITE_IOERR_SHMSIZE": "make room, then repeat: even to read, SQLite writes beside its file",
 }
-"""What to do about what Postgres says, by SQLSTATE; these, of whatever kind, are no damage."""
+"""What to do about what Postgres says, by SQLSTATE, and SQLite, where its words say too little;
+these, of whatever kind, are no damage."""
 _LOST = "the connection broke; repeat when the database is back"
 _IN_DOUBT = (
     "the connection broke at the last step, so it may have been done all the same: look, and "
@@ -63,7 +65,8 @@ def stated(database: str, *, last: bool = False) -> Generator[None]:
     except (DatabaseError, InterfaceError, PoolTimeoutError, sqlite3.OperationalError) as error:
         cause = error.orig if isinstance(error, DBAPIError) else error
         said = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
-        state = _STATES.get(getattr(cause, "sqlstate", None) or "")
+        name = getattr(cause, "sqlstate", None) or getattr(cause, "sqlite_errorname", None)
+        state = _STATES.get(name or "")
         # Of the general kind is what SQLite says of a file that is malformed, and of the internal
         # kind what Postgres says of a page; others but these are mistakes of ours.
         if state is None and type(error) in (DatabaseError, InternalError):

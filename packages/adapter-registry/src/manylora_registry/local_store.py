@@ -52,9 +52,12 @@ class LocalBlobStore:
                 "away, then repeat"
             ) from error
         except OSError as error:
+            advice = "make room or mend the permissions, then repeat"
+            if error.errno == errno.EXDEV:
+                advice = "incoming and blobs must lie on one file system: move what lies elsewhere"
             raise BlobStoreError(
                 f"the blobs in {self._incoming.parent} cannot be written: {error.strerror}; "
-                "make room or mend the permissions, then repeat"
+                f"{advice}"
             ) from error
 
     @contextlib.contextmanager

@@ -10,8 +10,10 @@ nothing to retry, whatever the server's defaults are.
 import contextlib
 import threading
 import time
+from collections.abc import Generator
 from typing import Any
 
+import psycopg
 import sqlalchemy as sa
 from sqlalchemy import event
 from sqlalchemy.engine import URL, Connection, Engine
@@ -24,6 +26,8 @@ CHANNEL = "manylora_registry"
 CONNECT_SECONDS = 10
 LOCK_SECONDS = 60
 """How long a writer waits for the others."""
+ANSWER_SECONDS = 90
+"""How long a server may say nothing to a question; longer than a writer waits for the others."""
 STOP_SECONDS = 0.2
 """How soon one who waits for changes notices that it shall stop."""
 IDLE_SECONDS = 60
@@ -32,9 +36,14 @@ gone holds up the others no longer."""
 
 
 class Postgres:
-    """See `Backend`."""
+    """See `Backend`.
 
-    def __init__(self, url: URL) -> None:
+    Args:
+        url: of the database.
+        answer_seconds: after which a server that says nothing to a question is given up.
+    """
+
+    def __init__(self, url: URL, answer_seconds: float = ANSWER_SECONDS) -> None:
         self.engine = sa.create_engine(
             url,
             pool_size=8,
@@ -53,7 +62,16 @@ class Postgres:
                 "tcp_user_timeout": 60_000,
             },
         )
+        self._answer_seconds = answer_seconds
+        event.listen(self.engine, "do_connect", self._connect)
         event.listen(self.engine, "connect", _on_connect)
+
+    def _connect(
+        self, _dialect: Any, _record: Any, arguments: list[Any], options: dict[str, Any]
+    ) -> "_Connection":
+        connection = _Connection.connect(*arguments, **options)
+        connection.answer_seconds = self._answer_seconds
+        return connection
 
     def exists(self) -> bool:
         """See `Backend`."""
@@ -102,6 +120,36 @@ class Postgres:
 
     def tidy(self) -> None:
         """See `Backend`: autovacuum does it."""
+
+
+class _Connection(psycopg.Connection[Any]):
+    """Gives up a server that stands still, whose kernel goes on to say that it is there.
+
+    No time limit of the server's own ends that, and none of TCP.
+    """
+
+    answer_seconds: float = ANSWER_SECONDS
+
+    def wait(self, gen: Generator[Any, Any, Any], *arguments: Any, **options: Any) -> Any:
+        return super().wait(self._answered(gen), *arguments, **options)
+
+    def _answered(self, steps: Generator[Any, Any, Any]) -> Generator[Any, Any, Any]:
+        """The steps of a question and its answer, taken when there is news and once in a while."""
+        end = time.monotonic() + self.answer_seconds
+        try:
+            wanted = next(steps)
+            while True:
+                news = yield wanted
+                wanted = steps.send(news)
+                if news:
+                    end = time.monotonic() + self.answer_seconds
+                elif time.monotonic() > end:
+                    self.pgconn.finish()
+                    raise psycopg.OperationalError(
+                        f"the server has not answered for {self.answer_seconds:g} s"
+                    )
+        except StopIteration as answer:
+            return answer.value
 
 
 class _Listener:

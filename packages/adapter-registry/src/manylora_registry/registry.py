@@ -70,7 +70,6 @@ class Registry(Reading):
             NotFoundError: there is no such parent.
             InvalidAdapterError: it may not be served; carries every problem.
             WrongBaseError: it says itself that it was made for another base.
-            SigningKeyError: it was to be signed with a key that cannot be used.
         """
         check_adapter_name(name)
         description = Description(

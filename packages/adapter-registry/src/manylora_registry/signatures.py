@@ -14,10 +14,10 @@ from manylora_registry.manifest import MANIFEST_BYTES, digest_of
 from manylora_registry.schema import adapters, signatures, version_blobs, versions
 from manylora_registry.signing import (
     SIGNATURE_BYTES,
+    SigningKey,
     find_signer,
     public_key_id,
     required_keys,
-    sign_manifest,
 )
 from manylora_registry.version import Version
 
@@ -31,14 +31,18 @@ class Signatures:
     def __init__(self, blobs: BlobStore, database: Database) -> None:
         self._blobs = blobs
         self._database = database
-        self._publishing: Path | None = None
+        self._publishing: SigningKey | None = None
         self._required = required_keys()
         self._good: set[tuple[str, tuple[str, ...]]] = set()
         """Digests found signed, each with the keys that were allowed: neither ever changes."""
 
     def sign_published_with(self, private_key: Path) -> None:
-        """Signs every version published from now on; an elliptic-curve key in PEM."""
-        self._publishing = private_key
+        """Signs every version published from now on; an elliptic-curve key in PEM.
+
+        Raises:
+            SigningKeyError: the key cannot be used.
+        """
+        self._publishing = SigningKey(private_key)
 
     def require(self, public_keys: Sequence[Path]) -> None:
         """From now on only what one of these keys signed is resolved and materialized.
@@ -48,12 +52,8 @@ class Signatures:
         self._required = tuple(public_keys)
 
     def of_published(self, manifest: bytes) -> bytes | None:
-        """The signature of a version about to be published, if it is to be signed.
-
-        Raises:
-            SigningKeyError: the key cannot be used.
-        """
-        return None if self._publishing is None else sign_manifest(manifest, self._publishing)
+        """The signature of a version about to be published, if it is to be signed."""
+        return None if self._publishing is None else self._publishing.sign(manifest)
 
     def check(self, version: Version) -> None:
         """Whether a version may be used; what was found good once is remembered.
@@ -78,7 +78,7 @@ class Signatures:
             CorruptBlobError: the manifest is damaged.
         """
         manifest = read_verified(self._blobs, version.digest, MANIFEST_BYTES)
-        return self.add(version, sign_manifest(manifest, private_key))
+        return self.add(version, SigningKey(private_key).sign(manifest))
 
     def add(self, version: Version, content: bytes) -> str:
         """Keeps a signature that was made of the version's manifest; its digest."""

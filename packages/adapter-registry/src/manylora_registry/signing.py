@@ -21,6 +21,8 @@ from manylora_registry.errors import SigningKeyError
 
 KEYS_VARIABLE = "MANYLORA_REQUIRE_SIGNATURE"
 PASSWORD_VARIABLE = "MANYLORA_SIGN_KEY_PASSWORD"  # noqa: S105 (the name of a variable)
+KEY_BYTES = 1 << 16
+"""More than any key in PEM has."""
 SIGNATURE_BYTES = 1 << 20
 SIGNATURES = 64
 """That travel with one version."""
@@ -33,31 +35,38 @@ def required_keys() -> tuple[Path, ...]:
     return tuple(Path(key) for key in os.environ.get(KEYS_VARIABLE, "").split(os.pathsep) if key)
 
 
-def sign_manifest(manifest: bytes, private_key: Path) -> bytes:
-    """A Sigstore bundle that signs a manifest with an elliptic-curve key in PEM.
+class SigningKey:
+    """An elliptic-curve key in PEM to sign versions with.
 
-    A key that is encrypted is opened with `$MANYLORA_SIGN_KEY_PASSWORD`.
+    It is read once, so that what gives it once, such as a pipe, signs any number of versions. One
+    that is encrypted is opened with `$MANYLORA_SIGN_KEY_PASSWORD`.
 
     Raises:
         SigningKeyError: the key cannot be used.
     """
-    with _signed_directory(manifest) as (directory, signature):
+
+    def __init__(self, file: Path) -> None:
+        # It asks for a text and passes it to what asks for bytes.
+        password: Any = os.environ.get(PASSWORD_VARIABLE, "").encode() or None
         try:
             from model_signing.signing import Config
 
-            config: Any = Config()
-            # It asks for a text and passes it to what asks for bytes.
-            password = os.environ.get(PASSWORD_VARIABLE, "").encode() or None
-            config.use_elliptic_key_signer(private_key=private_key, password=password)
-            config.sign(directory, signature)
+            self._config: Any = Config()
+            with _in_memory(_key(file)) as copy:
+                self._config.use_elliptic_key_signer(private_key=copy, password=password)
         except ModuleNotFoundError as error:
             raise _not_installed() from error
         except (OSError, ValueError, TypeError) as error:
-            raise SigningKeyError(f"{private_key} cannot sign: {error}") from error
+            raise SigningKeyError(f"{file} cannot sign: {error}") from error
         except AttributeError as error:
             # What the library meets in a key of another kind, such as RSA.
-            raise _wrong_kind(private_key) from error
-        return signature.read_bytes()
+            raise _wrong_kind(file) from error
+
+    def sign(self, manifest: bytes) -> bytes:
+        """A Sigstore bundle that signs a manifest."""
+        with _signed_directory(manifest) as (directory, signature):
+            self._config.sign(directory, signature)
+            return signature.read_bytes()
 
 
 def find_signer(
@@ -130,12 +139,31 @@ def _readable(public_key: Path) -> bytes:
         # It is read again at every use: a pipe would give it once, or be waited for without end.
         if public_key.is_fifo() or public_key.is_char_device():
             raise SigningKeyError(f"{public_key} is no file: a trusted key stays to be read again")
-        content = public_key.read_bytes()
+        content = _key(public_key)
     except OSError as error:
         raise SigningKeyError(f"{public_key} cannot be read: {error.strerror}") from error
     if b"PUBLIC KEY-----" not in content:
         raise SigningKeyError(f"{public_key} is no public key in PEM")
     return content
+
+
+def _key(file: Path) -> bytes:
+    with file.open("rb") as opened:
+        content = opened.read(KEY_BYTES + 1)
+    if len(content) > KEY_BYTES:
+        raise SigningKeyError(f"{file} is no key: it holds more than {KEY_BYTES} bytes")
+    return content
+
+
+@contextlib.contextmanager
+def _in_memory(content: bytes) -> Generator[Path]:
+    """A file on no disk: what gave a private key once may not have been one either."""
+    descriptor = os.memfd_create("key")
+    try:
+        os.write(descriptor, content)
+        yield Path(f"/proc/self/fd/{descriptor}")
+    finally:
+        os.close(descriptor)
 
 
 @contextlib.contextmanager

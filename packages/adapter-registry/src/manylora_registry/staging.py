@@ -20,7 +20,7 @@ from manylora_registry.manifest import (
     AdapterFile,
     Manifest,
 )
-from manylora_registry.tensors import HEADER_BYTES, Tensor, find_non_finite, read_header
+from manylora_registry.tensors import HEADER_BYTES, Tensor, find_too_large, read_header
 
 SMALL_FILE_BYTES = 1 << 20
 """Limit of the config and of the card."""
@@ -63,7 +63,7 @@ def stage_adapter(
         tensors, found = read_header(copies / WEIGHTS_FILE)
         problems += found or _check_tensors(tensors, config, base)
         if not found:
-            problems += find_non_finite(copies / WEIGHTS_FILE, tensors)
+            problems += find_too_large(copies / WEIGHTS_FILE, tensors)
     if problems or config is None:
         raise InvalidAdapterError(name, problems)
     described = {title: AdapterFile(title, file.digest, file.size) for title, file in files.items()}

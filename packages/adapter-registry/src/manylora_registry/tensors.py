@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from manylora_registry.errors import Problem
+from manylora_registry.json_objects import distinct
 
 HEADER_BYTES = 16 << 20
 TENSORS = 65_536
@@ -27,8 +28,15 @@ SCAN_BYTES = 256 << 10
 """Read at once to be looked through: what fits into the cache of a core."""
 DTYPES = {"F32": 4, "F16": 2, "BF16": 2}
 """Dtypes an adapter may have, and their bytes."""
-EXPONENTS = {"F16": np.uint16(0x7C00), "BF16": np.uint16(0x7F80)}
-"""The exponent bits: all of them set is infinity or NaN in IEEE 754, whatever else is."""
+LARGEST = {
+    "F32": (np.uint32(0x7FFFFFFF), np.uint32(0x477FE000)),
+    "F16": (np.uint16(0x7FFF), np.uint16(0x7BFF)),
+    "BF16": (np.uint16(0x7FFF), np.uint16(0x477F)),
+}
+"""All bits but the sign's, and those of 65504, float16's largest, or of what is next below.
+
+Bits without the sign are in the order of their values in IEEE 754, infinity and NaN last.
+"""
 
 
 @dataclass(frozen=True)
@@ -55,7 +63,7 @@ def read_header(path: Path) -> tuple[list[Tensor], list[Problem]]:
     if sum(text.count(mark) for mark in (b"[", b"{", b",")) > PARSED_VALUES:
         return [], [Problem(path.name, "is not a safetensors file: its header holds too much")]
     try:
-        header: Any = json.loads(text.decode(), object_pairs_hook=_distinct)
+        header: Any = json.loads(text.decode(), object_pairs_hook=distinct)
     except (ValueError, RecursionError) as error:
         return [], [Problem(path.name, f"is not a safetensors file: its header is wrong: {error}")]
     if not isinstance(header, dict):
@@ -90,32 +98,32 @@ def read_tensor(path: Path, tensor: Tensor) -> NDArray[np.floating[Any]]:
     return np.frombuffer(content, "<f4" if tensor.dtype == "F32" else "<f2").reshape(tensor.shape)
 
 
-def find_non_finite(path: Path, tensors: Sequence[Tensor]) -> list[Problem]:
-    """Names the tensors that hold a NaN or an infinity; reads every weight, in constant memory."""
+def find_too_large(path: Path, tensors: Sequence[Tensor]) -> list[Problem]:
+    """Names the tensors with a NaN, an infinity or a value beyond float16's largest.
+
+    Reads every weight, in constant memory. Products with such values overflow within the model,
+    and a NaN that has come into an engine's attention cache reaches requests of others.
+    """
     # One buffer for all: fresh memory for each piece costs as much as reading it.
     buffer = memoryview(bytearray(SCAN_BYTES))
     with path.open("rb", buffering=0) as file:
         return [
-            Problem(tensor.name, "holds a NaN or an infinity")
+            Problem(tensor.name, "holds a NaN, an infinity or a value beyond 65504")
             for tensor in tensors
-            if _has_non_finite(file, tensor, buffer)
+            if _has_too_large(file, tensor, buffer)
         ]
 
 
-def _has_non_finite(file: FileIO, tensor: Tensor, buffer: memoryview) -> bool:
+def _has_too_large(file: FileIO, tensor: Tensor, buffer: memoryview) -> bool:
+    magnitude, largest = LARGEST[tensor.dtype]
     file.seek(tensor.start)
     left = tensor.end - tensor.start
     while left:
         count = file.readinto(buffer[: min(left, SCAN_BYTES)])
-        chunk = buffer[:count]
         left -= count
-        if tensor.dtype == "F32":
-            finite = np.isfinite(np.frombuffer(chunk, "<f4")).all()
-        else:
-            # numpy goes through halves one by one, but compares their bits many at once.
-            exponent = EXPONENTS[tensor.dtype]
-            finite = ((np.frombuffer(chunk, "<u2") & exponent) != exponent).all()
-        if not finite:
+        # numpy goes through halves one by one, but compares bits many at once.
+        bits = np.frombuffer(buffer[:count], magnitude.dtype.newbyteorder("<"))
+        if ((bits & magnitude) > largest).any():
             return True
     return False
 
@@ -170,10 +178,3 @@ def _is_unicode(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
-
-
-def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a key stands there twice")
-    return found

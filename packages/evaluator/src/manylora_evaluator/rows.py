@@ -19,6 +19,7 @@ from pydantic import BaseModel, Field, ValidationError
 from manylora_evaluator.errors import RowsError
 from manylora_evaluator.row_settings import ParquetRows, Prompt, RowSource, placeholders
 from manylora_registry.config import own_mistakes
+from manylora_registry.json_objects import distinct
 
 LONGEST_LINE = 16 * 1024 * 1024
 """Bytes; a longer line is a file without line ends, not a row."""
@@ -115,21 +116,6 @@ def _columns(path: Path, number: int, line: bytes) -> Mapping[str, Any]:
     if b"\\u" in line and not _is_text(json.dumps(value, ensure_ascii=False)):
         raise RowsError(path, "holds half a surrogate pair, which is not text", number)
     return cast("Mapping[str, Any]", value)
-
-
-def distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object of its `pairs`.
-
-    Raises:
-        ValueError: a key stands there twice; which of the two values counts is anybody's guess
-            (RFC 8259, section 4).
-    """
-    fields = dict(pairs)
-    if len(fields) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the key {twice!r} stands in an object twice")
-    return fields
 
 
 def _is_text(text: str) -> bool:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from manylora_registry.json_objects import distinct
 from manylora_trainer.errors import SourceError
 from manylora_trainer.files import find_files, open_file, why
 from manylora_trainer.mix import Part
@@ -92,7 +93,7 @@ def _stands_behind_a_line(lines: io.BufferedReader) -> bool:
 
 def _parse(file: str, number: int, line: bytes, after: Place) -> Row:
     try:
-        value: Any = json.loads(line.decode(), object_pairs_hook=_object)
+        value: Any = json.loads(line.decode(), object_pairs_hook=distinct)
     except UnicodeDecodeError as error:
         return bad_row(file, number, f"not UTF-8: {error.reason} at byte {error.start}", after)
     except (ValueError, RecursionError) as error:
@@ -101,13 +102,3 @@ def _parse(file: str, number: int, line: bytes, after: Place) -> Row:
             problem = "not an object: the file is a JSON array; write one object a line instead"
         return bad_row(file, number, problem, after)
     return row_of(file, number, value, after)
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object; of a key that stands in it twice it would be chance which value counts."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the key {twice!r} stands in an object twice")
-    return found

@@ -11,10 +11,11 @@ from jsonschema.exceptions import ValidationError as SchemaFailure
 from referencing import Registry
 from referencing.exceptions import Unresolvable
 
-from manylora_evaluator.rows import Row, distinct
+from manylora_evaluator.rows import Row
 from manylora_evaluator.scorer_settings import JsonFieldF1Settings, JsonSchemaSettings
 from manylora_evaluator.scorers.tally import Tallies, Tally, one
 from manylora_evaluator.scorers.text import normalised
+from manylora_registry.json_objects import distinct
 
 Field: TypeAlias = tuple[tuple[str, ...], object]
 """A leaf of a JSON object: the path to it through nested objects, and its value."""
