@@ -129,6 +129,30 @@ def test_between_products_in_bfloat16_a_cpu_keeps_float32(tiny_base):
         assert base.hidden_states(pack).dtype == torch.float32
 
 
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("mistral", {}),
+        ("qwen2_moe", {"use_sliding_window": True, "max_window_layers": 1, "num_experts": 4}),
+        ("phimoe", {"num_local_experts": 4}),
+    ],
+)
+def test_a_text_longer_than_the_window_is_refused_and_a_shorter_one_is_not(
+    base_of, family, changes
+):
+    base = BaseModel(
+        base_of(family, sliding_window=32, **changes), torch.float32, torch.device("cpu")
+    )
+    for length in (32, 33):
+        example = Example(np.arange(length, dtype=np.int32), np.arange(length) >= 4)
+        (pack,) = pack_batches([Batch(0, [example])], 64)
+        if length == 32:
+            base.logits(pack)
+        else:
+            with pytest.raises(UnsupportedBaseError, match="the last 32 tokens only"):
+                base.logits(pack)
+
+
 def test_soft_capped_attention_is_refused(base_of, make_task, write_recipe, tmp_path):
     base = base_of("gemma2", head_dim=8, final_logit_softcapping=None)
     recipe = recipe_over(base, write_recipe(make_task("one")))

@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM
 
 from manylora_trainer.attention import (
     ATTENTION_NAME,
+    WINDOWS_NAME,
     AttentionPlan,
     attending,
     plan_attention,
@@ -206,12 +207,14 @@ class BaseModel:
         (pack,) = pack_batches([Batch(0, examples)], 64)
         expected = expected[:, 15:-1].flatten(0, 1)
         plan = AttentionPlan(pack, self.device, torch.float32)
+        self.model.set_attn_implementation(WINDOWS_NAME)
         with (
             computing_in_float32(self.model),
             torch.compiler.set_stance("force_eager"),
             attending(plan),
         ):
             packed: Tensor = self._head(self.hidden_states(pack))
+        self.model.set_attn_implementation(ATTENTION_NAME)
         if (packed - expected).abs().max() > PROBE_TOLERANCE * expected.abs().max():
             raise UnsupportedBaseError(
                 f"{directory}: packed examples do not give this model's own logits, so it cannot "
