@@ -188,6 +188,13 @@ def test_sinks_are_refused(base_of, make_task, write_recipe, tmp_path):
         manylora_trainer.train(recipe, tmp_path / "run")
 
 
+def test_attention_to_chosen_tokens_is_refused_also_where_a_short_text_has_all_chosen(base_of):
+    sparse: dict[str, Any] = {"index_block_size": 8, "index_topk_blocks": 3}
+    sparse |= {"layer_types": ["minimax_m3_sparse"] * 2, "head_dim": 8, "num_local_experts": 4}
+    with pytest.raises(UnsupportedBaseError, match="attend to chosen tokens"):
+        BaseModel(base_of("minimax_m3_vl_text", **sparse), torch.float32, torch.device("cpu"))
+
+
 def test_experts_are_refused_and_the_layers_beside_them_train(
     base_of, make_task, write_recipe, tmp_path
 ):
@@ -252,3 +259,18 @@ def test_an_example_that_would_move_the_positions_of_others_is_refused(
     base = base_of("llama", rope_parameters=rope, max_position_embeddings=60)
     with pytest.raises(UnsupportedBaseError, match=r"beyond 60 tokens .* lower max_length"):
         manylora_trainer.train(recipe, tmp_path / "other")
+
+
+def test_positions_of_one_kind_of_layer_that_would_move_are_refused(base_of):
+    moving = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
+    kinds = {"sliding_attention": {"rope_type": "default", "rope_theta": 10000.0}}
+    changes = {"rope_parameters": {**kinds, "full_attention": moving}, "head_dim": 8}
+    base = BaseModel(
+        base_of("gemma3_text", max_position_embeddings=60, **changes),
+        torch.float32,
+        torch.device("cpu"),
+    )
+    example = Example(np.arange(61, dtype=np.int32), np.arange(61) >= 4)
+    (pack,) = pack_batches([Batch(0, [example])], 64)
+    with pytest.raises(UnsupportedBaseError, match=r"beyond 60 tokens .* lower max_length"):
+        base.logits(pack)

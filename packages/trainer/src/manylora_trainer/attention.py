@@ -167,7 +167,7 @@ def packed_attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
-    **_: Any,
+    **others: Any,
 ) -> tuple[Tensor, None]:
     """Attention as transformers calls it: [1, heads, tokens, head] to [1, tokens, heads, head].
 
@@ -177,6 +177,8 @@ def packed_attention(
     plan = _plans[-1]
     if softcap is not None or s_aux is not None or dropout:
         raise UnsupportedBaseError("bases with soft-capped or sink attention cannot be trained yet")
+    if any(others.get(name) is not None for name in ("indices", "block_indices")):
+        raise UnsupportedBaseError("bases that attend to chosen tokens cannot be trained yet")
     sliding_window = sliding_window or getattr(module, WINDOWS_NAME, None)
     if sliding_window is not None and plan.longest_key > sliding_window:
         raise UnsupportedBaseError(
