@@ -134,6 +134,20 @@ def test_trackio_holds_each_adapter_once(run, tmp_path):
     assert [e["step"] for e in logged if "validation_loss" in e] == [2, 4]
 
 
+def test_an_export_that_trackio_refuses_leaves_the_earlier_one(run, tmp_path):
+    directory, recipe = tmp_path / "trackio", run.path / "recipe.yaml"
+    verb = [sys.executable, "-m", "manylora_cli", "runs", "export", str(run.path)]
+    verb += ["--to", "trackio", "--uri", str(directory), "--project", "mine"]
+    subprocess.run(verb, check=True)
+    held = read_trackio(directory)
+    # A name that trackio keeps for itself.
+    recipe.write_text(f"_reserved: 1\n{recipe.read_text()}")
+    again = subprocess.run(verb, stderr=subprocess.PIPE, text=True)
+    assert again.returncode == 1
+    assert "_reserved" in again.stderr
+    assert read_trackio(directory) == held
+
+
 def test_trackio_gets_no_row_for_a_step_without_numbers(make_task, write_recipe, tmp_path):
     broken = {"learning_rate": 1e30, "clip_norm": None, "schedule": "constant"}
     split = {"validation": 0, "held_out": 0}
@@ -197,6 +211,7 @@ def test_an_export_that_fails_leaves_the_earlier_one(run, tmp_path):
         export_run(run, "mlflow", store)
 
     assert held() == first
+    assert len(client.search_runs([experiment])) == 2, "a part of a run is left"
     files.unlink()
     export_run(run, "mlflow", store)
     assert len(client.search_runs([experiment])) == 2

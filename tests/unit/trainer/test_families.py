@@ -129,6 +129,30 @@ def test_between_products_in_bfloat16_a_cpu_keeps_float32(tiny_base):
         assert base.hidden_states(pack).dtype == torch.float32
 
 
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("mistral", {}),
+        ("qwen2_moe", {"use_sliding_window": True, "max_window_layers": 1, "num_experts": 4}),
+        ("phimoe", {"num_local_experts": 4}),
+    ],
+)
+def test_a_text_longer_than_the_window_is_refused_and_a_shorter_one_is_not(
+    base_of, family, changes
+):
+    base = BaseModel(
+        base_of(family, sliding_window=32, **changes), torch.float32, torch.device("cpu")
+    )
+    for length in (32, 33):
+        example = Example(np.arange(length, dtype=np.int32), np.arange(length) >= 4)
+        (pack,) = pack_batches([Batch(0, [example])], 64)
+        if length == 32:
+            base.logits(pack)
+        else:
+            with pytest.raises(UnsupportedBaseError, match="the last 32 tokens only"):
+                base.logits(pack)
+
+
 def test_soft_capped_attention_is_refused(base_of, make_task, write_recipe, tmp_path):
     base = base_of("gemma2", head_dim=8, final_logit_softcapping=None)
     recipe = recipe_over(base, write_recipe(make_task("one")))
@@ -162,6 +186,13 @@ def test_sinks_are_refused(base_of, make_task, write_recipe, tmp_path):
     recipe = recipe_over(base, write_recipe(make_task("one")))
     with pytest.raises(UnsupportedBaseError, match="sink"):
         manylora_trainer.train(recipe, tmp_path / "run")
+
+
+def test_attention_to_chosen_tokens_is_refused_also_where_a_short_text_has_all_chosen(base_of):
+    sparse: dict[str, Any] = {"index_block_size": 8, "index_topk_blocks": 3}
+    sparse |= {"layer_types": ["minimax_m3_sparse"] * 2, "head_dim": 8, "num_local_experts": 4}
+    with pytest.raises(UnsupportedBaseError, match="attend to chosen tokens"):
+        BaseModel(base_of("minimax_m3_vl_text", **sparse), torch.float32, torch.device("cpu"))
 
 
 def test_experts_are_refused_and_the_layers_beside_them_train(
@@ -228,3 +259,18 @@ def test_an_example_that_would_move_the_positions_of_others_is_refused(
     base = base_of("llama", rope_parameters=rope, max_position_embeddings=60)
     with pytest.raises(UnsupportedBaseError, match=r"beyond 60 tokens .* lower max_length"):
         manylora_trainer.train(recipe, tmp_path / "other")
+
+
+def test_positions_of_one_kind_of_layer_that_would_move_are_refused(base_of):
+    moving = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
+    kinds = {"sliding_attention": {"rope_type": "default", "rope_theta": 10000.0}}
+    changes = {"rope_parameters": {**kinds, "full_attention": moving}, "head_dim": 8}
+    base = BaseModel(
+        base_of("gemma3_text", max_position_embeddings=60, **changes),
+        torch.float32,
+        torch.device("cpu"),
+    )
+    example = Example(np.arange(61, dtype=np.int32), np.arange(61) >= 4)
+    (pack,) = pack_batches([Batch(0, [example])], 64)
+    with pytest.raises(UnsupportedBaseError, match=r"beyond 60 tokens .* lower max_length"):
+        base.logits(pack)

@@ -1,7 +1,8 @@
 """Attention over packs: every example sees its shared prefix and itself, and nothing else.
 
 Registered with transformers under `ATTENTION_NAME`; a model loaded with that implementation gets
-its tokens as one row, and finds who may see whom in the plan set by `attending(...)`.
+its tokens as one row, and finds who may see whom in the plan set by `attending(...)`. Under
+`WINDOWS_NAME` it also notes for each layer the window or chunk that only the model's mask tells.
 """
 
 # torch and transformers are only partly typed.
@@ -18,7 +19,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812 (its name everywhere)
 from torch import Tensor
-from transformers.modeling_utils import AttentionInterface
+from transformers import AttentionInterface, AttentionMaskInterface
 
 from manylora_trainer.device import on_device
 from manylora_trainer.errors import UnsupportedBaseError
@@ -26,6 +27,8 @@ from manylora_trainer.packing import Pack
 from manylora_trainer.varlen import VarlenPlan, takes_varlen, varlen_attention
 
 ATTENTION_NAME = "manylora_packed"
+WINDOWS_NAME = "manylora_packed_noting_windows"
+"""For one pass at the start: transformers waits for the device to make a mask."""
 
 
 @dataclass(frozen=True)
@@ -154,17 +157,17 @@ def attending(plan: Plan) -> Generator[None]:
 
 
 def packed_attention(
-    module: torch.nn.Module,  # noqa: ARG001 (the signature is transformers')
+    module: torch.nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,  # noqa: ARG001 (likewise; the plan says it)
+    attention_mask: Tensor | None,  # noqa: ARG001 (the signature is transformers'; the plan says it)
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
-    **_: Any,
+    **others: Any,
 ) -> tuple[Tensor, None]:
     """Attention as transformers calls it: [1, heads, tokens, head] to [1, tokens, heads, head].
 
@@ -174,6 +177,9 @@ def packed_attention(
     plan = _plans[-1]
     if softcap is not None or s_aux is not None or dropout:
         raise UnsupportedBaseError("bases with soft-capped or sink attention cannot be trained yet")
+    if any(others.get(name) is not None for name in ("indices", "block_indices")):
+        raise UnsupportedBaseError("bases that attend to chosen tokens cannot be trained yet")
+    sliding_window = sliding_window or getattr(module, WINDOWS_NAME, None)
     if sliding_window is not None and plan.longest_key > sliding_window:
         raise UnsupportedBaseError(
             f"the base attends to the last {sliding_window} tokens only; lower max_length to that"
@@ -222,4 +228,24 @@ def _rectangle(rows: Tensor, examples: int) -> Tensor:
     return rows.unflatten(0, (examples, -1)).transpose(1, 2)
 
 
+def _noting_windows(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    if attention_mask is not None:
+        setattr(module, WINDOWS_NAME, int(attention_mask))
+    return packed_attention(module, query, key, value, None, **others)
+
+
+def _window(*_: Any, local_size: int | None = None, **__: Any) -> Tensor | None:
+    """In place of a mask, how many tokens it lets each one see; None where that is all before."""
+    return None if local_size is None else torch.tensor(local_size)
+
+
 AttentionInterface.register(ATTENTION_NAME, packed_attention)
+AttentionInterface.register(WINDOWS_NAME, _noting_windows)
+AttentionMaskInterface.register(WINDOWS_NAME, _window)

@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM
 
 from manylora_trainer.attention import (
     ATTENTION_NAME,
+    WINDOWS_NAME,
     AttentionPlan,
     attending,
     plan_attention,
@@ -31,6 +32,7 @@ from manylora_trainer.frozen import computing_in_float32, keep_activations_in_fl
 from manylora_trainer.fused import fuse_small_operations
 from manylora_trainer.head import head_loss, trainable_head_loss
 from manylora_trainer.packing import Batch, Pack, pack_batches
+from manylora_trainer.positions import steady_positions
 from manylora_trainer.tokenization import Example
 
 PROBE_TOLERANCE = 1e-3
@@ -119,7 +121,7 @@ class BaseModel:
         Raises:
             UnsupportedBaseError: one of its examples would move the others' positions.
         """
-        steady = _steady_positions(self.model.config)
+        steady = steady_positions(self.model.config.get_text_config())
         if steady is not None and pack.positions.max() >= steady:
             raise UnsupportedBaseError(
                 f"beyond {steady} tokens the base's positions depend on the longest example of a "
@@ -206,12 +208,14 @@ class BaseModel:
         (pack,) = pack_batches([Batch(0, examples)], 64)
         expected = expected[:, 15:-1].flatten(0, 1)
         plan = AttentionPlan(pack, self.device, torch.float32)
+        self.model.set_attn_implementation(WINDOWS_NAME)
         with (
             computing_in_float32(self.model),
             torch.compiler.set_stance("force_eager"),
             attending(plan),
         ):
             packed: Tensor = self._head(self.hidden_states(pack))
+        self.model.set_attn_implementation(ATTENTION_NAME)
         if (packed - expected).abs().max() > PROBE_TOLERANCE * expected.abs().max():
             raise UnsupportedBaseError(
                 f"{directory}: packed examples do not give this model's own logits, so it cannot "
@@ -240,19 +244,6 @@ def _stating_faults_of_the_model(directory: Path, kind: str) -> Generator[None]:
             f"{directory}: a base of the kind {kind} cannot be trained here: computing a short "
             f"text with it fails ({type(error).__name__}: {why})"
         ) from error
-
-
-def _steady_positions(config: Any) -> int | None:
-    """Tokens up to which each position is the same whatever stands beside it; None: always."""
-    config = config.get_text_config()
-    rope = getattr(config, "rope_parameters", None) or {}
-    match rope.get("rope_type"):
-        case "dynamic":
-            return config.max_position_embeddings
-        case "longrope":
-            return rope["original_max_position_embeddings"]
-        case _:
-            return None
 
 
 def _four_bit(dtype: torch.dtype, device: torch.device) -> dict[str, Any]:

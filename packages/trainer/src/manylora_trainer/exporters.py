@@ -88,24 +88,30 @@ def _to_mlflow(run: SavedRun, uri: str | None, project: str) -> list[Exported]:
             name = _name(run, task)
             begun, ended = _span(entries)
             there = client.create_run(experiment, begun, tags, name).info.run_id
-            parameters = [Param(key, str(value)) for key, value in _settings(run, task).items()]
-            for at in range(0, len(parameters), PARAMETERS_AT_ONCE):
-                client.log_batch(there, params=parameters[at : at + PARAMETERS_AT_ONCE])
-            metrics = [
-                Metric(key, value, int(1000 * entry["time"]), entry["step"])
-                for entry in entries
-                for key, value in _values(entry).items()
-            ]
-            for at in range(0, len(metrics), METRICS_AT_ONCE):
-                client.log_batch(there, metrics=metrics[at : at + METRICS_AT_ONCE])
-            for file in (run.path / "recipe.yaml", run.path / "adapters" / task / "README.md"):
-                if file.is_file():
-                    client.log_artifact(there, str(file))
-            status = {"finished": "FINISHED", "failed": "FAILED", "running": "RUNNING"}
-            state = "FAILED" if run.tasks[task].stopped else status.get(run.state, "KILLED")
-            # Left alone it is running, and has no end.
-            if state != "RUNNING":
-                client.set_terminated(there, state, ended)
+            try:
+                parameters = [Param(key, str(value)) for key, value in _settings(run, task).items()]
+                for at in range(0, len(parameters), PARAMETERS_AT_ONCE):
+                    client.log_batch(there, params=parameters[at : at + PARAMETERS_AT_ONCE])
+                metrics = [
+                    Metric(key, value, int(1000 * entry["time"]), entry["step"])
+                    for entry in entries
+                    for key, value in _values(entry).items()
+                ]
+                for at in range(0, len(metrics), METRICS_AT_ONCE):
+                    client.log_batch(there, metrics=metrics[at : at + METRICS_AT_ONCE])
+                for file in (run.path / "recipe.yaml", run.path / "adapters" / task / "README.md"):
+                    if file.is_file():
+                        client.log_artifact(there, str(file))
+                status = {"finished": "FINISHED", "failed": "FAILED", "running": "RUNNING"}
+                state = "FAILED" if run.tasks[task].stopped else status.get(run.state, "KILLED")
+                # Left alone it is running, and has no end.
+                if state != "RUNNING":
+                    client.set_terminated(there, state, ended)
+            except Exception:
+                # A part of a run is no export of it.
+                with suppress(MlflowException, OSError):
+                    client.delete_run(there)
+                raise
             # Only now: what fails on the way costs nobody the export there is.
             for before in earlier:
                 client.delete_run(before.info.run_id)
@@ -133,11 +139,11 @@ def _to_trackio(run: SavedRun, uri: str | None, project: str) -> list[Exported]:
         try:
             for task in run.tasks:
                 name = _name(run, task)
+                earlier: list[Any] = []
                 if not is_server:
                     # It says by a ValueError that there is no such project yet.
                     with suppress(ValueError):
-                        for before in [r for r in trackio.Api().runs(project) if r.name == name]:
-                            before.delete()
+                        earlier = [r for r in trackio.Api().runs(project) if r.name == name]
                 there = trackio.init(
                     project,
                     name,
@@ -155,6 +161,9 @@ def _to_trackio(run: SavedRun, uri: str | None, project: str) -> list[Exported]:
                 for step, values in steps.items():
                     there.log(values, step=step)
                 trackio.finish()
+                # Only now: what fails on the way costs nobody the export there is.
+                for before in earlier:
+                    before.delete()
                 exported.append(Exported(task, name, sum(map(len, steps.values()))))
         except (ValueError, OSError) as error:
             raise ExportError(f"trackio: {error}") from error

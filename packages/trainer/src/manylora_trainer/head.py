@@ -105,7 +105,8 @@ def _loss_by_blocks(
     narrow = states.to(head.dtype)
     largest = states.new_full((len(states), 1), -torch.inf)
     total = torch.zeros_like(largest)
-    mean = torch.zeros_like(states)
+    if gradient is not None:
+        gradient.zero_()
     for start in range(0, len(head), HEAD_BLOCK):
         block = slice(start, start + HEAD_BLOCK)
         weight, offset = head[block], None if bias is None else bias[block]
@@ -115,10 +116,10 @@ def _loss_by_blocks(
         logits.sub_(larger).exp_()
         total.mul_(fading).add_(logits.sum(-1, keepdim=True))
         if gradient is not None:
-            mean.mul_(fading).add_(logits.to(head.dtype) @ weight)
+            gradient.mul_(fading).add_(logits.to(head.dtype) @ weight)
         largest = larger
     wanted = head[targets[:, 0]].float()
     logit = (states * wanted).sum(-1)
     if gradient is not None:
-        torch.sub(mean.div_(total), wanted, out=gradient)
+        gradient.div_(total).sub_(wanted)
     return (largest + total.log())[:, 0] - (logit if bias is None else logit + bias[targets[:, 0]])

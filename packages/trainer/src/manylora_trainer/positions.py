@@ -31,9 +31,30 @@ def within_positions(recipe: Recipe, say: Callable[[str], None]) -> Recipe:
 def most_positions(text: Any) -> int | None:
     """Positions that a base tells apart, those its rotary scaling adds included; None: any."""
     most: int | None = getattr(text, "max_position_embeddings", None)
-    rope = cast("dict[str, Any]", getattr(text, "rope_parameters", None) or {})
+    rope = _rope_of(text)
     if most is None or not isinstance(rope.get("factor"), int | float):
         return most
     # YaRN and the like name what they stretch, and leave max_position_embeddings before or after.
     stretched: float = (rope.get("original_max_position_embeddings") or most) * rope["factor"]
     return max(most, int(stretched))
+
+
+def steady_positions(text: Any) -> int | None:
+    """Tokens up to which each position is the same whatever stands beside it; None: always."""
+    steady: list[int] = []
+    ropes = _rope_of(text)
+    # Gemma 3 and others have one for each kind of their layers.
+    own = cast("list[dict[str, Any]]", [rope for rope in ropes.values() if isinstance(rope, dict)])
+    for rope in own or [ropes]:
+        match rope.get("rope_type"):
+            case "dynamic":
+                steady.append(text.max_position_embeddings)
+            case "longrope":
+                steady.append(rope["original_max_position_embeddings"])
+            case _:
+                pass
+    return min(steady, default=None)
+
+
+def _rope_of(text: Any) -> dict[str, Any]:
+    return cast("dict[str, Any]", getattr(text, "rope_parameters", None) or {})
