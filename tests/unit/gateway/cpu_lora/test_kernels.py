@@ -9,6 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from manylora_gateway.cpu_lora.packing import LARGEST
+
 from .reference import announce, expected, kernels_for, stacked
 
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2}
@@ -253,3 +255,23 @@ def test_fewer_rows_than_the_batch_are_refused(layer: Layer) -> None:
         layer.kernels.add_lora_linear(
             torch.zeros(3, 12), layer.x[:3], (layer.a,), (layer.b,), 1.0, (12,)
         )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "row_slots", [(0, -1, 0), (0,) * 40 + (-1,), (0, -1) * 40], ids=["few", "many", "scattered"]
+)
+def test_an_adapter_that_adds_too_much_leaves_finite_outputs(
+    dtype: torch.dtype, row_slots: tuple[int, ...]
+) -> None:
+    """Promise 7: a NaN in the cache of keys and values would be in everybody's answers."""
+    weights = stacked([8], 8, 40, 100, dtype, seed=1)
+    weights[1].mul_(65_504.0)
+    x = torch.full((len(row_slots), 40), 1e30, dtype=dtype)
+    y = torch.ones(len(row_slots), 100, dtype=dtype)
+    reference = expected(y, x, row_slots, [weights])
+    kernels_for(row_slots, 1).add_lora_linear(y, x, (weights[0],), (weights[1],), 1.0, (100,))
+    adapted = torch.tensor(row_slots) == 0
+    assert torch.equal(y[~adapted], torch.ones_like(y[~adapted]))
+    assert y.abs().max() <= 1.01 * LARGEST
+    assert torch.equal(y[adapted].sign().double(), reference[adapted].sign())

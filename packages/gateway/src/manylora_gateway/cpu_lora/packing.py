@@ -18,6 +18,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+LARGEST = 1e6
+"""The largest output of a layer with an adapter, far beyond any model's. An adapter may have more
+than a model can bear: its squares and products would overflow, and a NaN in the cache of keys and
+values, which attention reads by whole blocks, would be in everybody's answers."""
+
 OUTPUTS = 96
 """Outputs in a block of B: small enough to share out evenly, and a divisor of usual widths."""
 

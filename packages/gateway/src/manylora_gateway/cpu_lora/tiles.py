@@ -22,7 +22,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from manylora_gateway.cpu_lora.packing import OUTPUTS
+from manylora_gateway.cpu_lora.packing import LARGEST, OUTPUTS
 
 ROWS = 4
 """Most rows of a tile."""
@@ -108,6 +108,13 @@ class _Code:
             f"llvm.fma.v{LANES}f32", _vector, [left, right, self.builder.load(total)]
         )
         self.builder.store(value, total)
+
+    def bounded(self, vector: Any) -> Any:
+        """The vector with each value in -`LARGEST` to `LARGEST`, a NaN too."""
+        for name, bound in (("minnum", LARGEST), ("maxnum", -LARGEST)):
+            limit = ir.Constant(_vector, [bound] * LANES)
+            vector = self._call(f"llvm.{name}.v{LANES}f32", _vector, [vector, limit])
+        return vector
 
     def total(self, variable: Any) -> Any:
         """The sum of a vector's lanes, pair by pair."""
@@ -244,11 +251,12 @@ def _add_to(code: _Code, address: Any, total: Any, left: Any) -> None:
     builder = code.builder
     with builder.if_else(builder.icmp_signed(">=", left, _whole(LANES))) as (then, otherwise):
         with then:
-            code.store(address, builder.fadd(code.load(address), builder.load(total)))
+            value = builder.fadd(code.load(address), builder.load(total))
+            code.store(address, code.bounded(value))
         with otherwise:
             mask = code.first(left)
             value = builder.fadd(code.load_some(address, mask), builder.load(total))
-            code.store_some(address, value, mask)
+            code.store_some(address, code.bounded(value), mask)
 
 
 def _whole(value: int) -> Any:
@@ -264,7 +272,7 @@ rows' indices in it, and of where the products go, a row each `stride` floats.
 """
 
 expand = _tile(9, _expand)
-"""Adds the products of a tile of rows with a block of B to y.
+"""Adds the products of a tile of rows with a block of B to y, and keeps the sums bounded.
 
 Of (rows, weights, columns, shrunk, stride, y, y_stride, indices, width): up to `ROWS`; the first
 column's address and how many there are; the rows' factors, a row each `stride` floats; y's address

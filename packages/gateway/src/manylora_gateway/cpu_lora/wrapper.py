@@ -16,7 +16,7 @@ from vllm.lora.punica_wrapper.punica_base import PunicaWrapperBase
 
 from manylora_gateway.cpu_lora.batch import Batch
 from manylora_gateway.cpu_lora.kernel import FewRows
-from manylora_gateway.cpu_lora.packing import pack
+from manylora_gateway.cpu_lora.packing import LARGEST, pack
 from manylora_gateway.cpu_lora.shortcut import install
 
 if TYPE_CHECKING:
@@ -228,7 +228,7 @@ def _add_many(
     rows: slice | Tensor,
     scale: float,
 ) -> None:
-    """Matrix products of one slot's rows, in the weights' own type."""
+    """Matrix products of one slot's rows, in the weights' own type, the sums bounded."""
     x = x[rows].to(lora_a[0].dtype)
     start = 0
     for a, b in zip(lora_a, lora_b, strict=True):
@@ -237,8 +237,9 @@ def _add_many(
         shrunk = x @ a[slot, 0, :rank].t()
         expand = b[slot, 0, :, :rank].t()
         if isinstance(rows, Tensor):
-            out.index_add_(0, rows, (shrunk @ expand).to(out.dtype), alpha=scale)
+            sums = out[rows].add_(shrunk @ expand, alpha=scale)
+            out.index_copy_(0, rows, sums.clamp_(-LARGEST, LARGEST))
         elif out.dtype == expand.dtype:
-            out[rows].addmm_(shrunk, expand, alpha=scale)
+            out[rows].addmm_(shrunk, expand, alpha=scale).clamp_(-LARGEST, LARGEST)
         else:
-            out[rows].add_(shrunk @ expand, alpha=scale)
+            out[rows].add_(shrunk @ expand, alpha=scale).clamp_(-LARGEST, LARGEST)
