@@ -92,7 +92,7 @@ class Admission:
         self.answering = CutOff(
             lambda: DrainingError("The gateway ended before the answer was whole.")
         )
-        """Around what answers a client or an operator: what is not whole when the gateway ends."""
+        """Around what answers a request: what is not whole when the gateway ends."""
         self._empty = asyncio.Event()
         self._empty.set()
 

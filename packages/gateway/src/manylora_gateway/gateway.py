@@ -103,6 +103,7 @@ async def run(
         logger.info("draining; running requests have %g s", config.drain_s)
         if left := await operations.drain(config.drain_s):
             logger.warning("%d requests still running after %g s are cut off", left, config.drain_s)
+            admission.answering.end()
         await inference.shadows.close()
         await operations.close()
         await fleet.close()

@@ -8,7 +8,7 @@ import asyncio
 import time
 import uuid
 from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from contextlib import AbstractAsyncContextManager, aclosing
 from dataclasses import dataclass
 
 from manylora_gateway import tracing
@@ -83,7 +83,6 @@ class Inference:
         self._routes = routes
         self._replicas = replicas
         self._admission = admission
-        self.answering = admission.answering
 
     async def stream(
         self, request: GenerationRequest, tenant: Tenant = ANONYMOUS, *, whole: bool = False
@@ -200,6 +199,10 @@ class Inference:
         """
         async with aclosing(self.stream(request, tenant, whole=True)) as events:
             return await collect(events, request.sampling.n)
+
+    def until_cut_off(self) -> AbstractAsyncContextManager[None]:
+        """Around what answers a request, which the gateway's end ends in our words."""
+        return self._admission.answering.around()
 
     async def count_tokens(self, prompt: Prompt, tenant: Tenant = ANONYMOUS) -> int:
         """Tokens of `prompt` as the engine reads it.

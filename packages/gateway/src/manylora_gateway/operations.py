@@ -2,11 +2,14 @@
 
 import asyncio
 import logging
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Any
 
 from manylora_gateway.admission import Admission
+from manylora_gateway.cutoff import CutOff
 from manylora_gateway.errors import (
+    DrainingError,
     InvalidRequestError,
     UnknownAdapterError,
     UnservableError,
@@ -65,13 +68,19 @@ class Operations:
         self._routes = routes
         self._replicas = replicas
         self._admission = admission
-        self.answering = admission.answering
         self._fleet = fleet
         self._drain_s = drain_s
         self._setting = asyncio.Lock()
         # Why saved rollouts could not be set again, as far as the log says.
         self._told: set[str] = set()
         self._restoring: asyncio.Task[None] | None = None
+        self._answering = CutOff(
+            lambda: DrainingError("The gateway ended before what was asked was done.")
+        )
+
+    def until_cut_off(self) -> AbstractAsyncContextManager[None]:
+        """Around what answers an operator, which the gateway's end ends in our words."""
+        return self._answering.around()
 
     async def states(self) -> list[ReplicaState]:
         """Every replica and what it holds."""
@@ -201,8 +210,8 @@ class Operations:
         self._restoring = asyncio.create_task(self._restore())
 
     async def close(self) -> None:
-        """Ends what clients and operators wait for, and trying."""
-        self.answering.end()
+        """Ends what operators wait for, and trying."""
+        self._answering.end()
         if self._restoring is not None:
             self._restoring.cancel()
             await asyncio.gather(self._restoring, return_exceptions=True)

@@ -70,7 +70,7 @@ async def _answering(
     deadline = asyncio.timeout(remaining_s)
     try:
         try:
-            async with deadline, core.answering.around():
+            async with deadline, core.until_cut_off():
                 context.set_trailing_metadata(((REQUEST_ID_KEY, request_id),))
                 yield request_id
         except grpc.aio.InternalError:

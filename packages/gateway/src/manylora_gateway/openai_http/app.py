@@ -141,7 +141,7 @@ class _Completions:
                 await self._stream(asked, replies, request_id, send)
                 return
             tenant = caller()
-            async with self._inference.answering.around(), asyncio.TaskGroup() as group:
+            async with self._inference.until_cut_off(), asyncio.TaskGroup() as group:
                 tasks = [
                     group.create_task(self._inference.generate(request, tenant))
                     for request in asked.requests
@@ -162,7 +162,7 @@ class _Completions:
         held: list[bytes] = []
         open_ = False
         try:
-            async with self._inference.answering.around(), aclosing(self._events(asked)) as events:
+            async with self._inference.until_cut_off(), aclosing(self._events(asked)) as events:
                 async for prompt, event in events:
                     held += chunks.of(prompt, event)
                     if isinstance(event, Started):
