@@ -74,6 +74,7 @@ class Operations:
         # Why saved rollouts could not be set again, as far as the log says.
         self._told: set[str] = set()
         self._restoring: asyncio.Task[None] | None = None
+        # Not admission's: answers to clients are still written when the last request has left.
         self._answering = CutOff(
             lambda: DrainingError("The gateway ended before what was asked was done.")
         )
