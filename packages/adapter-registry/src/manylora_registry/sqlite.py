@@ -147,7 +147,11 @@ class Sqlite:
 
     def tidy(self) -> None:
         """See `Backend`: counts rows again when there are twice as many as at the last time."""
-        with contextlib.closing(self.engine.raw_connection()) as connection:
+        with (
+            # Of a file that is gone there is nothing to count.
+            contextlib.suppress(sqlite3.OperationalError),
+            contextlib.closing(self.engine.raw_connection()) as connection,
+        ):
             cursor = connection.cursor()
             # Seldom needed and never urgent: not worth waiting for a lock.
             cursor.execute("PRAGMA busy_timeout=0")
