@@ -95,7 +95,7 @@ def speed(plain: Load, rounds: int, quick: bool) -> dict[str, float]:
 
 def together(plain: Load, rounds: int, quick: bool) -> dict[str, float]:
     """Tokens a second of eight adapters in one run, beside eight runs of TRL, in both types."""
-    eight = replace(plain, tasks=8, batch_size=1 if quick else 4, steps=2)
+    eight = replace(plain, tasks=8, batch_size=1 if quick else plain.batch_size, steps=2)
     narrow = replace(eight, dtype="bfloat16")
     found = in_turns(
         {
