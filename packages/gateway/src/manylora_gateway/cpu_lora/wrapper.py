@@ -8,6 +8,7 @@ without an adapter, and copy a slot's weights once for each row.
 # Neither torch's members nor vLLM's are all typed.
 # pyright: reportUnknownMemberType=false
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -238,7 +239,7 @@ def _add_many(
         expand = b[slot, 0, :, :rank].t()
         # One more pass over the outputs costs a fifth of the product: only where it may be needed,
         # by the inequality of Cauchy and Schwarz.
-        norm = torch.linalg.vector_norm
+        norm: Callable[[Tensor], Tensor] = torch.linalg.vector_norm
         most = float(norm(shrunk)) * float(norm(expand)) * abs(scale)
         bound = LARGEST if not most < LARGEST else None
         if isinstance(rows, Tensor):
