@@ -8,7 +8,6 @@ without an adapter, and copy a slot's weights once for each row.
 # Neither torch's members nor vLLM's are all typed.
 # pyright: reportUnknownMemberType=false
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -239,8 +238,7 @@ def _add_many(
         expand = b[slot, 0, :, :rank].t()
         # One more pass over the outputs costs a fifth of the product: only where it may be needed,
         # by the inequality of Cauchy and Schwarz.
-        norm: Callable[[Tensor], Tensor] = torch.linalg.vector_norm
-        most = float(norm(shrunk)) * float(norm(expand)) * abs(scale)
+        most = _norm(shrunk) * _norm(expand) * abs(scale)
         bound = LARGEST if not most < LARGEST else None
         if isinstance(rows, Tensor):
             out.index_copy_(0, rows, _bounded(out[rows].add_(shrunk @ expand, alpha=scale), bound))
@@ -248,6 +246,10 @@ def _add_many(
             _bounded(out[rows].addmm_(shrunk, expand, alpha=scale), bound)
         else:
             _bounded(out[rows].add_(shrunk @ expand, alpha=scale), bound)
+
+
+def _norm(matrix: Tensor) -> float:
+    return cast("Tensor", torch.linalg.vector_norm(matrix)).item()
 
 
 def _bounded(sums: Tensor, bound: float | None) -> Tensor:
