@@ -43,10 +43,14 @@ KILLED = "The engine did not start: its process was killed, as where memory runs
             ["-m", "manylora_cli", "serve", "--set=engine.gpus=16", "--set=engine.replicas=16"],
             "engine.gpus: 16 replica(s) with 16 GPU(s) each need 256; here there are ",
         ),
+        (
+            ["-m", "manylora_cli", "serve", "--set=engine.dtype=float16"],
+            "The engine did not start: engine.dtype: in float16 ",
+        ),
         (["-c", DIES], KILLED),
         (["-c", LOSES_A_PROCESS], KILLED),
     ],
-    ids=["lacks GPUs", "is killed", "loses a process"],
+    ids=["lacks GPUs", "lacks range", "is killed", "loses a process"],
 )
 def test_a_gateway_whose_engine_cannot_be_says_why_and_ends(
     tmp_path: Path,

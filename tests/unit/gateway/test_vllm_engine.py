@@ -48,3 +48,10 @@ def test_an_engine_on_a_cpu_asks_for_libnuma_before_it_starts(
     monkeypatch.setattr(ctypes, "CDLL", linked)
     with pytest.raises(StartError, match="needs libnuma"):
         VllmEngine(tmp_path, EngineConfig(), gpus=0)
+
+
+def test_an_engine_on_a_cpu_refuses_a_type_in_which_an_adapter_could_spoil_others(
+    tmp_path: Path,
+) -> None:
+    with pytest.raises(StartError, match=r"engine\.dtype: .*take bfloat16, or float32"):
+        VllmEngine(tmp_path, EngineConfig(dtype="float16"), gpus=0)

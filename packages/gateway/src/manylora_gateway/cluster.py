@@ -348,7 +348,7 @@ def _cause(error: Exception, scratch: Path) -> str:
     told = _last_line(texts[0] if texts else str(error))
     if DIED.search(told):
         return "its process was killed, as where memory runs out, or crashed"
-    return told
+    return told.removeprefix(f"{StartError.__module__}.{StartError.__name__}: ")
 
 
 def _last_line(text: str) -> str:

@@ -90,7 +90,7 @@ class EngineConfig(ConfigModel):
     flood on another does not keep them waiting. Unset: half of `max_concurrent`."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Of weights and activations. auto: float32 on a CPU, what the base says on a GPU. A CPU that
-    multiplies bfloat16 itself (AMX) reads prompts faster in it."""
+    multiplies bfloat16 itself (AMX) reads prompts faster in it, and takes no float16."""
     kv_cache_gib: float | None = Field(default=None, gt=0)
     """Memory for attention keys and values. Unset: 1 GiB on a CPU, what `gpu_memory` leaves on a
     GPU."""

@@ -52,6 +52,7 @@ from manylora_gateway.errors import (
     AdapterLoadError,
     InvalidRequestError,
     ReplicaLostError,
+    StartError,
     Violation,
 )
 from manylora_gateway.executor import LocalExecutor
@@ -75,13 +76,14 @@ class VllmEngine:
         gpus: GPUs of this replica; 0 runs on the CPU.
 
     Raises:
-        StartError: the LoRA kernels would be vLLM's own on a CPU, without being asked for, or the
-            machine lacks a library.
+        StartError: the LoRA kernels would be vLLM's own on a CPU, without being asked for, the
+            machine lacks a library, or a CPU is asked for float16.
     """
 
     def __init__(self, base: Path, config: EngineConfig, gpus: int) -> None:
         if not gpus:
             require_libnuma()
+            _require_range(config)
         self._max_context = config.max_context
         self._max_prompt = min(
             config.max_prompt_tokens or config.max_context, config.max_context - 1
@@ -194,6 +196,21 @@ class VllmEngine:
             raise InvalidRequestError([Violation("chat.messages", text)]) from error
         # The template writes the special tokens itself.
         return self._tokenizer.encode(text, add_special_tokens=False)
+
+
+def _require_range(config: EngineConfig) -> None:
+    """Sees that what an adapter makes of the activations cannot overflow.
+
+    vLLM's attention on a CPU would give the NaN that comes of it to other requests (decision 0004).
+
+    Raises:
+        StartError: it can.
+    """
+    if config.dtype == "float16":
+        raise StartError(
+            "engine.dtype: in float16 one adapter could spoil the answers of others on a CPU; "
+            "take bfloat16, or float32"
+        )
 
 
 def _arguments(base: Path, config: EngineConfig, gpus: int) -> AsyncEngineArgs:
