@@ -29,6 +29,7 @@ from manylora_gateway.engine import Delta, Prompt, Sampling
 from manylora_gateway.errors import GatewayError, ReplicaLostError, StartError
 from manylora_gateway.fair import EVERYBODY, Share
 from manylora_gateway.processes import end_marked
+from manylora_gateway.refusals import by_our_names
 from manylora_gateway.replica import EngineReplica, MakeEngine
 from manylora_gateway.replicas import ReplicaState
 from manylora_gateway.worker import Servable
@@ -339,7 +340,7 @@ def _cause(error: Exception, scratch: Path) -> str:
     logs = sorted(scratch.glob("session_latest/logs/worker-*"))
     found = [cause for log in logs for cause in ENGINE_ERROR.findall(log.read_text("utf-8"))]
     if found:
-        return found[-1]
+        return by_our_names(found[-1])
     try:
         deployments = serve.status().applications[APPLICATION].deployments.values()
     except Exception:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from jinja2 import TemplateError
+from pydantic import ValidationError
 from vllm import SamplingParams
 from vllm.config import StructuredOutputsConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
@@ -56,6 +57,7 @@ from manylora_gateway.errors import (
     Violation,
 )
 from manylora_gateway.executor import LocalExecutor
+from manylora_gateway.refusals import by_our_names
 
 GIB = 1 << 30
 MAX_LOGPROBS = 1000
@@ -77,7 +79,8 @@ class VllmEngine:
 
     Raises:
         StartError: the LoRA kernels would be vLLM's own on a CPU, without being asked for, the
-            machine lacks a library, or a CPU is asked for float16.
+            machine lacks a library, a CPU is asked for float16, or vLLM refuses the base or the
+            settings.
     """
 
     def __init__(self, base: Path, config: EngineConfig, gpus: int) -> None:
@@ -94,7 +97,10 @@ class VllmEngine:
         self._numbers = itertools.count(1)
         # On a CPU vLLM's own LoRA kernels answer with wrong adapters: never serve with them unseen.
         logger.info("LoRA kernels: %s", plugin.check())
-        self._llm = AsyncLLM.from_engine_args(_arguments(base, config, gpus))
+        try:
+            self._llm = AsyncLLM.from_engine_args(_arguments(base, config, gpus))
+        except ValidationError as error:
+            raise StartError(f"vLLM refuses it: {_refusal(error)}") from error
         self._tokenizer = self._llm.get_tokenizer()
         self._vocabulary = len(self._tokenizer)
 
@@ -211,6 +217,13 @@ def _require_range(config: EngineConfig) -> None:
             "engine.dtype: in float16 one adapter could spoil the answers of others on a CPU; "
             "take bfloat16, or float32"
         )
+
+
+def _refusal(error: ValidationError) -> str:
+    """The first sentence of what vLLM finds; behind it are lists and advice of other programs."""
+    (first, *_) = error.errors()
+    text = first["msg"].removeprefix("Value error, ").strip()
+    return by_our_names(text.splitlines()[0].partition(". ")[0])
 
 
 def _arguments(base: Path, config: EngineConfig, gpus: int) -> AsyncEngineArgs:
