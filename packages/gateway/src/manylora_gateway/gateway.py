@@ -29,6 +29,7 @@ from manylora_gateway.replicas import Replicas
 from manylora_gateway.rollouts import Rollouts
 from manylora_gateway.routes import Routes
 from manylora_gateway.scratch import remove
+from manylora_gateway.signals import on_signals
 from manylora_gateway.swaps import Swaps
 from manylora_gateway.worker import Servable
 from manylora_registry import Registry
@@ -236,7 +237,7 @@ def _listen_for_signals(stop: asyncio.Event, scratch: Path) -> None:
             os._exit(1)
         stop.set()
 
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
-            continue
-        asyncio.get_running_loop().add_signal_handler(number, on_signal)
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
+    on_signals(numbers, on_signal)
