@@ -3,6 +3,7 @@
 import asyncio
 import signal
 from collections.abc import Callable, Iterable
+from types import FrameType
 
 
 def on_signals(numbers: Iterable[signal.Signals], callback: Callable[[], None]) -> None:
@@ -12,10 +13,14 @@ def on_signals(numbers: Iterable[signal.Signals], callback: Callable[[], None]) 
     threads wait to be noticed: it tells the loop by a byte in the socket those calls fill.
     """
     loop = asyncio.get_running_loop()
+
+    def heard(_number: int, _frame: FrameType | None) -> None:
+        loop.call_soon_threadsafe(callback)
+
     for number in numbers:
         # For its byte, which wakes a loop that sleeps; where that is lost the loop is awake.
         loop.add_signal_handler(number, _nothing)
-        signal.signal(number, lambda *_: loop.call_soon_threadsafe(callback))
+        signal.signal(number, heard)
     # A lost byte is no fault to be written with a trace.
     signal.set_wakeup_fd(signal.set_wakeup_fd(-1), warn_on_full_buffer=False)
 
