@@ -34,11 +34,16 @@ class OpenEngine(VllmEngine):
         self._rounds = 0
 
     async def generate(
-        self, request_id: str, token_ids: list[int], sampling: Sampling, adapter: str | None
+        self,
+        request_id: str,
+        token_ids: list[int],
+        sampling: Sampling,
+        adapter: str | None,
+        priority: int = 0,
     ) -> AsyncGenerator[Delta, None]:
         """See Engine."""
         if token_ids != MARK:
-            async for delta in super().generate(request_id, token_ids, sampling, adapter):
+            async for delta in super().generate(request_id, token_ids, sampling, adapter, priority):
                 yield delta
             return
         measured = await self._measure(sampling.max_tokens)

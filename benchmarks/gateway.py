@@ -47,6 +47,8 @@ def write_config(
     interval_ms: int = 20,
     slots: int = 4,
     host_adapters: int = 32,
+    express: int = 0,
+    max_requests: int = 4096,
 ) -> None:
     """A gateway over `base` and the registry beside `config`, which is made where it is missing."""
     registry = config.parent / "registry"
@@ -57,8 +59,8 @@ base: {base.resolve()}
 registry: {registry}
 listen: {{inference: "127.0.0.1:0", admin: "127.0.0.1:0"}}
 engine: {{slots: {slots}, host_adapters: {host_adapters}, max_rank: 16, max_context: {context}, \
-max_concurrent: {streams}, kv_cache_gib: 1, express: 0, stream_interval_ms: {interval_ms}}}
-limits: {{max_requests: 4096}}
+max_concurrent: {streams}, kv_cache_gib: 1, express: {express}, stream_interval_ms: {interval_ms}}}
+limits: {{max_requests: {max_requests}}}
 """
     )
 

@@ -75,7 +75,12 @@ class SyntheticEngine:
         return ids
 
     async def generate(
-        self, request_id: str, token_ids: list[int], sampling: Sampling, adapter: str | None
+        self,
+        request_id: str,
+        token_ids: list[int],
+        sampling: Sampling,
+        adapter: str | None,
+        priority: int = 0,
     ) -> AsyncGenerator[Delta, None]:
         self.check_health()
         assert adapter is None or adapter in self._loaded, f"{adapter} is not loaded"

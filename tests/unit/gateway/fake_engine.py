@@ -72,6 +72,7 @@ class FakeEngine:
         """Adapters that are tried as they are loaded."""
         self.prompts: list[list[int]] = []
         self.samplings: list[Sampling] = []
+        self.priorities: list[int] = []
         self.impossible = False
         """Candidates that were not taken have no probability at all."""
         self.repeats = 1
@@ -148,13 +149,19 @@ class FakeEngine:
         return ids
 
     async def generate(
-        self, request_id: str, token_ids: list[int], sampling: Sampling, adapter: str | None
+        self,
+        request_id: str,
+        token_ids: list[int],
+        sampling: Sampling,
+        adapter: str | None,
+        priority: int = 0,
     ) -> AsyncGenerator[Delta, None]:
         self.check_health()
         if adapter is not None and adapter not in self.loaded:
             self.dead = True
         self.prompts.append(token_ids)
         self.samplings.append(sampling)
+        self.priorities.append(priority)
         if sampling.constraint == IMPOSSIBLE:
             violation = Violation(FIELDS[Regex], "cannot be held")
             raise InvalidRequestError([violation])

@@ -10,7 +10,7 @@ import pytest
 from pydantic import BaseModel
 
 from manylora_gateway.access import AccessConfig
-from manylora_gateway.config import GatewayConfig
+from manylora_gateway.config import EngineConfig, GatewayConfig
 from manylora_registry.config import load_config
 from manylora_registry.errors import ConfigError
 
@@ -116,3 +116,11 @@ def undescribed(section: type[BaseModel]) -> Iterator[str]:
         for kind in (field.annotation, *get_args(field.annotation)):
             if isinstance(kind, type) and issubclass(kind, BaseModel):
                 yield from undescribed(kind)
+
+
+def test_a_step_of_a_cpu_is_short_and_has_room_for_all_seats() -> None:
+    assert EngineConfig().on(gpus=1).max_batched_tokens is None
+    assert EngineConfig().on(gpus=0).max_batched_tokens == 256
+    many = EngineConfig(max_concurrent=1000)
+    assert many.on(gpus=0).max_batched_tokens == 1000 + many.express_seats
+    assert EngineConfig(max_batched_tokens=90).on(gpus=0).long_prompt == 30

@@ -585,6 +585,32 @@ async def test_a_flood_leaves_express_seats_to_others(make: Callable[..., Adapte
 
 
 @pytest.mark.parametrize(
+    ("flood", "other"),
+    [
+        ([RED] * 3, GREEN),
+        # However many adapters a tenant floods.
+        ([RED, GREEN, None], BLUE),
+    ],
+)
+async def test_prompts_of_a_flood_go_behind_anothers_in_the_engine(
+    make: Callable[..., AdapterPool], flood: list[Version | None], other: Version
+) -> None:
+    pool = make(slots=3)
+    async with AsyncExitStack() as held:
+
+        async def priority(version: Version | None, share: Share) -> int:
+            return (await held.enter_async_context(pool.hold(version, share))).priority
+
+        shares = Share("a"), Share("b"), Share("b", tenant_weight=2)
+        flooded = [await priority(version, shares[0]) for version in flood]
+        assert flooded == sorted(set(flooded))
+        assert await priority(other, shares[1]) == flooded[0]
+        assert await priority(None, Share("c", gives_way=True)) > 1000 * flooded[-1]
+    async with pool.hold(RED, shares[0]) as one, pool.hold(RED, shares[2]) as heavy:
+        assert heavy.priority == one.priority / 2
+
+
+@pytest.mark.parametrize(
     ("flood", "other", "express"),
     [
         (Share(), Share(), 2),

@@ -208,9 +208,16 @@ class Engine(Protocol):
         ...
 
     def generate(
-        self, request_id: str, token_ids: list[int], sampling: Sampling, adapter: str | None
+        self,
+        request_id: str,
+        token_ids: list[int],
+        sampling: Sampling,
+        adapter: str | None,
+        priority: int = 0,
     ) -> AsyncGenerator[Delta, None]:
         """Generates `sampling.n` answers after `token_ids`; ends when the last of them has.
+
+        Of prompts that wait to be computed, one with a lower `priority` goes first.
 
         Closing the generator frees what it held.
 

@@ -46,6 +46,9 @@ class Seat:
 
     used: float
     """Tokens it cost; as many as it might have, until its holder knows better."""
+    priority: int = 0
+    """A hundred times the seats that its line has for its weight. Where prompts wait in the engine
+    to be computed the lowest goes first, so that a flood's are not before another's."""
 
 
 @dataclass
@@ -135,7 +138,7 @@ class AdapterPool:
         self._arrange()
         try:
             await place.granted
-            seat.used = tokens
+            seat.used, seat.priority = tokens, place.priority
             async with self._giving_way.around() if share.gives_way else nullcontext():
                 self._displace()
                 yield seat

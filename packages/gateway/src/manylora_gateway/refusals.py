@@ -8,7 +8,7 @@ NAMES = {
     "the model's max seq len": "engine.max_context",
     "`max_model_len`": "engine.max_context",
     "max_model_len": "engine.max_context",
-    "max_num_batched_tokens": "the tokens of one batch",
+    "max_num_batched_tokens": "engine.max_batched_tokens",
     "max_num_seqs": "engine.max_concurrent and engine.express",
     " when initializing the engine": "",
 }

@@ -82,9 +82,10 @@ class EngineReplica:
         os.environ.update(engine_environment(config.engine))
         tracing.configure(config.tracing, "manylora-replica")
         self._registry = LazyRegistry(config.registry)
-        engine = make_engine(config.base, config.engine, gpus)
+        engine_config = config.engine.on(gpus)
+        engine = make_engine(config.base, engine_config, gpus)
         replica_id = serve.get_replica_context().replica_id.unique_id
-        self._worker = Worker(replica_id, engine, self._registry, cache, servable, config.engine)
+        self._worker = Worker(replica_id, engine, self._registry, cache, servable, engine_config)
         self._senders: dict[FrontAddress, DeltaSender] = {}
         self._connecting = asyncio.Lock()
 

@@ -18,6 +18,8 @@ BARE_BASE = ""
 LOAD_TOKENS = 64.0
 """What a load that failed is taken to have cost: it had a slot, and others waited for it. At no
 cost, adapters that cannot be loaded, asked for again and again, would keep a slot from the rest."""
+LAST = 1_000_000.0
+"""Seats for its weight that one who gives way is taken to have."""
 
 
 @dataclass(eq=False)
@@ -32,6 +34,8 @@ class Place:
     granted: asyncio.Future[None]
     seated: bool = False
     """Whether it has a seat."""
+    priority: int = 0
+    """In the engine, among those with a seat; see `Seat`."""
 
 
 @dataclass(eq=False)
@@ -120,14 +124,17 @@ class Seats:
             return True
         if line.share.gives_way or self._seated >= self._seats + self._express:
             return False
-        tenants: dict[str, float] = {}
-        adapters = 0.0
-        for other in self._lines.values():
-            tenants[other.flow.tenant] = other.share.tenant_weight
-            if other.flow.tenant == line.flow.tenant:
-                adapters += other.share.adapter_weight
-        share = line.share.tenant_weight / sum(tenants.values())
-        return line.seated < self._seats * share * line.share.adapter_weight / adapters
+        tenants = {other.flow.tenant: other.share.tenant_weight for other in self._lines.values()}
+        return line.seated < self._seats * self._weight(line) / sum(tenants.values())
+
+    def _weight(self, line: Line) -> float:
+        """Its tenant's weight, of which it has a part as others of the tenant are there."""
+        adapters = sum(
+            other.share.adapter_weight
+            for other in self._lines.values()
+            if other.flow.tenant == line.flow.tenant
+        )
+        return line.share.tenant_weight * line.share.adapter_weight / adapters
 
     def grant(self, line: Line) -> None:
         """Gives a seat to the first of `line`."""
@@ -137,6 +144,8 @@ class Seats:
         self._order.leave(line.flow)
         self._seated += 1
         line.seated += 1
+        use = LAST if line.share.gives_way else line.seated / self._weight(line)
+        place.priority = round(100 * use)
         # One that was cancelled this instant gives all of it back when its task runs.
         if not place.granted.done():
             place.granted.set_result(None)

@@ -142,7 +142,12 @@ class VllmEngine:
         return ids
 
     async def generate(
-        self, request_id: str, token_ids: list[int], sampling: Sampling, adapter: str | None
+        self,
+        request_id: str,
+        token_ids: list[int],
+        sampling: Sampling,
+        adapter: str | None,
+        priority: int = 0,
     ) -> AsyncGenerator[Delta, None]:
         """Generates; a stream that is faster than the configured interval gets a delta each."""
         outputs = self._llm.generate(
@@ -150,6 +155,7 @@ class VllmEngine:
             sampling_params(sampling, self._max_context - len(token_ids), self._vocabulary),
             request_id,
             lora_request=None if adapter is None else self._requests[adapter],
+            priority=priority,
         )
         completion_tokens = [0] * sampling.n
         previous = -math.inf
@@ -235,6 +241,9 @@ def _arguments(base: Path, config: EngineConfig, gpus: int) -> AsyncEngineArgs:
         dtype="float32" if cpu and config.dtype == "auto" else config.dtype,
         max_model_len=config.max_context,
         max_num_seqs=config.max_concurrent + config.express_seats,
+        max_num_batched_tokens=config.max_batched_tokens,
+        long_prefill_token_threshold=config.long_prompt or 0,
+        scheduling_policy="priority",
         enable_prefix_caching=True,
         enforce_eager=cpu,
         kv_cache_memory_bytes=None if kv_cache_gib is None else round(kv_cache_gib * GIB),

@@ -21,6 +21,7 @@ from manylora_gateway.errors import (
 )
 from manylora_gateway.fair import EVERYBODY, Share
 from manylora_gateway.pool import AdapterPool
+from manylora_gateway.prompts import PromptTurns
 from manylora_gateway.replicas import ReplicaState
 from manylora_gateway.timing import Stopwatch
 from manylora_registry import Cache, Version
@@ -100,6 +101,7 @@ class Worker:
         self._names: dict[str, str] = {}
         # Copies on disk of the adapters that are in the engine, which may read them again.
         self._held: dict[str, ExitStack] = {}
+        self._prompts = PromptTurns(config.long_prompt)
         self._pool = AdapterPool(
             self._load,
             self._unload,
@@ -130,10 +132,14 @@ class Worker:
             stopwatch.seated(None if version is None else self._loads.get(version.digest))
             seat.used = len(token_ids)
             name = None if version is None else self._names[version.digest]
-            generation = self._engine.generate(request_id, token_ids, sampling, name)
+            generation = self._engine.generate(request_id, token_ids, sampling, name, seat.priority)
             unsaid = len(token_ids)
-            async with aclosing(generation) as deltas:
+            async with (
+                aclosing(generation) as deltas,
+                self._prompts.turn(len(token_ids), seat.priority) as computed,
+            ):
                 async for delta in deltas:
+                    computed()
                     seat.used += len(delta.token_ids)
                     timed = stopwatch.timed(delta)
                     yield replace(timed, prompt_tokens=unsaid) if unsaid else timed
