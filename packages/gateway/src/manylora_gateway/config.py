@@ -125,7 +125,9 @@ class EngineConfig(ConfigModel):
     @property
     def long_prompt(self) -> int | None:
         """Tokens of one prompt in a step at most, beside others; two leave room for a third."""
-        return None if self.max_batched_tokens is None else self.max_batched_tokens // 3
+        if self.max_batched_tokens is None:
+            return None
+        return min(self.max_batched_tokens // 3, self.max_context)
 
     @property
     def express_seats(self) -> int:
