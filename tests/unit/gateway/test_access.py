@@ -117,6 +117,7 @@ def test_a_change_for_the_worse_changes_nothing_and_is_said_once(
         (("\n  - {name: idle, certificates: [x]}",), "adapters"),
         ((SEARCH + "    rolls: [admin]\n",), "rolls"),
         ((SEARCH.replace("_second: 100", "_second: 1e-300"),), "tokens_per_second: .* 0.001"),
+        ((SEARCH.replace("weight: 2", "weight: 1e-300"),), "weight: .* 0.001"),
         ((SEARCH.replace("_second: 100", "_second: .inf"),), "tokens_per_second: .* finite"),
     ],
 )

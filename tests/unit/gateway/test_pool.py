@@ -4,6 +4,7 @@ import asyncio
 import random
 from collections.abc import Callable
 from contextlib import AsyncExitStack
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import ClassVar
 
@@ -608,6 +609,10 @@ async def test_prompts_of_a_flood_go_behind_anothers_in_the_engine(
         assert await priority(None, Share("c", gives_way=True)) > 1000 * flooded[-1]
     async with pool.hold(RED, shares[0]) as one, pool.hold(RED, shares[2]) as heavy:
         assert heavy.priority == one.priority / 2
+    light = Share("light", tenant_weight=0.001, adapter_weight=0.001)
+    async with pool.hold(RED, replace(light, adapter_weight=1000)), pool.hold(GREEN, light) as last:
+        # As much as fits in what vLLM is told.
+        assert last.priority < 1 << 31
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from typing import Annotated, Self
 
 from pydantic import Field, StringConstraints, model_validator
 
-from manylora_gateway.config import TokenRate
+from manylora_gateway.config import TokenRate, Weight
 from manylora_gateway.errors import UnauthenticatedError
 from manylora_gateway.tenants import Role, Tenant, TenantLimits
 from manylora_registry.config import ConfigModel, load_config
@@ -42,7 +42,7 @@ class LimitsEntry(ConfigModel):
     """Requests running or queued at once."""
     tokens_per_second: TokenRate | None = None
     """Prompt and generated tokens, sustained; ten seconds' worth may be spent in one burst."""
-    weight: float = Field(default=1.0, gt=0, le=1000)
+    weight: Weight = 1.0
     """Share of the engine beside other tenants when all of them wait."""
 
 

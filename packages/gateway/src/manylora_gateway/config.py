@@ -28,6 +28,8 @@ Address = Annotated[str, AfterValidator(_with_a_port)]
 ConstraintKind = Literal["json_schema", "json_object", "regex", "choice", "grammar"]
 TokenRate = Annotated[float, Field(ge=0.001)]
 """One token in a quarter of an hour; of still less no client could be told when to come back."""
+Weight = Annotated[float, Field(ge=0.001, le=1000)]
+"""Of one beside others; of less nothing is left when it is divided by."""
 AliasName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
 
 
@@ -142,7 +144,7 @@ class AdapterLimits(ConfigModel):
     """Requests running or waiting at once."""
     tokens_per_second: TokenRate | None = None
     """Prompt and generated tokens, sustained; ten seconds' worth may be spent in one burst."""
-    weight: float = Field(default=1.0, gt=0, le=1000)
+    weight: Weight = 1.0
     """Share of the engine beside other adapters when all of them wait."""
 
 

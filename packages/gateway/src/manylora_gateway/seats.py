@@ -145,7 +145,7 @@ class Seats:
         self._seated += 1
         line.seated += 1
         use = LAST if line.share.gives_way else line.seated / self._weight(line)
-        place.priority = round(100 * use)
+        place.priority = round(100 * min(use, LAST))
         # One that was cancelled this instant gives all of it back when its task runs.
         if not place.granted.done():
             place.granted.set_result(None)
