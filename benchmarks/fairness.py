@@ -25,6 +25,7 @@ from statistics import median, quantiles
 from benchmarks.adapters import write_random_adapter
 from benchmarks.gateway import Served, write_config
 from manylora_client import AsyncClient, ResourceExhaustedError
+from manylora_gateway.config import EngineConfig
 from manylora_registry import Registry
 from manylora_registry.base import identify_base
 
@@ -33,8 +34,6 @@ PROMPT = list(range(100, 132))
 RANK = 8
 SLOTS = 2
 COLD = 6
-TURN_S = 1.0
-"""`engine.turn_s`, by default."""
 
 
 class Load:
@@ -50,7 +49,7 @@ class Load:
 
     async def ask(self, adapter: str) -> float:
         """Seconds to the first token; the answer is read to its end."""
-        # No two of a flood begin alike: all of each is computed.
+        # No two of a flood are alike: none is in the prefix cache.
         flooding = adapter == "flood"
         prompt = self._chance.choices(PROMPT, k=self._flood_prompt) if flooding else PROMPT
         asked, first = time.perf_counter(), math.nan
@@ -128,7 +127,6 @@ async def measure(
             await asyncio.sleep(5)
             flooded = await load.now_and_then("other", requests, rate)
         refused = load.refused
-        waits: list[float] = []
         async with (
             load.flood("flood", times * capacity / SLOTS),
             load.flood("other", times * capacity / SLOTS),
@@ -145,7 +143,7 @@ async def measure(
         "capacity_answers_per_s": capacity,
         "refused": refused,
         "cold_longest_wait_s": max(waits),
-        "cold_bound_s": math.ceil(COLD / SLOTS) * (TURN_S + longest),
+        "cold_bound_s": math.ceil(COLD / SLOTS) * (EngineConfig().turn_s + longest),
     }
 
 

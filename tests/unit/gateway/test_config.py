@@ -123,6 +123,4 @@ def test_a_step_of_a_cpu_is_short_and_has_room_for_all_seats() -> None:
     assert EngineConfig().on(gpus=0).max_batched_tokens == 256
     many = EngineConfig(max_concurrent=1000)
     assert many.on(gpus=0).max_batched_tokens == 1000 + many.express_seats
-    assert EngineConfig(max_batched_tokens=90).on(gpus=0).long_prompt == 30
-    # vLLM takes no more than a prompt can have.
-    assert EngineConfig(max_context=64).on(gpus=0).long_prompt == 64
+    assert EngineConfig(max_batched_tokens=90).on(gpus=0).max_batched_tokens == 90

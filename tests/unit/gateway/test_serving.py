@@ -60,6 +60,21 @@ async def test_equal_files_under_two_names_are_served_as_both(
         assert reply.adapter.name == "red"
 
 
+async def test_the_engine_is_told_whose_prompts_go_first(gateway: RunningGateway) -> None:
+    engine = gateway.engine
+    engine.hold_answers()
+    engine.priorities.clear()
+    running = []
+    for adapter in ("red", "red", "green"):
+        request = pb.GenerateRequest(adapter=adapter, text="hi")
+        running.append(gateway.inference.Generate(request))
+        await engine.until_running(len(running))
+    engine.let_answer()
+    await asyncio.gather(*running)
+    # The second of a line goes behind its first, and one of two adapters counts for two.
+    assert engine.priorities == [100, 200, 200]
+
+
 async def test_no_adapter_means_the_bare_base(gateway: RunningGateway) -> None:
     reply = await gateway.inference.Generate(pb.GenerateRequest(text="hi"))
     assert said(reply.text) == {"base"}

@@ -125,13 +125,6 @@ class EngineConfig(ConfigModel):
         return self.model_copy(update={"max_batched_tokens": tokens})
 
     @property
-    def long_prompt(self) -> int | None:
-        """Tokens of one prompt in a step at most, beside others; two leave room for a third."""
-        if self.max_batched_tokens is None:
-            return None
-        return min(self.max_batched_tokens // 3, self.max_context)
-
-    @property
     def express_seats(self) -> int:
         """Seats beside `max_concurrent`."""
         return -(-self.max_concurrent // 2) if self.express is None else self.express

@@ -242,7 +242,6 @@ def _arguments(base: Path, config: EngineConfig, gpus: int) -> AsyncEngineArgs:
         max_model_len=config.max_context,
         max_num_seqs=config.max_concurrent + config.express_seats,
         max_num_batched_tokens=config.max_batched_tokens,
-        long_prefill_token_threshold=config.long_prompt or 0,
         scheduling_policy="priority",
         enable_prefix_caching=True,
         enforce_eager=cpu,

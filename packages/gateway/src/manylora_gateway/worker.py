@@ -21,7 +21,6 @@ from manylora_gateway.errors import (
 )
 from manylora_gateway.fair import EVERYBODY, Share
 from manylora_gateway.pool import AdapterPool
-from manylora_gateway.prompts import PromptTurns
 from manylora_gateway.replicas import ReplicaState
 from manylora_gateway.timing import Stopwatch
 from manylora_registry import Cache, Version
@@ -101,7 +100,6 @@ class Worker:
         self._names: dict[str, str] = {}
         # Copies on disk of the adapters that are in the engine, which may read them again.
         self._held: dict[str, ExitStack] = {}
-        self._prompts = PromptTurns(config.long_prompt)
         self._pool = AdapterPool(
             self._load,
             self._unload,
@@ -134,12 +132,8 @@ class Worker:
             name = None if version is None else self._names[version.digest]
             generation = self._engine.generate(request_id, token_ids, sampling, name, seat.priority)
             unsaid = len(token_ids)
-            async with (
-                aclosing(generation) as deltas,
-                self._prompts.turn(len(token_ids), seat.priority) as computed,
-            ):
+            async with aclosing(generation) as deltas:
                 async for delta in deltas:
-                    computed()
                     seat.used += len(delta.token_ids)
                     timed = stopwatch.timed(delta)
                     yield replace(timed, prompt_tokens=unsaid) if unsaid else timed
